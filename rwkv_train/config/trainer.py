@@ -1,0 +1,90 @@
+"""How long, how large, where and how precisely a run trains, and what it reports."""
+
+from typing import Literal, Self
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from rwkv_train.config.base import Config
+
+
+class TrainerConfig(Config):
+    """The run itself. Its length is exactly one of max_steps, max_tokens and max_epochs."""
+
+    out_dir: str
+    """Folder of the run: checkpoints, metrics, log, plot."""
+    max_steps: PositiveInt | None = None
+    """Length of the run in optimizer steps."""
+    max_tokens: PositiveInt | None = None
+    """Length of the run in tokens, rounded up to whole steps."""
+    max_epochs: PositiveFloat | None = None
+    """Length of the run in passes over the training corpus, rounded up to whole steps."""
+    global_batch_size: PositiveInt = 32
+    """Samples in one optimizer step, over all devices and accumulated micro-batches."""
+    micro_batch_size: PositiveInt = 8
+    """Samples that one device computes at once; global_batch_size is reached by accumulation."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """Device: "auto" takes a GPU where there is one."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """How devices share the work: "auto" is one process, or DDP where there are several."""
+    devices: PositiveInt = 1
+    """Devices (processes) on each node."""
+    num_nodes: PositiveInt = 1
+    """Machines that train together."""
+    precision: Literal["fp32", "bf16-autocast"] = "fp32"
+    """"fp32", or "bf16-autocast": float32 parameters, matrix products in bfloat16."""
+    wkv_backend: str = "auto"
+    """Backend of the recurrence: "auto" (the fastest that fits), "torch", "cpp" or "reference"."""
+    seed: NonNegativeInt = 42
+    """Seed of the initial values and of the order of the data."""
+    log_every_n_steps: PositiveInt = 10
+    """Steps between two rows of metrics."""
+    val_every_n_steps: PositiveInt = 500
+    """Steps between two validations; one more follows the last step."""
+    val_tokens: PositiveInt = 1_048_576
+    """Tokens scored in each validation: the head of every domain, in its share of the validation corpus."""
+    sample_tokens: NonNegativeInt = 128
+    """Tokens of the sample that each validation writes; 0: none."""
+    sample_prompt: str = "\n"
+    """Text that the samples start from."""
+    tensorboard: bool = False
+    """Also log metrics for TensorBoard (needs the extra rwkv-train[tensorboard])."""
+    wandb_project: str | None = None
+    """Also log metrics to this Weights & Biases project (WANDB_MODE=offline keeps them on this disk)."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        lengths = {"max_steps": self.max_steps, "max_tokens": self.max_tokens, "max_epochs": self.max_epochs}
+        given = [f"{name} ({value:g})" for name, value in lengths.items() if value is not None]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "none"
+            raise ValueError(f"set exactly one of max_steps, max_tokens and max_epochs; found {found}")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> Self:
+        at_once = self.micro_batch_size * self.world_size
+        if self.global_batch_size % at_once:
+            raise ValueError(
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size "
+                f"({self.micro_batch_size}) x devices ({self.devices}) x num_nodes ({self.num_nodes}) = {at_once}"
+            )
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.devices * self.num_nodes
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches that each device accumulates for one optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+
+class CheckpointConfig(Config):
+    """When checkpoints are written and which are kept."""
+
+    every_n_steps: PositiveInt = 500
+    """Steps between two checkpoints; one more follows the last step."""
+    keep_last: PositiveInt = 2
+    """How many of the newest are kept; the one with the best validation loss is kept besides."""

@@ -1,0 +1,16 @@
+"""How the rows of a batch are cut into sequences."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SequenceContext:
+    """One immutable value a batch, handed to every mix and every operator.
+
+    It says where sequences start. Today there is one kind, the plain batch: each of the B rows is one
+    sequence, which goes on from the state that is passed with it.
+    """
+
+
+PLAIN = SequenceContext()
+"""Every row of the batch is one sequence."""
