@@ -1,0 +1,70 @@
+"""The command line: one file a command, each parses, calls one library function and prints.
+
+Results go to stdout, progress and warnings to stderr. Exit code 0: done; 2: the user can repair it, one line
+says how; 130 and 143: interrupted; 1: our mistake, with a traceback.
+"""
+
+import errno
+import sys
+from typing import Annotated
+
+import typer
+
+from rwkv_train import __version__
+from rwkv_train.commands.bench import bench
+from rwkv_train.commands.chat import chat
+from rwkv_train.commands.convert_checkpoint import convert_checkpoint
+from rwkv_train.commands.eval_ppl import eval_ppl
+from rwkv_train.commands.generate import generate
+from rwkv_train.commands.inspect import inspect
+from rwkv_train.commands.prepare_data import prepare_data
+from rwkv_train.commands.pretrain import pretrain
+from rwkv_train.errors import RwkvTrainError
+
+USER_CAN_REPAIR = 2
+INTERRUPTED = 130
+_DISK_PROBLEMS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+app = typer.Typer(
+    name="rwkv-train",
+    help="Pretrain, evaluate, convert and run RWKV language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (pretrain, prepare_data, eval_ppl, convert_checkpoint, generate, chat, inspect, bench):
+    app.command(name=command.__name__.replace("_", "-"))(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rwkv-train {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line of ``sys.argv``; the entry point of ``rwkv-train``."""
+    try:
+        app()
+    except RwkvTrainError as error:
+        _leave(str(error), USER_CAN_REPAIR)
+    except OSError as error:
+        if error.errno not in _DISK_PROBLEMS:
+            raise
+        _leave(f"{error.filename or 'the disk'}: {error.strerror}", USER_CAN_REPAIR)
+    except KeyboardInterrupt:
+        _leave("interrupted", INTERRUPTED)
+
+
+def _leave(message: str, code: int) -> None:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(code)

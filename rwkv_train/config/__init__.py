@@ -1,0 +1,1 @@
+"""Settings: pydantic classes and YAML. Nothing here imports torch."""

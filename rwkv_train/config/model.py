@@ -1,8 +1,9 @@
 """Architecture settings: one class for each RWKV version, told apart by ``arch``."""
 
+import math
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
 from rwkv_train.config.base import Config
 
@@ -22,7 +23,7 @@ class RwkvConfig(Config):
     ctx_len: PositiveInt = 4_096
     """Tokens in one training sample (T). Inference has no limit."""
     init_from: str | None = None
-    """Start from these weights: a path, or hf:OWNER/NAME/FILE; sizes are read from them. None: from scratch."""
+    """Start from these weights: a path, or hf:OWNER/NAME/FILE, which give the sizes; null: from scratch."""
 
 
 class Rwkv4Config(RwkvConfig):
@@ -30,7 +31,7 @@ class Rwkv4Config(RwkvConfig):
 
     arch: Literal["rwkv4"] = "rwkv4"
     embedding_scale: PositiveFloat = 6e-4
-    """Initial embeddings are uniform within plus and minus this; the published trainer uses its learning rate."""
+    """Initial embeddings are uniform within plus and minus this; published: the learning rate."""
 
     @property
     def ffn_width(self) -> int:
@@ -51,14 +52,20 @@ class LoraRanks(Config):
     """Rank of the gate projection."""
 
 
+RanksOrRule = Annotated[
+    Annotated[LoraRanks, Tag("ranks")] | Annotated[LoraRule, Tag("rule")],
+    Discriminator(lambda value: "rule" if isinstance(value, str) else "ranks"),
+]
+
+
 class Rwkv7Config(RwkvConfig):
     """RWKV-7 "Goose": a matrix state for each head."""
 
     arch: Literal["rwkv7"] = "rwkv7"
     head_size: PositiveInt = 64
     """Channels in one head (N)."""
-    lora_ranks: LoraRanks | LoraRule = "revised"
-    """Four ranks {w, a, v, g}, or a published rule: "original" (2024, released weights) or "revised" (2025-07)."""
+    lora_ranks: RanksOrRule = "revised"
+    """Ranks {w, a, v, g}, or a published rule: "original" (2024, released weights) or "revised" (2025-07)."""
     initialization: Literal["original", "revised"] = "revised"
     """Published initial values: "revised" (since 2025-05) or "original" (before, the released weights)."""
 
@@ -104,7 +111,7 @@ def lora_ranks_by_rule(n_embd: int, rule: LoraRule) -> LoraRanks:
     """
 
     def rank(factor: float, power: float) -> int:
-        return max(32, round(factor * n_embd**power / 32) * 32)
+        return max(32, round(factor * math.pow(n_embd, power) / 32) * 32)
 
     if rule == "original":
         return LoraRanks(w=rank(1.8, 0.5), a=rank(1.8, 0.5), v=rank(1.3, 0.5), g=rank(0.6, 0.8))

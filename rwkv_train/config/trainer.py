@@ -65,8 +65,8 @@ class TrainerConfig(Config):
         at_once = self.micro_batch_size * self.world_size
         if self.global_batch_size % at_once:
             raise ValueError(
-                f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size "
-                f"({self.micro_batch_size}) x devices ({self.devices}) x num_nodes ({self.num_nodes}) = {at_once}"
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of {at_once}: "
+                f"micro_batch_size ({self.micro_batch_size}) x devices ({self.devices}) x num_nodes ({self.num_nodes})"
             )
         return self
 

@@ -1,0 +1,1 @@
+"""The RWKV architectures: one file a version, everything else once."""

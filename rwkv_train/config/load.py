@@ -1,0 +1,228 @@
+"""From a YAML file and ``--set`` values to checked settings.
+
+A problem becomes one sentence that names the setting, what was found and what would be right.
+"""
+
+import difflib
+import re
+import types
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from rwkv_train.assets import find_asset_folder
+from rwkv_train.config.base import Config
+from rwkv_train.config.model import Rwkv4Config, Rwkv7Config
+from rwkv_train.config.train import TrainConfig
+from rwkv_train.errors import ConfigError
+
+Tree = dict[str, Any]
+"""Settings as they stand in a YAML file: nested mappings of plain values."""
+
+_TAGS: dict[str, type[Config] | None] = {
+    "rwkv4": Rwkv4Config,
+    "rwkv7": Rwkv7Config,
+    "ranks": None,
+    "rule": None,
+}
+"""Names of union members in pydantic's locations, and the class that each one selects."""
+
+NOT_IN_WEIGHTS = frozenset({"ctx_len", "init_from", "embedding_scale", "initialization"})
+"""Settings of the model that no file of weights holds."""
+
+
+def list_presets() -> dict[str, Path]:
+    """Return the shipped configurations: name (the file's stem) -> path."""
+    return {path.stem: path for path in sorted(find_asset_folder("configs").rglob("*.yaml"))}
+
+
+def read_tree(config: str, overrides: Sequence[str] = ()) -> Tree:
+    """Read a YAML file and change single values, without checking names and types yet.
+
+    Args:
+        config: path of a YAML file, or the name of a shipped preset such as ``"quickstart"``.
+        overrides: ``"section.name=value"``, the value written as in YAML; later ones win.
+
+    Raises:
+        ConfigError: there is no such file or preset, it is not YAML, or an override is malformed.
+    """
+    tree = _parse_file(_find_config(config))
+    for override in overrides:
+        _apply(tree, override)
+    return tree
+
+
+def check_tree(tree: Tree) -> TrainConfig:
+    """Turn plain values into settings.
+
+    Raises:
+        ConfigError: a name is unknown, a value has the wrong type, or values contradict each other; all
+            problems are named, joined by ``"; "``.
+    """
+    try:
+        return TrainConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = [_sentence(detail) for detail in error.errors(include_url=False)]
+        raise ConfigError("; ".join(dict.fromkeys(problems))) from None
+
+
+def load_train_config(config: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read and check the settings of a run that starts from scratch (see :func:`read_tree`)."""
+    return check_tree(read_tree(config, overrides))
+
+
+def fill_sizes(tree: Tree, sizes: Mapping[str, Any]) -> Tree:
+    """Return ``tree`` with the sizes of the weights that ``model.init_from`` names.
+
+    Args:
+        tree: settings as read from the file.
+        sizes: the ``model`` section that the weights imply.
+
+    Raises:
+        ConfigError: a size that the file gives differs from that of the weights.
+    """
+    model = dict(tree.get("model") or {})
+    for name, size in sizes.items():
+        if name in NOT_IN_WEIGHTS:
+            continue
+        if model.setdefault(name, size) != size:
+            raise ConfigError(
+                f"model.{name} is {model[name]!r} but {size!r} in the weights of model.init_from "
+                f"({model['init_from']}); leave it out or set it to {size!r}"
+            )
+    return {**tree, "model": model}
+
+
+def _find_config(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    presets = list_presets()
+    if name in presets:
+        return presets[name]
+    if path.suffix in {".yaml", ".yml"} or path.parent != Path():
+        raise ConfigError(f"--config: there is no file {name}")
+    near = difflib.get_close_matches(name, presets, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"presets are {', '.join(presets)}"
+    raise ConfigError(f"--config: '{name}' is neither a file nor a preset; {hint}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people read it: 3e-4 is a number (PyYAML takes it for text), a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"'{key}' is set twice{node.start_mark}; keep one")
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _parse_file(path: Path) -> Tree:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    tree = _parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections such as 'model:' and 'trainer:', found {_show(tree)}")
+    return tree
+
+
+def _apply(tree: Tree, override: str) -> None:
+    name, equals, text = override.partition("=")
+    *sections, last = name.strip().split(".")
+    if not equals or not last or not all(sections):
+        raise ConfigError(f"--set {override}: write it as section.name=value, e.g. optim.lr=3e-4")
+    here = tree
+    for section in sections:
+        here = here.setdefault(section, {})
+        if not isinstance(here, dict):
+            raise ConfigError(f"--set {override}: '{section}' is a single value, not a section")
+    here[last] = _parse_yaml(text, f"--set {override}: the value")
+
+
+def _sentence(detail: ErrorDetails) -> str:
+    """Say what is wrong with one setting, by its dotted name."""
+    owner, names = _follow(detail["loc"])
+    name = ".".join(names) or "the settings"
+    found = detail["input"]
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"{name}: no such setting; {_nearest(names[-1], owner)}"
+        case "missing":
+            return f"{name}: it must be set"
+        case "union_tag_not_found":
+            return f"{name}.arch: it must be set, to 'rwkv4' or 'rwkv7'"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{name} is {_show(found)} but must be a section of settings"
+        case "union_tag_invalid":
+            return f"{name}.arch: there is no {_show(found.get('arch'))}; use 'rwkv4' or 'rwkv7'"
+        case "value_error":
+            return f"{name}: {detail['msg'].removeprefix('Value error, ')}"
+        case _:
+            wanted = detail["msg"].removeprefix("Input ")
+            return f"{name} is {_show(found)} but {wanted[0].lower()}{wanted[1:]}"
+
+
+def _follow(location: tuple[int | str, ...]) -> tuple[type[Config], list[str]]:
+    """Walk pydantic's location, dropping the tags of unions, which no user wrote.
+
+    Returns:
+        The settings class that should hold the last name, and the names.
+    """
+    classes: tuple[type[Config], ...] = (TrainConfig,)
+    owner: type[Config] = TrainConfig
+    names: list[str] = []
+    for part in map(str, location):
+        if part in _TAGS:
+            classes = tuple(c for c in classes if _TAGS[part] in (None, c))
+            continue
+        owner = classes[0] if classes else owner
+        names.append(part)
+        field = owner.model_fields.get(part)
+        classes = _classes_in(field.annotation) if field is not None else ()
+    return owner, names
+
+
+def _classes_in(annotation: Any) -> tuple[type[Config], ...]:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(c for arg in get_args(annotation) for c in _classes_in(arg))
+    if get_origin(annotation) is Annotated:
+        return _classes_in(get_args(annotation)[0])
+    return (annotation,) if isinstance(annotation, type) and issubclass(annotation, Config) else ()
+
+
+def _nearest(name: str, owner: type[Config]) -> str:
+    near = difflib.get_close_matches(name, owner.model_fields, n=1)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    for section, field in TrainConfig.model_fields.items():
+        for config in _classes_in(field.annotation):
+            if name in config.model_fields:
+                return f"did you mean '{section}.{name}'?"
+    return f"there are {', '.join(owner.model_fields)}"
+
+
+def _show(value: Any) -> str:
+    """A value as a user wrote it, shortened."""
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,39 @@
+"""Which parameter learns how fast and which decays."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from rwkv_train.config.optim import OptimConfig
+from rwkv_train.models.registry import has_weight_decay, learning_rate_factors
+
+
+def parameter_groups(model: nn.Module, arch: str, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Sort the parameters of a model into groups for the optimizer.
+
+    Args:
+        model: the model; parameter names decide.
+        arch: name of the architecture, whose table of learning-rate factors is used.
+        optim: learning rate and weight decay.
+
+    Returns:
+        Groups with ``params``, ``lr``, ``weight_decay`` and ``names``; together they hold each parameter once.
+    """
+    factors = learning_rate_factors(arch)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        factor = _factor_of(name, factors)
+        decay = optim.weight_decay if has_weight_decay(name, parameter) else 0.0
+        group = groups.setdefault(
+            (factor, decay), {"params": [], "names": [], "lr": optim.lr * factor, "weight_decay": decay}
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def _factor_of(name: str, factors: Mapping[str, float]) -> float:
+    return next((factor for suffix, factor in factors.items() if name.endswith(suffix)), 1.0)
