@@ -1,0 +1,111 @@
+"""Which implementation of an operator runs: a pure choice, and the loading that follows it.
+
+An operator has a table of backends, fastest first. The choice sees a :class:`Problem`, not tensors, so what
+a GPU would get can be tested on a laptop. Loading (a compiled backend is built on first use) happens once,
+before the first step; the code that is traced afterwards calls only ``torch.ops.rwkv_train.*``.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_train.errors import BackendError
+from rwkv_train.ops.context import PLAIN, SequenceContext
+
+AUTO = "auto"
+"""The name that lets us choose. Every other name is a backend that runs or raises."""
+
+Kernel = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Problem(NamedTuple):
+    """All that a choice of backend may depend on. Lengths and batch sizes do not matter to it."""
+
+    device_type: str
+    """``"cpu"`` or ``"cuda"``, as in ``torch.device.type``."""
+    dtype: torch.dtype
+    """Dtype of the values ``v``, which is also that of the output."""
+    head_size: int | None = None
+    """Channels in one head (N); ``None`` for an operator without heads."""
+    context: SequenceContext = PLAIN
+
+
+class Backend(NamedTuple):
+    """One row of an operator's table."""
+
+    refuses: Callable[[Problem], str | None]
+    """Pure: why this backend cannot run the problem ("it needs ..."), or ``None``."""
+    load: Callable[[], object]
+    """Make it ready (build a library, say); raises :class:`BackendError` where it cannot be had here."""
+    run: Kernel
+    """The kernel, with the operator's tensor arguments; safe to trace."""
+
+
+class ResolvedBackend(NamedTuple):
+    """What a choice came to."""
+
+    name: str
+    reason: str
+    """One sentence for the log: why this one, and why none of the faster ones."""
+
+
+def choose_backend(
+    backends: Mapping[str, Backend],
+    problem: Problem,
+    name: str,
+    unavailable: Mapping[str, str] | None = None,
+) -> ResolvedBackend:
+    """Choose the backend that runs a problem. Pure: nothing is loaded and no machine is looked at.
+
+    Args:
+        backends: the operator's table, fastest first.
+        problem: what is to be computed.
+        name: a name from the table, or ``"auto"`` for the first that does not refuse.
+        unavailable: names that could not be loaded, each with its sentence; ``"auto"`` passes them over.
+
+    Raises:
+        BackendError: there is no backend of this name, it refuses, or (for ``"auto"``) all refuse.
+    """
+    unavailable = unavailable or {}
+    if name == AUTO:
+        passed_over: list[str] = []
+        for candidate, backend in backends.items():
+            why_not = unavailable.get(candidate) or backend.refuses(problem)
+            if why_not is None:
+                return ResolvedBackend(candidate, _explain(candidate, passed_over))
+            passed_over.append(f"not {candidate}: {why_not}")
+        raise BackendError(f"no backend can run this problem ({'; '.join(passed_over)})")
+    if name not in backends:
+        names = ", ".join((AUTO, *backends))
+        raise BackendError(f"there is no backend '{name}'; choose one of {names}")
+    why_not = unavailable.get(name) or backends[name].refuses(problem)
+    if why_not is not None:
+        raise BackendError(f"the backend '{name}' cannot run this problem: {why_not}")
+    return ResolvedBackend(name, f"'{name}' was asked for by name")
+
+
+def resolve_backend(backends: Mapping[str, Backend], problem: Problem, name: str) -> ResolvedBackend:
+    """Choose a backend and load it. Only ``"auto"`` goes on to the next one where loading fails.
+
+    Raises:
+        BackendError: as :func:`choose_backend`, or the backend asked for by name cannot be loaded.
+    """
+    unavailable: dict[str, str] = {}
+    while True:
+        choice = choose_backend(backends, problem, name, unavailable)
+        try:
+            backends[choice.name].load()
+        except BackendError as error:
+            if name != AUTO:
+                raise
+            unavailable[choice.name] = str(error)
+        else:
+            return choice
+
+
+def _explain(name: str, passed_over: list[str]) -> str:
+    if not passed_over:
+        return f"'{name}' is the fastest backend"
+    return f"'{name}' is the fastest backend that can run here ({'; '.join(passed_over)})"

@@ -1,0 +1,116 @@
+"""The RWKV-4 recurrence: an exponentially weighted mean of past values for each channel."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from rwkv_train.ops.backends import AUTO, Backend, Problem, ResolvedBackend, choose_backend, resolve_backend
+from rwkv_train.ops.context import SequenceContext
+from rwkv_train.ops.wkv4.reference import wkv4_reference
+
+EMPTY_LOG_SCALE = -1e38
+"""Log scale of sums to which nothing has been added: exp of it is 0, and it stays finite in a subtraction."""
+
+# Fastest first. A new backend is one line here and one file beside this one.
+BACKENDS = {
+    "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv4_reference),
+}
+
+
+def wkv4(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    context: SequenceContext,
+    *,
+    backend: str = AUTO,
+) -> tuple[Tensor, Tensor]:
+    """Mix each channel's tokens by a mean whose weights decay with age.
+
+    For one channel, with the sums ``A`` and ``B`` over the past::
+
+        y_t = (A_{t-1} + exp(u + k_t) v_t) / (B_{t-1} + exp(u + k_t))
+        A_t = exp(w) A_{t-1} + exp(k_t) v_t
+        B_t = exp(w) B_{t-1} + exp(k_t)
+
+    The state holds ``(numerator, denominator, p)``: ``A = numerator * exp(p)``, ``B = denominator * exp(p)``.
+    The final log scale ``p`` is a constant to the gradient: right for whatever uses the state only through
+    ``A`` and ``B``, as this operator does.
+
+    Computed in float32, or in float64 where ``v`` is float64. Every argument may be of any floating dtype and
+    gets its gradient in that dtype. There is no second derivative except with ``reference``.
+
+    Args:
+        w: log decay, ``[C]``, every value <= 0; the model passes ``-exp(time_decay)``.
+        u: bonus of the current token, ``[C]``, added to its key; the model's ``time_first``.
+        k: log weight of the token, ``[B, T, C]``.
+        v: value, ``[B, T, C]``.
+        state: state before the first token, ``[B, 3, C]`` in float32 (float64 where ``v`` is); that of
+            :func:`wkv4_zero_state` if ``None``.
+        context: where sequences start.
+        backend: a name from ``BACKENDS``, or ``"auto"`` for the fastest one that fits.
+
+    Returns:
+        ``(y, final_state)``: ``y`` is ``[B, T, C]`` in the dtype of ``v``; ``final_state`` is like ``state``.
+
+    Raises:
+        ValueError: the shapes disagree, or the state has another dtype.
+        BackendError: ``backend`` cannot run this problem.
+
+    Source:
+        Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", arXiv:2305.13048.
+    """
+    if k.dim() != 3 or v.shape != k.shape or w.shape != k.shape[2:] or u.shape != k.shape[2:]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (w, u, k, v))
+        raise ValueError(f"w and u must be [C], k and v [B, T, C], got {shapes}")
+    batch, _, n_embd = k.shape
+    state_dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    if state is None:
+        state = wkv4_zero_state(batch, n_embd, v.device, state_dtype)
+    if state.shape != (batch, 3, n_embd) or state.dtype != state_dtype:
+        raise ValueError(
+            f"state must be {state_dtype} of shape {(batch, 3, n_embd)}, "
+            f"got {state.dtype} of shape {tuple(state.shape)}"
+        )
+    problem = Problem(v.device.type, v.dtype, None, context)
+    return BACKENDS[resolve_wkv4(problem, backend)].run(w, u, k, v, state)
+
+
+def wkv4_zero_state(
+    batch_size: int,
+    n_embd: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return the state before a text: empty sums, ``[B, 3, C]``, with a log scale of -1e38."""
+    state = torch.zeros(batch_size, 3, n_embd, device=device, dtype=dtype)
+    state[:, 2] = EMPTY_LOG_SCALE
+    return state
+
+
+def resolve_wkv4(problem: Problem, name: str) -> str:
+    """Return the name of the backend that runs a problem; ``"auto"`` also loads it, once a process.
+
+    Raises:
+        BackendError: ``name`` cannot run the problem.
+    """
+    if name == AUTO:
+        return _resolve_auto(problem).name
+    return choose_backend(BACKENDS, problem, name).name
+
+
+def prepare_wkv4(problem: Problem, name: str) -> ResolvedBackend:
+    """Choose and load (where needed build) the backend for a problem, ahead of the first step.
+
+    Raises:
+        BackendError: ``name`` cannot run the problem, or cannot be loaded on this machine.
+    """
+    return _resolve_auto(problem) if name == AUTO else resolve_backend(BACKENDS, problem, name)
+
+
+@functools.cache
+def _resolve_auto(problem: Problem) -> ResolvedBackend:
+    return resolve_backend(BACKENDS, problem, AUTO)

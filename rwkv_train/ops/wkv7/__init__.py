@@ -1,0 +1,112 @@
+"""The RWKV-7 recurrence: a matrix state for each head, changed by a generalized delta rule."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from rwkv_train.ops.backends import AUTO, Backend, Problem, ResolvedBackend, choose_backend, resolve_backend
+from rwkv_train.ops.context import SequenceContext
+from rwkv_train.ops.wkv7.reference import wkv7_reference
+
+# Fastest first. A new backend is one line here and one file beside this one.
+BACKENDS = {
+    "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv7_reference),
+}
+
+
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None,
+    context: SequenceContext,
+    *,
+    backend: str = AUTO,
+) -> tuple[Tensor, Tensor]:
+    """Mix each head's tokens through a matrix state with a generalized delta rule.
+
+    For one head, with the state ``S`` indexed ``[value, key]``::
+
+        S_t = S_{t-1} diag(exp(w_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T
+        y_t = S_t r_t
+
+    Computed in float32, or in float64 where ``v`` is float64. Every argument may be of any floating dtype and
+    gets its gradient in that dtype. There is no second derivative except with ``reference``.
+
+    Args:
+        r: receptance, ``[B, T, H, N]``.
+        w: log decay, ``[B, T, H, N]``, every value <= 0. Not the raw decay and not ``log(-w)``. Best float32
+            even where the rest is bfloat16, also under autocast, which casts nothing here.
+        k: key, ``[B, T, H, N]``.
+        v: value, ``[B, T, H, N]``.
+        a: the key to remove, ``[B, T, H, N]``; the model passes ``-kk`` with ``|kk| = 1``.
+        b: the key to write what was removed to, ``[B, T, H, N]``; the model passes ``kk`` times its gate.
+        state: state before the first token, ``[B, H, N, N]`` in float32 (float64 where ``v`` is); zeros if
+            ``None``.
+        context: where sequences start.
+        backend: a name from ``BACKENDS``, or ``"auto"`` for the fastest one that fits.
+
+    Returns:
+        ``(y, final_state)``: ``y`` is ``[B, T, H, N]`` in the dtype of ``v``, ``final_state`` like ``state``.
+
+    Raises:
+        ValueError: the shapes disagree, or the state has another dtype.
+        BackendError: ``backend`` cannot run this problem.
+
+    Source:
+        Peng et al. 2025, "RWKV-7 Goose with Expressive Dynamic State Evolution", arXiv:2503.14456.
+    """
+    if any(x.shape != r.shape for x in (w, k, v, a, b)) or r.dim() != 4:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (r, w, k, v, a, b))
+        raise ValueError(f"r, w, k, v, a, b must have one shape [B, T, H, N], got {shapes}")
+    batch, _, n_head, head_size = r.shape
+    state_dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    if state is None:
+        state = wkv7_zero_state(batch, n_head, head_size, v.device, state_dtype)
+    if state.shape != (batch, n_head, head_size, head_size) or state.dtype != state_dtype:
+        raise ValueError(
+            f"state must be {state_dtype} of shape {(batch, n_head, head_size, head_size)}, "
+            f"got {state.dtype} of shape {tuple(state.shape)}"
+        )
+    problem = Problem(v.device.type, v.dtype, head_size, context)
+    return BACKENDS[resolve_wkv7(problem, backend)].run(r, w, k, v, a, b, state)
+
+
+def wkv7_zero_state(
+    batch_size: int,
+    n_head: int,
+    head_size: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return the state before a text: zeros, ``[B, H, N, N]``."""
+    return torch.zeros(batch_size, n_head, head_size, head_size, device=device, dtype=dtype)
+
+
+def resolve_wkv7(problem: Problem, name: str) -> str:
+    """Return the name of the backend that runs a problem; ``"auto"`` also loads it, once a process.
+
+    Raises:
+        BackendError: ``name`` cannot run the problem.
+    """
+    if name == AUTO:
+        return _resolve_auto(problem).name
+    return choose_backend(BACKENDS, problem, name).name
+
+
+def prepare_wkv7(problem: Problem, name: str) -> ResolvedBackend:
+    """Choose and load (where needed build) the backend for a problem, ahead of the first step.
+
+    Raises:
+        BackendError: ``name`` cannot run the problem, or cannot be loaded on this machine.
+    """
+    return _resolve_auto(problem) if name == AUTO else resolve_backend(BACKENDS, problem, name)
+
+
+@functools.cache
+def _resolve_auto(problem: Problem) -> ResolvedBackend:
+    return resolve_backend(BACKENDS, problem, AUTO)
