@@ -1,8 +1,13 @@
 """The recurrent memory of a model: what it must keep of all tokens it has read."""
 
+from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from rwkv_train.errors import CheckpointError
 
 
 class LayerState(NamedTuple):
@@ -11,10 +16,53 @@ class LayerState(NamedTuple):
     time_mix_x: Tensor
     """Last input of the time mix, ``[B, C]``, in the dtype of the activations."""
     wkv: Tensor
-    """State of the recurrence, float32: ``[B, 3, C]`` for RWKV-4, ``[B, H, N, N]`` (value, key) for RWKV-7."""
+    """State of the recurrence in float32: RWKV-4 ``[B, 3, C]``, RWKV-7 ``[B, H, N, N]`` (value, key)."""
     channel_mix_x: Tensor
     """Last input of the channel mix, ``[B, C]``, in the dtype of the activations."""
 
 
 ModelState = tuple[LayerState, ...]
 """Memory of a model, one entry for each block."""
+
+
+def save_state(path: str | Path, state: ModelState) -> None:
+    """Write ``state`` as safetensors, tensors named ``LAYER.FIELD``; the file appears whole or not at all.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    path = Path(path)
+    tensors = {
+        f"{layer}.{field}": tensor.detach().contiguous()
+        for layer, layer_state in enumerate(state)
+        for field, tensor in layer_state._asdict().items()
+    }
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        save_file(tensors, unfinished)
+        unfinished.replace(path)
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: the state cannot be written: {error}") from error
+
+
+def load_state(path: str | Path) -> ModelState:
+    """Read a state that :func:`save_state` wrote, onto the CPU.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or holds something else than a state.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: the state cannot be read: {error}") from error
+    names = [
+        [f"{layer}.{field}" for field in LayerState._fields]
+        for layer in range(len(tensors) // len(LayerState._fields))
+    ]
+    if not tensors or set(tensors) != {name for layer in names for name in layer}:
+        raise CheckpointError(
+            f"{path}: not the state of a model: found {', '.join(sorted(tensors)[:3]) or 'no tensors'}; "
+            f"a state has {', '.join(f'0.{field}' for field in LayerState._fields)}, 1. and so on"
+        )
+    return tuple(LayerState(*(tensors[name] for name in layer)) for layer in names)
