@@ -1,0 +1,105 @@
+"""``rwkv-train pretrain``: train a model from scratch or go on with a run."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rwkv_train.config.train import TrainConfig
+    from rwkv_train.training.run import RunSummary
+
+ConfigName = Annotated[
+    str, typer.Option("--config", metavar="FILE", help="A YAML file, or the name of a shipped preset.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Change one setting, e.g. optim.lr=3e-4; repeatable."),
+]
+Resume = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|none|PATH",
+        help="Go on from the newest checkpoint in out_dir if there is one, from scratch, or from this checkpoint.",
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the settings and what they come to; train nothing.")
+]
+
+
+def pretrain(
+    config: ConfigName, overrides: Overrides = None, resume: Resume = "auto", dry_run: DryRun = False
+) -> None:
+    """Train a model from scratch, or go on from the last checkpoint in out_dir."""
+    settings = _load_settings(config, overrides or [])
+    _log_to_stderr()
+    if dry_run:
+        _print_plan(settings)
+        return
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    from rwkv_train.training.run import run_pretraining
+
+    summary = run_pretraining(settings, resume)
+    if not rank_zero_only.rank:
+        _print_summary(summary)
+    if summary.signal is not None:
+        raise typer.Exit(128 + summary.signal)
+
+
+def _load_settings(config: str, overrides: list[str]) -> "TrainConfig":
+    from rwkv_train.config.load import check_tree, fill_sizes, read_tree
+    from rwkv_train.config.save import to_tree
+
+    tree = read_tree(config, overrides)
+    model = tree.get("model")
+    if isinstance(model, dict) and model.get("init_from") is not None:
+        from rwkv_train.checkpoints.read import read_weights
+
+        tree = fill_sizes(tree, to_tree(read_weights(str(model["init_from"])).config))
+    return check_tree(tree)
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+    from rich.logging import RichHandler
+
+    from rwkv_train.training.progress import stderr_console
+
+    handler = RichHandler(
+        console=stderr_console(), show_level=False, show_path=False, markup=False, highlighter=None
+    )
+    handler.setLevel(logging.WARNING if rank_zero_only.rank else logging.INFO)
+    package = logging.getLogger("rwkv_train")
+    package.setLevel(logging.INFO)
+    package.addHandler(handler)
+    # "GPU available: False", tips and the like; what we chose we say ourselves.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _print_plan(settings: "TrainConfig") -> None:
+    from rich.console import Console
+
+    from rwkv_train.config.save import to_yaml
+    from rwkv_train.planning.plan import make_plan
+
+    typer.echo(to_yaml(settings))
+    Console().print(_table("plan", make_plan(settings).rows()))
+
+
+def _print_summary(summary: "RunSummary") -> None:
+    from rich.console import Console
+
+    Console().print(_table("run", summary.rows()))
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> object:
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table

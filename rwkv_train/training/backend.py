@@ -1,0 +1,22 @@
+"""The backend of the recurrence for a run, chosen and loaded before the first step."""
+
+import torch
+
+from rwkv_train.config.train import TrainConfig
+from rwkv_train.models.registry import recurrence_of
+from rwkv_train.ops.backends import Problem, ResolvedBackend
+from rwkv_train.ops.prepare import prepare_backend
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16-autocast": torch.bfloat16}
+"""Dtype of the activations under each precision."""
+
+
+def choose_wkv_backend(config: TrainConfig, device: torch.device) -> ResolvedBackend:
+    """Return the name of the backend to run and why.
+
+    Raises:
+        BackendError: ``trainer.wkv_backend`` names one that cannot run here.
+    """
+    op, head_size = recurrence_of(config.model)
+    problem = Problem(device.type, COMPUTE_DTYPES[config.trainer.precision], head_size)
+    return prepare_backend(op, problem, config.trainer.wkv_backend)

@@ -1,0 +1,127 @@
+"""Which checkpoints a run writes, which it keeps, and what is in them."""
+
+import base64
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_train.checkpoints.io import write_file_atomically
+from rwkv_train.checkpoints.training_state import (
+    TrainingState,
+    prune_training_checkpoints,
+    save_training_checkpoint,
+)
+from rwkv_train.config.save import to_tree
+from rwkv_train.config.train import TrainConfig
+from rwkv_train.data.prepare import Corpus
+from rwkv_train.tokenizers import TokenizerIdentity
+from rwkv_train.training.module import PretrainModule, named_moments
+from rwkv_train.training.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+BEST_FILE = "best.json"
+
+
+class CheckpointKeeper:
+    """Writes checkpoints at an interval and keeps the newest few and the best one.
+
+    Args:
+        config: the settings of the run, saved with each checkpoint.
+        tokenizer: identity of the corpus' tokenizer.
+        corpus: the training corpus.
+        is_writer: whether this process writes; exactly one does.
+    """
+
+    def __init__(
+        self, config: TrainConfig, tokenizer: TokenizerIdentity, corpus: Corpus, *, is_writer: bool
+    ) -> None:
+        self._config = config
+        self._n_train_tokens = corpus.tokens.n_tokens
+        self._tokenizer = tokenizer
+        self._is_writer = is_writer
+        self._out_dir = Path(config.trainer.out_dir)
+        self._best = read_best(self._out_dir)
+        self._validation: Validation | None = None
+        self.newest: Path | None = None
+        """The checkpoint written last by this process."""
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a checkpoint follows this step."""
+        return step % self._config.checkpoint.every_n_steps == 0
+
+    def is_best(self, validation: Validation) -> bool:
+        """Note a validation; return whether it is the best one so far."""
+        self._validation = validation
+        return self._best is None or validation.loss < self._best["loss"]
+
+    def save(
+        self, module: PretrainModule, optimizer: torch.optim.Optimizer, seconds: float, *, is_best: bool
+    ) -> None:
+        """Write a checkpoint, then remove those that are no longer kept."""
+        step = module.completed_steps
+        if not self._is_writer:
+            return
+        moments = named_moments(optimizer)
+        state = TrainingState(
+            weights={name: tensor.detach() for name, tensor in module.model.state_dict().items()},
+            exp_avg=moments["exp_avg"],
+            exp_avg_sq=moments["exp_avg_sq"],
+            manifest=self._manifest(step, seconds),
+        )
+        self.newest = save_training_checkpoint(self._out_dir, state)
+        logger.debug("wrote %s", self.newest)
+        if is_best:
+            assert self._validation is not None
+            self._best = {"checkpoint": self.newest.name, "step": step, "loss": self._validation.loss}
+            write_file_atomically(self._out_dir / "checkpoints" / BEST_FILE, json.dumps(self._best).encode())
+        keep = {self._out_dir / "checkpoints" / self._best["checkpoint"]} if self._best else set()
+        prune_training_checkpoints(self._out_dir, self._config.checkpoint.keep_last, keep)
+
+    def _manifest(self, step: int, seconds: float) -> dict[str, Any]:
+        settings = self._config.trainer
+        return {
+            "step": step,
+            "tokens": step * settings.global_batch_size * self._config.model.ctx_len,
+            "config": to_tree(self._config),
+            "tokenizer": self._tokenizer._asdict(),
+            "data": {
+                "samples": step * settings.global_batch_size,
+                "train_tokens": self._n_train_tokens,
+            },
+            "random": random_state(),
+            "train_seconds": seconds,
+            "validation": None if self._validation is None else self._validation.to_json(),
+        }
+
+
+def read_best(out_dir: Path) -> dict[str, Any] | None:
+    """Return the note of a run's best checkpoint: its name, step and validation loss."""
+    path = out_dir / "checkpoints" / BEST_FILE
+    if not path.exists():
+        return None
+    best: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return best
+
+
+def random_state() -> dict[str, str]:
+    """Return the states of torch's random generators, by device, as base64."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
+
+
+def restore_random_state(saved: dict[str, str]) -> None:
+    """Put torch's random generators where :func:`random_state` found them."""
+
+    def decode(text: str) -> Tensor:
+        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+    torch.set_rng_state(decode(saved["cpu"]))
+    if "cuda" in saved and torch.cuda.is_available():
+        torch.cuda.set_rng_state(decode(saved["cuda"]))

@@ -1,0 +1,91 @@
+"""Where metrics go: a CSV file always, TensorBoard and Weights & Biases by setting."""
+
+import csv
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+
+from rwkv_train.config.save import to_tree
+from rwkv_train.config.train import TrainConfig
+from rwkv_train.errors import ConfigError
+
+METRICS_FILE = "metrics.csv"
+
+
+class MetricsFile(Logger):
+    """One row a report in ``out_dir/metrics.csv``, which outlives interruptions.
+
+    Lightning's own CSV logger deletes the file of an earlier process; this one goes on with it, without
+    the rows of steps that are about to be done again.
+
+    Args:
+        path: the file.
+        columns: names of the metrics; ``step`` comes first.
+        start_step: steps that are done; later rows of an earlier process are dropped.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], start_step: int) -> None:
+        super().__init__()
+        self._path = path
+        self._columns = ["step", *columns]
+        kept = [row for row in read_metrics(path) if int(row["step"]) <= start_step]
+        partial = path.with_suffix(".partial")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(kept)
+        partial.replace(path)
+
+    @property
+    def name(self) -> str:
+        """Lightning's name for this logger."""
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        """Lightning asks for one; a run has one file."""
+        return ""
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the settings are in every checkpoint."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append one row; a column that ``metrics`` lacks stays empty."""
+        with self._path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self._columns).writerow({"step": step, **metrics})
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a metrics file; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        # A process that was killed while it wrote leaves a last row without its step.
+        return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
+
+
+def make_loggers(config: TrainConfig, columns: Sequence[str], start_step: int) -> list[Logger]:
+    """Return the loggers that the settings ask for.
+
+    Raises:
+        ConfigError: TensorBoard is asked for but not installed.
+    """
+    out_dir = Path(config.trainer.out_dir)
+    loggers: list[Logger] = [MetricsFile(out_dir / METRICS_FILE, columns, start_step)]
+    if config.trainer.tensorboard:
+        if find_spec("tensorboard") is None:
+            raise ConfigError(
+                "trainer.tensorboard is true but TensorBoard is not installed; pip install 'rwkv-train[tensorboard]'"
+            )
+        loggers.append(TensorBoardLogger(save_dir=out_dir, name="tensorboard", version=""))
+    if config.trainer.wandb_project is not None:
+        loggers.append(
+            WandbLogger(
+                project=config.trainer.wandb_project, name=out_dir.name, save_dir=out_dir, config=to_tree(config)
+            )
+        )
+    return loggers

@@ -1,0 +1,131 @@
+"""Where a run goes on from, and whether it may."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from rwkv_train.checkpoints.training_state import (
+    TrainingState,
+    list_training_checkpoints,
+    load_training_checkpoint,
+    newest_valid_checkpoint,
+)
+from rwkv_train.config.save import to_tree
+from rwkv_train.config.train import TrainConfig
+from rwkv_train.errors import CheckpointError, ConfigError
+from rwkv_train.tokenizers import TokenizerIdentity
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+NONE = "none"
+
+MAY_CHANGE = {
+    "data": {"train", "valid", "cache_dir"},
+    "trainer": {
+        "out_dir",
+        "max_steps",
+        "max_tokens",
+        "max_epochs",
+        "micro_batch_size",
+        "accelerator",
+        "strategy",
+        "devices",
+        "num_nodes",
+        "wkv_backend",
+        "log_every_n_steps",
+        "val_every_n_steps",
+        "val_tokens",
+        "sample_tokens",
+        "sample_prompt",
+        "tensorboard",
+        "wandb_project",
+    },
+    "checkpoint": {"every_n_steps", "keep_last"},
+}
+"""Settings that a resumed run may have otherwise than the run it goes on with, by section."""
+
+
+def find_resume_state(
+    resume: str, config: TrainConfig, tokenizer: TokenizerIdentity, n_train_tokens: int
+) -> TrainingState | None:
+    """Return the state that a run starts from, or ``None`` for a run from scratch.
+
+    Args:
+        resume: ``"auto"`` (the newest checkpoint in ``out_dir``, if any), ``"none"``, or the path of a
+            training checkpoint or of another run's folder.
+        config: the settings of the run.
+        tokenizer: identity of its corpus' tokenizer.
+        n_train_tokens: length of its training corpus.
+
+    Raises:
+        CheckpointError: there is no valid checkpoint at the path, or ``out_dir`` holds a run that
+            would be mixed with this one.
+        ConfigError: a setting that must not change differs from the checkpoint's.
+    """
+    out_dir = Path(config.trainer.out_dir)
+    existing = list_training_checkpoints(out_dir)
+    if resume == NONE:
+        if existing:
+            raise CheckpointError(
+                f"trainer.out_dir ({out_dir}) already holds a run ({existing[-1].name}); "
+                "go on with it (--resume auto), or choose another trainer.out_dir"
+            )
+        return None
+    if resume == AUTO:
+        if not existing:
+            return None
+        folder = newest_valid_checkpoint(out_dir)
+        if folder is None:
+            raise CheckpointError(
+                f"none of the {len(existing)} checkpoints in {out_dir} is whole; choose another trainer.out_dir"
+            )
+    else:
+        folder = _checkpoint_at(Path(resume).expanduser())
+        if existing and folder.resolve() != existing[-1].resolve():
+            raise CheckpointError(
+                f"trainer.out_dir ({out_dir}) holds a run of its own ({existing[-1].name}); "
+                f"choose another trainer.out_dir to go on from {folder}"
+            )
+    state = load_training_checkpoint(folder)
+    _check_same_settings(state.manifest, config, folder)
+    _check_same_data(state.manifest, tokenizer, n_train_tokens, folder)
+    logger.info("going on from %s", folder)
+    return state
+
+
+def _checkpoint_at(path: Path) -> Path:
+    if (path / "manifest.json").is_file():
+        return path
+    newest = newest_valid_checkpoint(path) if path.is_dir() else None
+    if newest is None:
+        raise CheckpointError(f"--resume {path}: there is no training checkpoint; give auto, none, or a path")
+    return newest
+
+
+def _check_same_settings(manifest: dict[str, Any], config: TrainConfig, folder: Path) -> None:
+    now = to_tree(config)
+    for section, saved in manifest["config"].items():
+        for name, value in saved.items():
+            if name in MAY_CHANGE.get(section, set()) or now[section].get(name) == value:
+                continue
+            raise ConfigError(
+                f"{section}.{name} is {now[section].get(name)!r} but {value!r} in {folder}; set it back to go on "
+                "with that run, or choose another trainer.out_dir for a new one"
+            )
+
+
+def _check_same_data(
+    manifest: dict[str, Any], tokenizer: TokenizerIdentity, n_train_tokens: int, folder: Path
+) -> None:
+    saved = TokenizerIdentity(**manifest["tokenizer"])
+    if saved != tokenizer:
+        raise ConfigError(
+            f"the corpus was tokenized with {tokenizer.name} ({tokenizer.sha256[:12]}) but {folder} was trained "
+            f"with {saved.name} ({saved.sha256[:12]}); use the same one"
+        )
+    if manifest["data"]["train_tokens"] != n_train_tokens:
+        raise ConfigError(
+            f"data.train has {n_train_tokens:,} tokens but {folder} was trained on {manifest['data']['train_tokens']:,}; "
+            "use the same corpus, or choose another trainer.out_dir"
+        )

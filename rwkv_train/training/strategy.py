@@ -1,0 +1,66 @@
+"""From our settings to Lightning's Trainer."""
+
+import warnings
+from typing import Literal
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from rwkv_train.config.trainer import TrainerConfig
+from rwkv_train.errors import ConfigError
+
+PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16-autocast": "bf16-mixed"}
+"""Our names, said by what they do, and Lightning's."""
+
+
+def device_of(settings: TrainerConfig) -> torch.device:
+    """Return the kind of device that the settings choose on this machine.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none, or fewer than ``devices``.
+    """
+    if settings.accelerator == "cpu":
+        return torch.device("cpu")
+    n_gpus = torch.cuda.device_count()
+    if settings.accelerator == "auto" and n_gpus == 0:
+        return torch.device("cpu")
+    if n_gpus < settings.devices:
+        raise ConfigError(
+            f"trainer.devices is {settings.devices} but this machine has {n_gpus} GPUs; lower it, or set "
+            "trainer.accelerator to 'cpu'"
+        )
+    return torch.device("cuda")
+
+
+def make_trainer(
+    settings: TrainerConfig, n_steps: int, callbacks: list[Callback], loggers: list[Logger]
+) -> Trainer:
+    """Build the Trainer for ``n_steps`` optimizer steps; checkpoints, validation and display are ours."""
+    # Lightning advises more loader workers; reading a memory-mapped slice needs none.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    return Trainer(
+        accelerator="cpu" if device_of(settings).type == "cpu" else "gpu",
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=_strategy(settings),
+        precision=PRECISIONS[settings.precision],
+        max_steps=n_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=settings.accumulation,
+        callbacks=callbacks,
+        logger=loggers,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
+
+
+def _strategy(settings: TrainerConfig) -> Strategy | Literal["auto"]:
+    if settings.world_size == 1 and settings.strategy == "auto":
+        return "auto"
+    return DDPStrategy()

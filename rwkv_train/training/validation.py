@@ -1,0 +1,143 @@
+"""The held-out loss during a run, by the same definition as ``rwkv-train eval-ppl``, and a short sample."""
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from rwkv_train.config.trainer import TrainerConfig
+from rwkv_train.data.prepare import Corpus
+from rwkv_train.evaluation.perplexity import TokenDocument, Totals, evaluate_tokens
+from rwkv_train.generation.generate import generate
+from rwkv_train.generation.sampling import SamplingSettings
+from rwkv_train.models.lm import LanguageModel
+from rwkv_train.tokenizers import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+SAMPLES_FILE = "samples.txt"
+POOLED = "total"
+
+
+class Validation(NamedTuple):
+    """The result of one validation."""
+
+    totals: dict[str, Totals]
+    """Sums by domain, and pooled under ``"total"``."""
+
+    @property
+    def loss(self) -> float:
+        """Pooled nats per token."""
+        return self.totals[POOLED].nats / self.totals[POOLED].tokens
+
+    def as_metrics(self) -> dict[str, float]:
+        """Return the columns of a metrics row; see :func:`metric_columns`."""
+        row = {"val_loss": self.loss}
+        for domain, totals in self.totals.items():
+            if totals.bytes:
+                row[_column(domain)] = totals.bits_per_byte
+        return row
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the metrics of each domain as JSON's types."""
+        return {domain: totals.to_json() for domain, totals in self.totals.items()}
+
+
+class Validator:
+    """Scores the same held-out documents each time, each from a fresh state to its end.
+
+    Args:
+        corpus: the validation corpus.
+        tokenizer: its tokenizer.
+        settings: how many tokens to score and to sample, and where to write the sample.
+        rank: number of this process; documents are dealt out to all.
+        device: where the model is.
+    """
+
+    def __init__(
+        self, corpus: Corpus, tokenizer: Tokenizer, settings: TrainerConfig, rank: int, device: torch.device
+    ) -> None:
+        documents = select_documents(corpus, settings.val_tokens)
+        self.domains = sorted({document.domain for document in documents})
+        self.last: Validation | None = None
+        self._documents = documents[rank :: settings.world_size]
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._rank = rank
+        self._device = device
+
+    def run(self, model: LanguageModel, step: int) -> Validation:
+        """Score the documents, log the result and write a sample."""
+        model.eval()
+        by_domain = evaluate_tokens(model, self._documents).domains
+        sums = torch.tensor(
+            [list(by_domain.get(domain, Totals())) for domain in self.domains], dtype=torch.float64
+        )
+        if self._settings.world_size > 1:
+            sums = sums.to(self._device)
+            torch.distributed.all_reduce(sums)
+        totals = {
+            domain: Totals(int(documents), int(tokens), int(n_bytes), nats)
+            for domain, (documents, tokens, n_bytes, nats) in zip(self.domains, sums.tolist(), strict=True)
+        }
+        pooled = Totals()
+        for part in totals.values():
+            pooled += part
+        self.last = Validation({POOLED: pooled, **totals})
+        logger.info("step %d: validation %s", step, _one_line(self.last))
+        # Every process samples: under a sharded strategy all must make the same forward calls.
+        self._write_sample(model, step)
+        model.train()
+        return self.last
+
+    def _write_sample(self, model: LanguageModel, step: int) -> None:
+        if not self._settings.sample_tokens:
+            return
+        pieces = generate(
+            model,
+            self._tokenizer,
+            self._settings.sample_prompt,
+            SamplingSettings(),
+            max_tokens=self._settings.sample_tokens,
+            seed=self._settings.seed,
+        )
+        text = "".join(pieces)
+        if self._rank == 0:
+            with (Path(self._settings.out_dir) / SAMPLES_FILE).open("a", encoding="utf-8") as file:
+                file.write(f"--- step {step}\n{self._settings.sample_prompt}{text}\n")
+
+
+def metric_columns(domains: list[str]) -> list[str]:
+    """Return the names of the metrics of a validation over these domains."""
+    return ["val_loss", *(_column(domain) for domain in [POOLED, *domains])]
+
+
+def select_documents(corpus: Corpus, n_tokens: int) -> list[TokenDocument]:
+    """Take whole documents from the head of each domain, up to its share of ``n_tokens``.
+
+    At least one document of each domain is taken; a corpus that is smaller is taken whole.
+    """
+    share = min(1.0, n_tokens / corpus.tokens.n_tokens)
+    wanted = {domain: share * count for domain, count in corpus.tokens_by_domain().items()}
+    taken = dict.fromkeys(wanted, 0)
+    chosen = []
+    for document in corpus.token_documents():
+        if taken[document.domain] < wanted[document.domain]:
+            chosen.append(document)
+            taken[document.domain] += len(document.tokens)
+    return chosen
+
+
+def _column(domain: str) -> str:
+    return "val_bits_per_byte" if domain == POOLED else f"val_bits_per_byte/{domain}"
+
+
+def _one_line(validation: Validation) -> str:
+    numbers = [f"loss {validation.loss:.4f} nats/token"]
+    numbers += [
+        f"{'' if domain == POOLED else domain + ' '}{totals.bits_per_byte:.4f} bits/byte"
+        for domain, totals in validation.totals.items()
+        if totals.bytes
+    ]
+    return ", ".join(numbers)
