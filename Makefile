@@ -18,8 +18,8 @@ demo: env
 	@echo "== 1/6  the built-in corpus: documentation and sources that ship with Python"
 	$(RWKV) prepare-data --input builtin --tokenizer bytes --output $(DEMO)/corpus --overwrite
 	@echo "== 2/6  the untrained model"
-	$(RWKV) init-weights --config quickstart --output $(DEMO)/untrained.pth --overwrite
-	$(RWKV) eval-ppl --checkpoint $(DEMO)/untrained.pth --data $(DEMO)/corpus-valid.jsonl.zst --tokenizer bytes --limit 60
+	$(RWKV) init-weights --config quickstart --output $(DEMO)/untrained --overwrite
+	$(RWKV) eval-ppl --checkpoint $(DEMO)/untrained --data $(DEMO)/corpus-valid.jsonl.zst --limit 60
 	@echo "== 3/6  pretraining (a few minutes on two cores)"
 	$(RWKV) pretrain --config quickstart --set trainer.out_dir=$(DEMO)/run
 	@echo "== 4/6  the trained model, by domain"

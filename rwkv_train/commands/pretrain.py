@@ -54,7 +54,7 @@ def _load_settings(config: str, overrides: list[str]) -> "TrainConfig":
     tree = read_tree(config, overrides)
     model = tree.get("model")
     if isinstance(model, dict) and model.get("init_from") is not None:
-        from rwkv_train.checkpoints.read import read_weights
+        from rwkv_train.checkpoints.weights import read_weights
 
         tree = fill_sizes(tree, to_tree(read_weights(str(model["init_from"])).config))
     return check_tree(tree)

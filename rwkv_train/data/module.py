@@ -47,9 +47,7 @@ class TokenSamples(Dataset[Sample]):
         n_steps: steps of the whole run.
     """
 
-    def __init__(
-        self, corpus: Corpus, config: TrainConfig, rank: int, start_step: int, n_steps: int
-    ) -> None:
+    def __init__(self, corpus: Corpus, config: TrainConfig, rank: int, start_step: int, n_steps: int) -> None:
         self._tokens = corpus.tokens.tokens
         self._n_slots = n_slots(corpus, config.model.ctx_len)
         self._config = config

@@ -35,6 +35,8 @@ class Architecture(Generic[ConfigT]):
     """End of a parameter's name -> factor of its learning rate."""
     unused_parameters: frozenset[str]
     """Parameters that take no part in the result; a published file may lack them."""
+    recurrence: Callable[[ConfigT], tuple[str, int | None]]
+    """Gives the name of the recurrence's operator and its head size, if it has heads."""
 
 
 ARCHITECTURES: Mapping[str, Architecture[Any]] = {
@@ -45,6 +47,7 @@ ARCHITECTURES: Mapping[str, Architecture[Any]] = {
         rwkv4.embedding_scale,
         rwkv4.LEARNING_RATE_FACTORS,
         rwkv4.UNUSED_PARAMETERS,
+        lambda config: ("wkv4", None),
     ),
     "rwkv7": Architecture(
         rwkv7.TimeMix,
@@ -53,6 +56,7 @@ ARCHITECTURES: Mapping[str, Architecture[Any]] = {
         rwkv7.embedding_scale,
         rwkv7.LEARNING_RATE_FACTORS,
         rwkv7.UNUSED_PARAMETERS,
+        lambda config: ("wkv7", config.head_size),
     ),
 }
 
@@ -140,6 +144,11 @@ def unused_parameters(arch: str) -> frozenset[str]:
     They ask for no gradient, and a published file may lack them.
     """
     return ARCHITECTURES[arch].unused_parameters
+
+
+def recurrence_of(config: ModelConfig) -> tuple[str, int | None]:
+    """Return the operator of a model's recurrence (``"wkv7"``, say) and its head size, if it has heads."""
+    return ARCHITECTURES[config.arch].recurrence(config)
 
 
 def has_weight_decay(name: str, parameter: Tensor) -> bool:

@@ -44,8 +44,10 @@ def estimate_memory(config: TrainConfig, device: torch.device, wkv_backend: str)
         if config.trainer.precision == "bf16-autocast"
         else nullcontext()
     )
+    model = build_model(config.model, wkv_backend=wkv_backend, device="meta")
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     with FakeTensorMode(), torch.device(device):
-        model = build_model(config.model, wkv_backend=wkv_backend)
+        model.load_state_dict({name: torch.empty(shape) for name, shape in shapes.items()}, assign=True)
         parameters = {_storage_of(parameter) for parameter in model.parameters()}
         tokens = torch.zeros(batch, ctx_len, dtype=torch.int64)
         kept: dict[Any, int] = {}

@@ -64,7 +64,9 @@ def make_plan(config: TrainConfig) -> Plan:
     backend = choose_wkv_backend(config, device)
     return Plan(
         n_parameters=count_parameters(config.model),
-        n_steps=total_steps(config.trainer, config.model.ctx_len, n_slots(corpora.train, config.model.ctx_len)),
+        n_steps=total_steps(
+            config.trainer, config.model.ctx_len, n_slots(corpora.train, config.model.ctx_len)
+        ),
         tokens_per_step=config.trainer.global_batch_size * config.model.ctx_len,
         accumulation=config.trainer.accumulation,
         train_tokens=corpora.train.tokens.n_tokens,

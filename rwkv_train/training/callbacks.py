@@ -99,7 +99,9 @@ class RunCallback(Callback):
         if is_last or is_best or wants_stop or self.keeper.is_due(step):
             self.keeper.save(module, trainer.optimizers[0], self.meter.seconds, is_best=is_best)
         if wants_stop and not is_last:
-            logger.info("stopping after step %d of %d; the same command goes on from here", step, module.n_steps)
+            logger.info(
+                "stopping after step %d of %d; the same command goes on from here", step, module.n_steps
+            )
             trainer.should_stop = True
 
     def _release(self) -> None:

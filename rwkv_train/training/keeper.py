@@ -1,17 +1,18 @@
 """Which checkpoints a run writes, which it keeps, and what is in them."""
 
-import base64
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from rwkv_train.checkpoints.io import write_file_atomically
+from rwkv_train.checkpoints.formats import CHECKPOINTS_FOLDER
+from rwkv_train.checkpoints.io import new_file
 from rwkv_train.checkpoints.training_state import (
     TrainingState,
+    decode_random_state,
+    encode_random_state,
     prune_training_checkpoints,
     save_training_checkpoint,
 )
@@ -23,8 +24,6 @@ from rwkv_train.training.module import PretrainModule, named_moments
 from rwkv_train.training.validation import Validation
 
 logger = logging.getLogger(__name__)
-
-BEST_FILE = "best.json"
 
 
 class CheckpointKeeper:
@@ -78,9 +77,14 @@ class CheckpointKeeper:
         if is_best:
             assert self._validation is not None
             self._best = {"checkpoint": self.newest.name, "step": step, "loss": self._validation.loss}
-            write_file_atomically(self._out_dir / "checkpoints" / BEST_FILE, json.dumps(self._best).encode())
-        keep = {self._out_dir / "checkpoints" / self._best["checkpoint"]} if self._best else set()
+            self._note_best()
+        keep = {self.newest.parent / self._best["checkpoint"]} if self._best else set()
         prune_training_checkpoints(self._out_dir, self._config.checkpoint.keep_last, keep)
+
+    def _note_best(self) -> None:
+        text = json.dumps(self._best)
+        with new_file(_best_file(self._out_dir), len(text)) as new:
+            new.write_text(text, encoding="utf-8")
 
     def _manifest(self, step: int, seconds: float) -> dict[str, Any]:
         settings = self._config.trainer
@@ -88,6 +92,7 @@ class CheckpointKeeper:
             "step": step,
             "tokens": step * settings.global_batch_size * self._config.model.ctx_len,
             "config": to_tree(self._config),
+            "arch_config": to_tree(self._config.model),
             "tokenizer": self._tokenizer._asdict(),
             "data": {
                 "samples": step * settings.global_batch_size,
@@ -101,27 +106,27 @@ class CheckpointKeeper:
 
 def read_best(out_dir: Path) -> dict[str, Any] | None:
     """Return the note of a run's best checkpoint: its name, step and validation loss."""
-    path = out_dir / "checkpoints" / BEST_FILE
+    path = _best_file(out_dir)
     if not path.exists():
         return None
     best: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return best
 
 
+def _best_file(out_dir: Path) -> Path:
+    return out_dir / CHECKPOINTS_FOLDER / "best.json"
+
+
 def random_state() -> dict[str, str]:
-    """Return the states of torch's random generators, by device, as base64."""
+    """Return the states of torch's random generators, by device, as text."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
+    return {device: encode_random_state(state) for device, state in states.items()}
 
 
 def restore_random_state(saved: dict[str, str]) -> None:
     """Put torch's random generators where :func:`random_state` found them."""
-
-    def decode(text: str) -> Tensor:
-        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-
-    torch.set_rng_state(decode(saved["cpu"]))
+    torch.set_rng_state(decode_random_state(saved["cpu"]))
     if "cuda" in saved and torch.cuda.is_available():
-        torch.cuda.set_rng_state(decode(saved["cuda"]))
+        torch.cuda.set_rng_state(decode_random_state(saved["cuda"]))

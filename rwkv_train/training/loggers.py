@@ -85,7 +85,10 @@ def make_loggers(config: TrainConfig, columns: Sequence[str], start_step: int) -
     if config.trainer.wandb_project is not None:
         loggers.append(
             WandbLogger(
-                project=config.trainer.wandb_project, name=out_dir.name, save_dir=out_dir, config=to_tree(config)
+                project=config.trainer.wandb_project,
+                name=out_dir.name,
+                save_dir=out_dir,
+                config=to_tree(config),
             )
         )
     return loggers

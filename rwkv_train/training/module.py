@@ -10,6 +10,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from rwkv_train.checkpoints.training_state import TrainingState
+from rwkv_train.config.optim import OptimConfig
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.errors import TrainingError
 from rwkv_train.models.lm import LanguageModel
@@ -82,8 +83,7 @@ class PretrainModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build AdamW here, not in ``__init__``: by now the strategy has placed the parameters."""
         optim = self.config.optim
-        groups = parameter_groups(self.model, self.config.model.arch, optim)
-        optimizer = AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+        optimizer = make_optimizer(self.model, self.config.model.arch, optim)
         if self._resume is not None:
             restore_moments(optimizer, self._resume)
             self._resume = None  # the moments are in the optimizer now; do not keep them twice
@@ -91,6 +91,12 @@ class PretrainModule(LightningModule):
             optimizer, lambda step: learning_rate_factor(self.start_step + step, self.n_steps, optim)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def make_optimizer(model: LanguageModel, arch: str, optim: OptimConfig) -> AdamW:
+    """Build the optimizer: fused AdamW over the published parameter groups."""
+    groups = parameter_groups(model, arch, optim)
+    return AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
 
 
 def named_moments(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:

@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+# Not pyplot: it would keep every figure, and choose a window system.
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 from rwkv_train.training.loggers import METRICS_FILE, read_metrics
 
 PLOT_FILE = "loss.png"
@@ -14,10 +18,6 @@ def plot_run(out_dir: Path) -> Path:
     Returns:
         The path of the picture.
     """
-    # Not pyplot: it would keep every figure, and choose a window system.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = read_metrics(out_dir / METRICS_FILE)
     has_validation = any(row.get(_BITS_PER_BYTE) for row in rows)
     figure = Figure(figsize=(10 if has_validation else 6, 4), layout="constrained")

@@ -73,16 +73,12 @@ def find_resume_state(
             )
         return None
     if resume == AUTO:
-        if not existing:
-            return None
         folder = newest_valid_checkpoint(out_dir)
         if folder is None:
-            raise CheckpointError(
-                f"none of the {len(existing)} checkpoints in {out_dir} is whole; choose another trainer.out_dir"
-            )
+            return None
     else:
         folder = _checkpoint_at(Path(resume).expanduser())
-        if existing and folder.resolve() != existing[-1].resolve():
+        if existing and folder.resolve().parent != existing[-1].resolve().parent:
             raise CheckpointError(
                 f"trainer.out_dir ({out_dir}) holds a run of its own ({existing[-1].name}); "
                 f"choose another trainer.out_dir to go on from {folder}"
@@ -119,7 +115,7 @@ def _check_same_data(
     manifest: dict[str, Any], tokenizer: TokenizerIdentity, n_train_tokens: int, folder: Path
 ) -> None:
     saved = TokenizerIdentity(**manifest["tokenizer"])
-    if saved != tokenizer:
+    if not saved.matches(tokenizer):
         raise ConfigError(
             f"the corpus was tokenized with {tokenizer.name} ({tokenizer.sha256[:12]}) but {folder} was trained "
             f"with {saved.name} ({saved.sha256[:12]}); use the same one"

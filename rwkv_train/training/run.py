@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from rwkv_train.checkpoints.read import read_weights
+from rwkv_train.checkpoints.weights import read_weights
 from rwkv_train.checkpoints.training_state import TrainingState
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.data.builtin import ensure_builtin

@@ -8,7 +8,8 @@ import torch
 
 from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.data.prepare import Corpus
-from rwkv_train.evaluation.perplexity import TokenDocument, Totals, evaluate_tokens
+from rwkv_train.evaluation.perplexity import TokenDocument, evaluate_tokens
+from rwkv_train.evaluation.totals import Totals
 from rwkv_train.generation.generate import generate
 from rwkv_train.generation.sampling import SamplingSettings
 from rwkv_train.models.lm import LanguageModel
@@ -70,7 +71,9 @@ class Validator:
     def run(self, model: LanguageModel, step: int) -> Validation:
         """Score the documents, log the result and write a sample."""
         model.eval()
-        by_domain = evaluate_tokens(model, self._documents).domains
+        by_domain = evaluate_tokens(
+            model, self._documents, end_of_document=self._tokenizer.end_of_document
+        ).domains
         sums = torch.tensor(
             [list(by_domain.get(domain, Totals())) for domain in self.domains], dtype=torch.float64
         )

@@ -1,0 +1,113 @@
+"""The time of a whole training step: forward, backward, clipping, optimizer."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+from rwkv_train.config.model import ModelConfig
+from rwkv_train.config.optim import OptimConfig
+from rwkv_train.models.lm import LanguageModel
+from rwkv_train.models.registry import build_model, initialize
+from rwkv_train.training.module import make_optimizer
+
+
+class StepTimes(NamedTuple):
+    """Seconds of the parts of one step."""
+
+    forward: float
+    backward: float
+    update: float
+    """Clipping and the optimizer."""
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return self.forward + self.backward + self.update
+
+
+def bench_training(
+    config: ModelConfig,
+    *,
+    micro_batch_size: int,
+    backends: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    repeats: int = 5,
+    warmup: int = 2,
+) -> list[dict[str, Any]]:
+    """Measure training steps of one model with several recurrence backends, taken in turn.
+
+    Args:
+        config: the model; a sample has ``config.ctx_len`` tokens.
+        micro_batch_size: samples in a step.
+        backends: names of recurrence backends.
+        device: where to run.
+        dtype: float32, or bfloat16 for autocast.
+        repeats: steps that are measured; the median counts.
+        warmup: steps before those.
+
+    Returns:
+        One row for each backend: its name, sizes, milliseconds of each part, tokens per second.
+    """
+    tokens = torch.randint(
+        config.vocab_size,
+        (micro_batch_size, config.ctx_len + 1),
+        generator=torch.Generator().manual_seed(0),
+    ).to(device)
+    models = {}
+    for backend in backends:
+        model = build_model(config, wkv_backend=backend)
+        initialize(model, seed=0)
+        models[backend] = model.to(device)
+    optimizers = {name: make_optimizer(model, config.arch, OptimConfig()) for name, model in models.items()}
+    times: dict[str, list[StepTimes]] = {name: [] for name in backends}
+    for i in range(warmup + repeats):
+        for name in backends:  # in turn, so that a machine that slows down slows all of them
+            measured = _step(models[name], optimizers[name], tokens, dtype)
+            if i >= warmup:
+                times[name].append(measured)
+    return [_row(config, micro_batch_size, name, times[name]) for name in backends]
+
+
+def _step(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, dtype: torch.dtype
+) -> StepTimes:
+    marks = [_now(tokens.device)]
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        losses = model(tokens[:, :-1], targets=tokens[:, 1:]).losses
+    loss = losses.mean()
+    marks.append(_now(tokens.device))
+    loss.backward()
+    marks.append(_now(tokens.device))
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    marks.append(_now(tokens.device))
+    return StepTimes(*(after - before for before, after in pairwise(marks)))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _row(config: ModelConfig, batch: int, backend: str, times: list[StepTimes]) -> dict[str, Any]:
+    median = statistics.median(step.total for step in times)
+    return {
+        "arch": config.arch,
+        "backend": backend,
+        "n_layer": config.n_layer,
+        "n_embd": config.n_embd,
+        "batch": batch,
+        "ctx_len": config.ctx_len,
+        "forward_ms": 1e3 * statistics.median(step.forward for step in times),
+        "backward_ms": 1e3 * statistics.median(step.backward for step in times),
+        "update_ms": 1e3 * statistics.median(step.update for step in times),
+        "step_ms": 1e3 * median,
+        "tokens_per_second": batch * config.ctx_len / median,
+    }

@@ -1,0 +1,30 @@
+"""``rwkv-train init-weights``: write the weights that a run starts from."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rwkv_train.commands.pretrain import ConfigName, Overrides
+
+Output = Annotated[Path, typer.Option(help="The safetensors folder to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")]
+
+
+def init_weights(
+    config: ConfigName, output: Output, overrides: Overrides = None, overwrite: Overwrite = False
+) -> None:
+    """Write the initial weights of a run, to evaluate them or to start several runs from them."""
+    from rwkv_train.checkpoints import Weights, write_safetensors
+    from rwkv_train.config.load import load_train_config
+    from rwkv_train.models.registry import build_model, initialize
+    from rwkv_train.tokenizers import load_tokenizer
+
+    settings = load_train_config(config, overrides or [])
+    model = build_model(settings.model)
+    initialize(model, settings.trainer.seed)
+    tokenizer = load_tokenizer(settings.data.tokenizer).identity
+    folder = write_safetensors(
+        output, Weights(settings.model, model.state_dict(), tokenizer, step=0), overwrite=overwrite
+    )
+    typer.echo(f"wrote {folder}")
