@@ -1,4 +1,4 @@
-"""The definition of the RWKV-7 recurrence: a loop over tokens, never optimized. All backends are held to it."""
+"""The definition of the RWKV-7 recurrence: a loop over tokens, never optimized; others are held to it."""
 
 import torch
 from torch import Tensor
