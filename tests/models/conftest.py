@@ -1,0 +1,38 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from rwkv_train.config.model import ModelConfig, Rwkv4Config, Rwkv7Config
+from rwkv_train.models.lm import LanguageModel
+from rwkv_train.models.registry import build_model, initialize
+
+
+@pytest.fixture(params=["rwkv4", "rwkv7"])
+def config(request) -> ModelConfig:
+    """A tiny model of each version."""
+    if request.param == "rwkv4":
+        return Rwkv4Config(n_layer=2, n_embd=32, vocab_size=50)
+    return Rwkv7Config(n_layer=2, n_embd=32, head_size=8, vocab_size=50)
+
+
+@pytest.fixture
+def perturbed_model() -> Callable[..., LanguageModel]:
+    """Makes a model a little away from its initial values, where many weights are zero."""
+
+    def make(config: ModelConfig, wkv_backend: str = "auto") -> LanguageModel:
+        model = build_model(config, wkv_backend=wkv_backend)
+        initialize(model, seed=1)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return make
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Ids for the tiny models, ``[2, 12]``."""
+    return torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(3))

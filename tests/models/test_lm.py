@@ -1,0 +1,237 @@
+import pytest
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rwkv_train.config.model import Rwkv7Config
+from rwkv_train.models import rwkv7
+from rwkv_train.models.registry import unused_parameters
+
+# bfloat16 keeps 8 bits; through two layers the logits (standard deviation about 0.6) lose a little more.
+BFLOAT16_TOLERANCE = 0.06
+RWKV7 = Rwkv7Config(n_layer=2, n_embd=32, head_size=8, vocab_size=50)
+
+
+def test_reading_token_by_token_or_in_parts_is_the_same_as_at_once(config, perturbed_model, tokens):
+    model = perturbed_model(config)
+    whole = model(tokens)
+    for cuts in ([5], list(range(1, 12)), [1, 3, 11]):
+        state, rows = None, []
+        for start, end in zip([0, *cuts], [*cuts, 12], strict=True):
+            part = model(tokens[:, start:end], state)
+            state = part.state
+            rows.append(part.logits)
+        torch.testing.assert_close(torch.cat(rows, dim=1), whole.logits)
+        for got, expected in zip(state, whole.state, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("position", [0, 5, 11])
+def test_a_token_changes_no_logits_before_it(config, perturbed_model, tokens, position):
+    model = perturbed_model(config)
+    changed = tokens.clone()
+    changed[:, position] = (changed[:, position] + 1) % 50
+
+    before, after = model(tokens).logits, model(changed).logits
+
+    assert torch.equal(before[:, :position], after[:, :position])
+    assert not torch.isclose(before[:, position:], after[:, position:]).all(dim=-1).any()
+
+
+def test_texts_in_a_batch_do_not_see_each_other(config, perturbed_model, tokens):
+    model = perturbed_model(config)
+    together = model(tokens).logits
+    for row in range(2):
+        torch.testing.assert_close(model(tokens[row : row + 1]).logits, together[row : row + 1])
+
+
+def test_no_state_is_the_zero_state(config, perturbed_model, tokens):
+    model = perturbed_model(config)
+    assert torch.equal(model(tokens).logits, model(tokens, model.zero_state(2)).logits)
+
+
+def test_losses_are_negative_log_likelihoods_in_float32(config, perturbed_model, tokens):
+    model = perturbed_model(config)
+    targets = tokens.roll(-1, dims=1)
+    output = model(tokens, targets=targets)
+
+    probabilities = model(tokens).logits.double().softmax(dim=-1)
+    expected = -probabilities.gather(2, targets[..., None]).squeeze(2).log()
+
+    assert output.logits is None
+    assert output.losses.dtype == torch.float32
+    torch.testing.assert_close(output.losses.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_a_masked_target_has_no_loss(config, perturbed_model, tokens):
+    targets = tokens.clone()
+    targets[0, 3] = -100
+    losses = perturbed_model(config)(tokens, targets=targets).losses
+    assert losses[0, 3] == 0
+    assert (losses != 0).sum() == tokens.numel() - 1
+
+
+def test_every_used_parameter_gets_a_gradient(config, perturbed_model, tokens):
+    model = perturbed_model(config)
+    model(tokens, targets=tokens.roll(-1, dims=1)).losses.mean().backward()
+    without = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
+    }
+    assert without == unused_parameters(config.arch)
+
+
+def test_the_gradient_reaches_the_state(config, perturbed_model, tokens):
+    model = perturbed_model(config)
+    state = tuple(
+        type(layer)(*(tensor.detach().requires_grad_() for tensor in layer))
+        for layer in model(tokens[:, :4]).state
+    )
+    model(tokens[:, 4:], state).logits.square().sum().backward()
+    assert all(layer.time_mix_x.grad.any() and layer.channel_mix_x.grad.any() for layer in state)
+    assert all(layer.wkv.grad.any() for layer in state)
+
+
+def test_distributed_training_waits_for_no_unused_parameter(config, perturbed_model, tokens, tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(perturbed_model(config))
+        for _ in range(3):  # a parameter without a gradient stops the second forward or the third
+            model(tokens, targets=tokens).losses.mean().backward()
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_the_recurrence_in_float32(config, perturbed_model, tokens):
+    model = perturbed_model(config)
+    exact = model(tokens).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(tokens)
+        losses = model(tokens, targets=tokens).losses
+    losses.mean().backward()
+
+    assert output.logits.dtype == torch.bfloat16
+    assert losses.dtype == torch.float32
+    assert all(layer.wkv.dtype == torch.float32 for layer in output.state)
+    torch.testing.assert_close(output.logits.float(), exact, atol=BFLOAT16_TOLERANCE, rtol=0)
+    assert all(
+        p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+        for p in model.parameters()
+        if p.requires_grad
+    )
+
+
+def test_bfloat16_weights_compute_in_bfloat16_and_keep_the_recurrence_in_float32(
+    config, perturbed_model, tokens
+):
+    model = perturbed_model(config)
+    exact = model(tokens).logits
+    model.bfloat16()
+    first = model(tokens[:, :7])
+    second = model(tokens[:, 7:], first.state)
+
+    assert first.logits.dtype == torch.bfloat16
+    for layer in second.state:
+        assert layer.wkv.dtype == torch.float32
+        assert layer.time_mix_x.dtype == layer.channel_mix_x.dtype == torch.bfloat16
+    logits = torch.cat([first.logits, second.logits], dim=1)
+    torch.testing.assert_close(logits.float(), exact, atol=BFLOAT16_TOLERANCE, rtol=0)
+
+
+def test_a_float64_model_computes_in_float64(config, perturbed_model, tokens):
+    model = perturbed_model(config).double()
+    output = model(tokens)
+    tensors = [output.logits, *(tensor for layer in output.state for tensor in layer)]
+    assert {tensor.dtype for tensor in tensors} == {torch.float64}
+
+
+@pytest.fixture
+def operands(monkeypatch):
+    """What the recurrence of RWKV-7 is called with, one entry for each layer."""
+    seen = []
+    operator = rwkv7.wkv7
+
+    def watch(r, w, k, v, a, b, *rest, **options):
+        seen.append({"r": r, "w": w, "k": k, "v": v, "a": a, "b": b})
+        return operator(r, w, k, v, a, b, *rest, **options)
+
+    monkeypatch.setattr(rwkv7, "wkv7", watch)
+    return seen
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16-weights"])
+def test_the_log_decay_of_rwkv7_reaches_the_operator_unrounded(perturbed_model, tokens, operands, autocast):
+    model = perturbed_model(RWKV7)
+    if not autocast:
+        model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(tokens)
+
+    assert len(operands) == RWKV7.n_layer
+    for layer in operands:
+        w = layer.pop("w")
+        assert w.dtype == torch.float32
+        assert not torch.equal(w, w.bfloat16().float())
+        assert {tensor.dtype for tensor in layer.values()} == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_the_decay_of_rwkv7_lies_in_its_published_range(perturbed_model, tokens, operands):
+    model = perturbed_model(RWKV7)
+    for block in model.blocks:
+        block.att.w0.normal_(0, 100, generator=torch.Generator().manual_seed(0))
+    model(tokens)
+    decay = torch.stack([layer["w"] for layer in operands]).exp()
+    assert decay.min().item() == pytest.approx(0.5452, abs=1e-4)
+    assert decay.max().item() == 1.0
+
+
+@torch.no_grad()
+def test_rwkv7_removes_along_unit_keys(perturbed_model, tokens, operands):
+    perturbed_model(RWKV7)(tokens)
+    lengths = torch.stack([layer["a"] for layer in operands]).norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths))
+
+
+def test_a_model_compiles_as_one_graph(config, perturbed_model, tokens):
+    # A named backend: choosing and loading one is the business of whoever builds the model, ahead of the graph.
+    model = perturbed_model(config, wkv_backend="reference")
+    expected = model(tokens).logits
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(tokens).logits, expected)
+
+
+def test_the_state_keeps_no_more_than_itself(config, perturbed_model, tokens):
+    with torch.no_grad():
+        state = perturbed_model(config)(tokens).state
+    for layer in state:
+        for tensor in layer:
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def test_the_zero_state_takes_the_batch_device_and_dtype_that_are_asked_for(config, perturbed_model):
+    state = perturbed_model(config).zero_state(3, "meta", torch.bfloat16)
+    assert len(state) == config.n_layer
+    for layer in state:
+        assert layer.time_mix_x.shape == layer.channel_mix_x.shape == (3, config.n_embd)
+        assert layer.time_mix_x.dtype == torch.bfloat16
+        assert layer.wkv.dtype == torch.float32
+        assert {tensor.device.type for tensor in layer} == {"meta"}
+
+
+def test_a_state_of_another_depth_is_refused(config, perturbed_model, tokens):
+    model = perturbed_model(config)
+    with pytest.raises(ValueError, match="zip"):
+        model(tokens, model.zero_state(2)[:1])
+
+
+def test_no_module_keeps_a_state(config, perturbed_model, tokens):
+    model = perturbed_model(config)
+    model(tokens)
+    assert not list(model.buffers())
+    assert all(
+        not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter)
+        for module in model.modules()
+        for value in vars(module).values()
+    )

@@ -1,0 +1,105 @@
+"""The shipped presets have the published sizes."""
+
+import pytest
+import yaml
+
+from rwkv_train.assets import find_asset_folder
+from rwkv_train.config.load import load_train_config
+from rwkv_train.config.train import TrainConfig
+from rwkv_train.models.registry import count_parameters
+
+# name -> layers, width, learning rate at the start and at the end (arXiv 2305.13048, appendix G)
+RWKV4 = {
+    "rwkv4-169m": (12, 768, 6e-4, 1e-5),
+    "rwkv4-430m": (24, 1024, 4e-4, 1e-5),
+    "rwkv4-1b5": (24, 2048, 3e-4, 1e-5),
+    "rwkv4-3b": (32, 2560, 1.5e-4, 1e-5),
+    "rwkv4-7b": (32, 4096, 1.5e-4, 1e-5),
+    "rwkv4-14b": (40, 5120, 1e-4, 7e-6),
+}
+# name -> layers, width, ranks of w, a, v, g
+RWKV7 = {
+    "rwkv7-0.1b": (12, 768, (64, 64, 32, 128)),
+    "rwkv7-0.4b": (24, 1024, (64, 64, 32, 128)),
+    "rwkv7-1.5b": (24, 2048, (96, 96, 64, 256)),
+    "rwkv7-2.9b": (32, 2560, (96, 96, 64, 320)),
+    "rwkv7-7.2b": (32, 4096, (128, 128, 96, 480)),
+}
+PRESETS = [*RWKV4, *RWKV7]
+
+
+def rwkv7_parameters(n_layer, n_embd, ranks, vocab_size=65_536):
+    """Count by hand: embedding and head, ln0 and ln_out, and in each layer what the names say."""
+    mixes_and_biases = 6 + 3 + 2 + 1  # x_*; w0, a0, v0; k_k, k_a; r_k
+    linears, pairs, ln_x = 4 * n_embd * n_embd, 2 * n_embd * sum(ranks), 2 * n_embd
+    att = mixes_and_biases * n_embd + pairs + linears + ln_x
+    ffn = n_embd + 2 * 4 * n_embd * n_embd
+    return 2 * vocab_size * n_embd + 2 * 2 * n_embd + n_layer * (att + ffn + 2 * 2 * n_embd)
+
+
+def rwkv4_parameters(n_layer, n_embd, vocab_size=50_277):
+    """Count by the formula of the paper."""
+    return 2 * vocab_size * n_embd + 13 * n_embd * n_embd * n_layer + n_embd * (11 * n_layer + 4)
+
+
+def test_every_published_size_has_a_preset():
+    shipped = {path.stem for path in (find_asset_folder("configs") / "pretrain").glob("rwkv[47]-*.yaml")}
+    assert shipped == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_plain_yaml_with_valid_settings(name):
+    path = find_asset_folder("configs") / "pretrain" / f"{name}.yaml"
+    assert TrainConfig.model_validate(yaml.safe_load(path.read_text())) == load_train_config(name)
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_spreads_over_more_devices(name, devices):
+    settings = load_train_config(name, [f"trainer.devices={devices}"])
+    assert settings.trainer.accumulation * settings.trainer.micro_batch_size * devices == (
+        load_train_config(name).trainer.global_batch_size
+    )
+
+
+@pytest.mark.parametrize("name", RWKV4)
+def test_rwkv4_presets_have_the_published_sizes_and_recipe(name):
+    L, C, lr, lr_final = RWKV4[name]
+    settings = load_train_config(name)
+    model, optim = settings.model, settings.optim
+    assert (model.arch, model.n_layer, model.n_embd) == ("rwkv4", L, C)
+    assert (model.vocab_size, model.ctx_len, settings.data.tokenizer) == (50_277, 1024, "neox")
+    assert (optim.lr, optim.lr_final, optim.weight_decay) == (lr, lr_final, 0)
+    assert model.embedding_scale == optim.lr
+    assert count_parameters(model) == rwkv4_parameters(L, C)
+
+
+@pytest.mark.parametrize("name", RWKV7)
+def test_rwkv7_presets_have_the_published_sizes(name):
+    L, C, ranks = RWKV7[name]
+    settings = load_train_config(name)
+    model = settings.model
+    assert (model.arch, model.n_layer, model.n_embd, model.head_size) == ("rwkv7", L, C, 64)
+    assert (model.vocab_size, model.ctx_len, settings.data.tokenizer) == (65_536, 4096, "world")
+    assert tuple(model.ranks.model_dump().values()) == ranks
+    assert settings.optim.weight_decay == 0.1
+    assert count_parameters(model) == rwkv7_parameters(L, C, ranks)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("rwkv7-0.1b", 191_084_544),  # printed in the reference trainer's README
+        ("rwkv7-0.4b", 450_834_432),
+        ("rwkv4-169m", 169_342_464),  # 1.693e8 in the paper
+        ("rwkv4-14b", 14_148_597_760),  # 1.415e10 in the paper
+    ],
+)
+def test_known_counts(name, count):
+    assert count_parameters(load_train_config(name).model) == count
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_states_its_number_of_parameters(name):
+    text = (find_asset_folder("configs") / "pretrain" / f"{name}.yaml").read_text()
+    assert f"{count_parameters(load_train_config(name).model):,} parameters" in text
