@@ -63,7 +63,9 @@ def test_a_package_imports_only_what_lies_below_it(package):
     allowed = MAY_IMPORT[package] | LEAVES | {package}
     for path in (PACKAGE / package).rglob("*.py"):
         ours = {m.split(".")[1] for m in imported_modules(path) if m.startswith("rwkv_train.")}
-        above = {name for name in ours - allowed if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()}
+        above = {
+            name for name in ours - allowed if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()
+        }
         assert not above, f"{path.relative_to(PACKAGE)} imports {above}"
 
 

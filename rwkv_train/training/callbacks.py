@@ -14,6 +14,7 @@ from rwkv_train.training.keeper import CheckpointKeeper
 from rwkv_train.training.meter import MeanOverRanks, Meter
 from rwkv_train.training.module import PretrainModule
 from rwkv_train.training.progress import Display
+from rwkv_train.training.schedule import learning_rate_factor
 from rwkv_train.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,9 @@ class RunCallback(Callback):
         row: dict[str, float] = {}
         if is_last or step % settings.log_every_n_steps == 0:
             metrics = self.meter.read(MeanOverRanks(settings.world_size))
-            learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+            optim = module.config.optim
+            # Lightning has set the next step's rate already.
+            learning_rate = optim.lr * learning_rate_factor(step - 1, module.n_steps, optim)
             self.display.report(step, metrics, learning_rate)
             row |= {
                 "tokens": step * settings.global_batch_size * module.config.model.ctx_len,

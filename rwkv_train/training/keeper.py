@@ -40,7 +40,7 @@ class CheckpointKeeper:
         self, config: TrainConfig, tokenizer: TokenizerIdentity, corpus: Corpus, *, is_writer: bool
     ) -> None:
         self._config = config
-        self._n_train_tokens = corpus.tokens.n_tokens
+        self._corpus = identify_corpus(corpus)
         self._tokenizer = tokenizer
         self._is_writer = is_writer
         self._out_dir = Path(config.trainer.out_dir)
@@ -94,10 +94,7 @@ class CheckpointKeeper:
             "config": to_tree(self._config),
             "arch_config": to_tree(self._config.model),
             "tokenizer": self._tokenizer._asdict(),
-            "data": {
-                "samples": step * settings.global_batch_size,
-                "train_tokens": self._n_train_tokens,
-            },
+            "data": {"samples": step * settings.global_batch_size, "train": self._corpus},
             "random": random_state(),
             "train_seconds": seconds,
             "validation": None if self._validation is None else self._validation.to_json(),
@@ -115,6 +112,14 @@ def read_best(out_dir: Path) -> dict[str, Any] | None:
 
 def _best_file(out_dir: Path) -> Path:
     return out_dir / CHECKPOINTS_FOLDER / "best.json"
+
+
+def identify_corpus(corpus: Corpus) -> dict[str, Any]:
+    """Return what a resumed run recognises its corpus by, wherever it lies then."""
+    return {
+        "tokens": corpus.tokens.n_tokens,
+        "sha256": None if corpus.sidecar is None else corpus.sidecar.sha256,
+    }
 
 
 def random_state() -> dict[str, str]:

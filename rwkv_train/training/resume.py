@@ -12,8 +12,10 @@ from rwkv_train.checkpoints.training_state import (
 )
 from rwkv_train.config.save import to_tree
 from rwkv_train.config.train import TrainConfig
+from rwkv_train.data.prepare import Corpus
 from rwkv_train.errors import CheckpointError, ConfigError
 from rwkv_train.tokenizers import TokenizerIdentity
+from rwkv_train.training.keeper import identify_corpus
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ MAY_CHANGE = {
 
 
 def find_resume_state(
-    resume: str, config: TrainConfig, tokenizer: TokenizerIdentity, n_train_tokens: int
+    resume: str, config: TrainConfig, tokenizer: TokenizerIdentity, corpus: Corpus
 ) -> TrainingState | None:
     """Return the state that a run starts from, or ``None`` for a run from scratch.
 
@@ -56,7 +58,7 @@ def find_resume_state(
             training checkpoint or of another run's folder.
         config: the settings of the run.
         tokenizer: identity of its corpus' tokenizer.
-        n_train_tokens: length of its training corpus.
+        corpus: its training corpus.
 
     Raises:
         CheckpointError: there is no valid checkpoint at the path, or ``out_dir`` holds a run that
@@ -85,7 +87,7 @@ def find_resume_state(
             )
     state = load_training_checkpoint(folder)
     _check_same_settings(state.manifest, config, folder)
-    _check_same_data(state.manifest, tokenizer, n_train_tokens, folder)
+    _check_same_data(state.manifest, tokenizer, corpus, folder)
     logger.info("going on from %s", folder)
     return state
 
@@ -112,7 +114,7 @@ def _check_same_settings(manifest: dict[str, Any], config: TrainConfig, folder: 
 
 
 def _check_same_data(
-    manifest: dict[str, Any], tokenizer: TokenizerIdentity, n_train_tokens: int, folder: Path
+    manifest: dict[str, Any], tokenizer: TokenizerIdentity, corpus: Corpus, folder: Path
 ) -> None:
     saved = TokenizerIdentity(**manifest["tokenizer"])
     if not saved.matches(tokenizer):
@@ -120,8 +122,9 @@ def _check_same_data(
             f"the corpus was tokenized with {tokenizer.name} ({tokenizer.sha256[:12]}) but {folder} was trained "
             f"with {saved.name} ({saved.sha256[:12]}); use the same one"
         )
-    if manifest["data"]["train_tokens"] != n_train_tokens:
+    before, now = manifest["data"]["train"], identify_corpus(corpus)
+    if before != now:
         raise ConfigError(
-            f"data.train has {n_train_tokens:,} tokens but {folder} was trained on {manifest['data']['train_tokens']:,}; "
-            "use the same corpus, or choose another trainer.out_dir"
+            f"data.train ({corpus.prefix}, {now['tokens']:,} tokens) is not the corpus that {folder} was trained "
+            f"on ({before['tokens']:,} tokens); use that one, or choose another trainer.out_dir"
         )

@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from rwkv_train.checkpoints.weights import read_weights
 from rwkv_train.checkpoints.training_state import TrainingState
+from rwkv_train.checkpoints.weights import read_weights
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.data.builtin import ensure_builtin
 from rwkv_train.data.module import PretrainData, n_slots
@@ -135,7 +134,7 @@ def _open_corpus(config: TrainConfig, prefix: str, split: str, tokenizer: Tokeni
 def _run(config: TrainConfig, resume: str, out_dir: Path) -> RunSummary:
     corpora = open_corpora(config)
     n_steps = total_steps(config.trainer, config.model.ctx_len, n_slots(corpora.train, config.model.ctx_len))
-    state = find_resume_state(resume, config, corpora.tokenizer.identity, corpora.train.tokens.n_tokens)
+    state = find_resume_state(resume, config, corpora.tokenizer.identity, corpora.train)
     start_step = 0 if state is None else int(state.manifest["step"])
     if start_step > n_steps:
         raise ConfigError(

@@ -40,6 +40,8 @@ def make_trainer(
     """Build the Trainer for ``n_steps`` optimizer steps; checkpoints, validation and display are ours."""
     # Lightning advises more loader workers; reading a memory-mapped slice needs none.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # Lightning calls a function of torch under its old name.
+    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
     return Trainer(
         accelerator="cpu" if device_of(settings).type == "cpu" else "gpu",
         devices=settings.devices,
@@ -51,6 +53,7 @@ def make_trainer(
         accumulate_grad_batches=settings.accumulation,
         callbacks=callbacks,
         logger=loggers,
+        log_every_n_steps=1,  # ours decide; Lightning only warns of intervals longer than the run
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -41,8 +41,8 @@ class Validation(NamedTuple):
         return row
 
     def to_json(self) -> dict[str, Any]:
-        """Return the metrics of each domain as JSON's types."""
-        return {domain: totals.to_json() for domain, totals in self.totals.items()}
+        """Return the sums of each domain as JSON's types."""
+        return {domain: totals._asdict() for domain, totals in self.totals.items()}
 
 
 class Validator:
@@ -59,7 +59,7 @@ class Validator:
     def __init__(
         self, corpus: Corpus, tokenizer: Tokenizer, settings: TrainerConfig, rank: int, device: torch.device
     ) -> None:
-        documents = select_documents(corpus, settings.val_tokens)
+        documents = select_documents(corpus, tokenizer.end_of_document, settings.val_tokens)
         self.domains = sorted({document.domain for document in documents})
         self.last: Validation | None = None
         self._documents = documents[rank :: settings.world_size]
@@ -116,19 +116,34 @@ def metric_columns(domains: list[str]) -> list[str]:
     return ["val_loss", *(_column(domain) for domain in [POOLED, *domains])]
 
 
-def select_documents(corpus: Corpus, n_tokens: int) -> list[TokenDocument]:
+def select_documents(corpus: Corpus, end_of_document: int, n_tokens: int) -> list[TokenDocument]:
     """Take whole documents from the head of each domain, up to its share of ``n_tokens``.
 
     At least one document of each domain is taken; a corpus that is smaller is taken whole.
+
+    Args:
+        corpus: the validation corpus.
+        end_of_document: the token at the end of each document, which is not scored.
+        n_tokens: how many tokens are wanted in all.
     """
+    totals = corpus.sidecar.domains if corpus.sidecar else ()
+    tokens_by_domain = {domain.name: domain.tokens for domain in totals} or {
+        corpus.domains[0]: corpus.tokens.n_tokens
+    }
     share = min(1.0, n_tokens / corpus.tokens.n_tokens)
-    wanted = {domain: share * count for domain, count in corpus.tokens_by_domain().items()}
-    taken = dict.fromkeys(wanted, 0)
+    missing = {domain: share * count for domain, count in tokens_by_domain.items()}
     chosen = []
-    for document in corpus.token_documents():
-        if taken[document.domain] < wanted[document.domain]:
-            chosen.append(document)
-            taken[document.domain] += len(document.tokens)
+    for index in range(corpus.tokens.n_documents):
+        if all(count <= 0 for count in missing.values()):
+            break
+        document = corpus.document(index)
+        if missing[document.domain] <= 0:
+            continue
+        tokens = document.tokens
+        if len(tokens) and tokens[-1] == end_of_document:
+            tokens = tokens[:-1]
+        chosen.append(TokenDocument(tokens, document.domain, document.n_bytes or 0))
+        missing[document.domain] -= len(document.tokens)
     return chosen
 
 

@@ -17,7 +17,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize(("key", "ranks"), PUBLISHED.items(), ids=lambda value: str(value))
+@pytest.mark.parametrize(("key", "ranks"), PUBLISHED.items(), ids=str)
 def test_ranks_by_rule_are_the_published_ones(key, ranks):
     rule, n_embd = key
     found = lora_ranks_by_rule(n_embd, rule)
