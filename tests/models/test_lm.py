@@ -63,6 +63,17 @@ def test_losses_are_negative_log_likelihoods_in_float32(config, perturbed_model,
     torch.testing.assert_close(output.losses.double(), expected, atol=1e-5, rtol=0)
 
 
+def test_losses_of_a_bfloat16_model_are_computed_in_float32(config, perturbed_model, tokens):
+    model = perturbed_model(config).bfloat16()
+    losses = model(tokens, targets=tokens).losses
+
+    scores = model(tokens).logits.double().log_softmax(dim=-1)
+    expected = -scores.gather(2, tokens[..., None]).squeeze(2)
+
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=0)
+
+
 def test_a_masked_target_has_no_loss(config, perturbed_model, tokens):
     targets = tokens.clone()
     targets[0, 3] = -100
