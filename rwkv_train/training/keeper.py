@@ -18,7 +18,7 @@ from rwkv_train.checkpoints.training_state import (
 )
 from rwkv_train.config.save import to_tree
 from rwkv_train.config.train import TrainConfig
-from rwkv_train.data.prepare import Corpus
+from rwkv_train.data.stored import Corpus
 from rwkv_train.tokenizers import TokenizerIdentity
 from rwkv_train.training.module import PretrainModule, named_moments
 from rwkv_train.training.validation import Validation

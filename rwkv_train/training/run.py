@@ -16,7 +16,7 @@ from rwkv_train.checkpoints.weights import read_weights
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.data.builtin import ensure_builtin
 from rwkv_train.data.module import PretrainData, n_slots
-from rwkv_train.data.prepare import Corpus, load_corpus
+from rwkv_train.data.stored import Corpus, load_corpus
 from rwkv_train.errors import ConfigError
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.models.registry import build_model, initialize

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 
 from rwkv_train.config.trainer import TrainerConfig
-from rwkv_train.data.prepare import Corpus
-from rwkv_train.evaluation.perplexity import TokenDocument, evaluate_tokens
+from rwkv_train.data.stored import Corpus, TokenDocument
+from rwkv_train.evaluation.perplexity import evaluate_tokens
 from rwkv_train.evaluation.totals import Totals
 from rwkv_train.generation.generate import generate
 from rwkv_train.generation.sampling import SamplingSettings
@@ -59,7 +59,7 @@ class Validator:
     def __init__(
         self, corpus: Corpus, tokenizer: Tokenizer, settings: TrainerConfig, rank: int, device: torch.device
     ) -> None:
-        documents = select_documents(corpus, tokenizer.end_of_document, settings.val_tokens)
+        documents = select_documents(corpus, settings.val_tokens)
         self.domains = sorted({document.domain for document in documents})
         self.last: Validation | None = None
         self._documents = documents[rank :: settings.world_size]
@@ -116,34 +116,20 @@ def metric_columns(domains: list[str]) -> list[str]:
     return ["val_loss", *(_column(domain) for domain in [POOLED, *domains])]
 
 
-def select_documents(corpus: Corpus, end_of_document: int, n_tokens: int) -> list[TokenDocument]:
+def select_documents(corpus: Corpus, n_tokens: int) -> list[TokenDocument]:
     """Take whole documents from the head of each domain, up to its share of ``n_tokens``.
 
     At least one document of each domain is taken; a corpus that is smaller is taken whole.
-
-    Args:
-        corpus: the validation corpus.
-        end_of_document: the token at the end of each document, which is not scored.
-        n_tokens: how many tokens are wanted in all.
     """
-    totals = corpus.sidecar.domains if corpus.sidecar else ()
-    tokens_by_domain = {domain.name: domain.tokens for domain in totals} or {
-        corpus.domains[0]: corpus.tokens.n_tokens
-    }
     share = min(1.0, n_tokens / corpus.tokens.n_tokens)
-    missing = {domain: share * count for domain, count in tokens_by_domain.items()}
+    missing = {domain: share * count for domain, count in corpus.tokens_by_domain().items()}
     chosen = []
-    for index in range(corpus.tokens.n_documents):
-        if all(count <= 0 for count in missing.values()):
+    for document in corpus.token_documents():
+        if missing[document.domain] > 0:
+            chosen.append(document)
+            missing[document.domain] -= len(document.tokens) + 1  # the end token counts in the totals
+        elif max(missing.values()) <= 0:
             break
-        document = corpus.document(index)
-        if missing[document.domain] <= 0:
-            continue
-        tokens = document.tokens
-        if len(tokens) and tokens[-1] == end_of_document:
-            tokens = tokens[:-1]
-        chosen.append(TokenDocument(tokens, document.domain, document.n_bytes or 0))
-        missing[document.domain] -= len(document.tokens)
     return chosen
 
 
