@@ -1,0 +1,100 @@
+"""Which part of the corpus a training sample reads: a pure function, so a run can resume anywhere.
+
+The corpus is cut into slots of ``ctx_len`` tokens. In each epoch every slot is read exactly once, in an order
+that is computed, not stored: a Feistel network enciphers the position within the epoch. All arithmetic is on
+64-bit integers, so the order is the same on every machine.
+"""
+
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+ORDERS = ("shuffled", "sequential")
+"""Names of the orders."""
+
+_N_ROUNDS = 8
+_MIN_HALF_BITS = 4  # below, eight rounds on so few values mix badly
+_MASK64 = (1 << 64) - 1
+
+_Number = Any  # an int, or an array of uint64; the same formula serves both
+
+
+@overload
+def slot_of_sample(sample: int, n_slots: int, seed: int, order: str) -> int: ...
+@overload
+def slot_of_sample(
+    sample: npt.NDArray[np.int64], n_slots: int, seed: int, order: str
+) -> npt.NDArray[np.int64]: ...
+def slot_of_sample(
+    sample: int | npt.NDArray[np.int64], n_slots: int, seed: int, order: str
+) -> int | npt.NDArray[np.int64]:
+    """Return the slot that a sample reads.
+
+    Sample s is position ``s % n_slots`` of epoch ``s // n_slots``. ``"shuffled"`` permutes the positions of
+    each epoch by seed and epoch; ``"sequential"`` reads them as they lie.
+
+    With ``mix`` the finalizer of SplitMix64, ``key = mix(mix(seed) + epoch)`` and the position as two halves
+    of h bits, each of 8 rounds i maps ``(left, right)`` to ``(right, left ^ (mix(key + 2**32 * (i + 1) +
+    right) % 2**h))``. The domain ``2**(2h)`` is the smallest that holds ``n_slots`` (h >= 4); a result
+    beyond ``n_slots`` is enciphered again until it is below (cycle walking).
+
+    Args:
+        sample: number of the sample from 0, or an array of numbers.
+        n_slots: slots in the corpus.
+        seed: any integer; its lowest 64 bits count.
+        order: a name from ``ORDERS``.
+
+    Returns:
+        The slot, in ``[0, n_slots)``, of the type of ``sample``.
+
+    Raises:
+        ValueError: a sample is negative, there is no slot, or the order is unknown.
+
+    Source:
+        Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains" (Feistel network, cycle walking);
+        Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators" (SplitMix64).
+    """
+    if n_slots < 1 or np.min(sample, initial=0) < 0:
+        raise ValueError(f"sample numbers must be >= 0 and n_slots >= 1, got n_slots {n_slots}")
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+    if order == "sequential":
+        return sample % n_slots
+    half_bits = max(_MIN_HALF_BITS, -(-(n_slots - 1).bit_length() // 2))
+    seed_key = _mix(seed & _MASK64)
+    if isinstance(sample, np.ndarray):
+        epochs, slots = np.divmod(sample.astype(np.uint64), np.uint64(n_slots))
+        keys = _mix(epochs + np.uint64(seed_key))
+        walking = np.ones(slots.shape, dtype=bool)
+        while walking.any():
+            slots[walking] = _encipher(slots[walking], keys[walking], half_bits)
+            walking = slots >= n_slots
+        return slots.astype(np.int64)
+    epoch, position = divmod(int(sample), n_slots)  # numpy's own scalars would overflow
+    key = _mix((epoch + seed_key) & _MASK64)
+    slot: int = _encipher(position, key, half_bits)
+    while slot >= n_slots:
+        slot = _encipher(slot, key, half_bits)
+    return slot
+
+
+def _encipher(value: _Number, key: _Number, half_bits: int) -> _Number:
+    """Permute the values below ``4 ** half_bits``."""
+    mask = (1 << half_bits) - 1
+    left, right = value >> half_bits, value & mask
+    for index in range(_N_ROUNDS):
+        round_key = (index + 1) << 32
+        left, right = right, left ^ (_mix((key + round_key + right) & _MASK64) & mask)
+    return (left << half_bits) | right
+
+
+def _mix(x: _Number) -> _Number:
+    """Mix 64 bits, one to one, so that every input bit changes every output bit.
+
+    Arrays wrap around by themselves; the masks are for Python's integers.
+    """
+    x = (x + 0x9E3779B97F4A7C15) & _MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)

@@ -1,0 +1,169 @@
+"""What a token file itself does not say: its tokenizer, its sources, domain and bytes of each document.
+
+``PREFIX.json`` holds the facts about the whole, ``PREFIX.docs.npy`` two numbers for each document.
+"""
+
+import json
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib import format as npy
+
+from rwkv_train.errors import DataError
+from rwkv_train.tokenizers.base import TokenizerIdentity
+
+FORMAT = "rwkv-train-corpus/1"
+"""Name of the format, in the JSON file."""
+
+DOCUMENT_DTYPE = np.dtype([("domain", "<u4"), ("n_bytes", "<i8")])
+"""A document: index of its domain in ``Sidecar.domains``, length of its text in UTF-8 bytes."""
+
+
+class DomainTotals(NamedTuple):
+    """Sums over the documents of one domain."""
+
+    name: str
+    n_documents: int
+    n_tokens: int
+    """End tokens included."""
+    n_bytes: int
+    """Length of the texts in UTF-8."""
+
+
+class Source(NamedTuple):
+    """A file that the corpus was made from."""
+
+    path: str
+    n_bytes: int
+    sha256: str
+
+
+class Sidecar(NamedTuple):
+    """Facts about a prepared corpus; the names are those in the JSON file."""
+
+    tokenizer: TokenizerIdentity
+    vocab_size: int
+    """Of the tokenizer."""
+    end_of_document: int
+    """The token after each document."""
+    dtype: str
+    """Type of the ids in the .bin file."""
+    n_documents: int
+    n_skipped_empty: int
+    """Documents of the sources that had no text."""
+    n_tokens: int
+    """End tokens included."""
+    n_bytes: int
+    """Length of all texts in UTF-8."""
+    max_token: int
+    """The largest id that occurs."""
+    sha256: str
+    """Hash of the .bin file."""
+    domains: tuple[DomainTotals, ...]
+    """In the order of their first documents."""
+    sources: tuple[Source, ...]
+
+    def to_json(self) -> str:
+        """Return the content of ``PREFIX.json``."""
+        fields = self._asdict() | {
+            "tokenizer": self.tokenizer._asdict(),
+            "domains": [domain._asdict() for domain in self.domains],
+            "sources": [source._asdict() for source in self.sources],
+        }
+        return json.dumps({"format": FORMAT, **fields}, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, content: bytes, where: str) -> "Sidecar":
+        """Read the content of ``PREFIX.json``.
+
+        Args:
+            content: the file.
+            where: its name, for errors.
+
+        Raises:
+            DataError: it is not what :meth:`to_json` writes.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(content)
+            found = fields.pop("format")
+            if found != FORMAT:
+                raise DataError(f"{where} has the format '{found}', wanted '{FORMAT}'")
+            fields["tokenizer"] = TokenizerIdentity(**fields["tokenizer"])
+            fields["domains"] = tuple(DomainTotals(**domain) for domain in fields["domains"])
+            fields["sources"] = tuple(Source(**source) for source in fields["sources"])
+            return cls(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"{where} is not the sidecar of a prepared corpus ({error}); prepare the corpus again, or "
+                "move the file away to use the .bin/.idx pair without it"
+            ) from error
+
+
+class DomainCounter:
+    """Sums up documents by domain."""
+
+    def __init__(self) -> None:
+        self._index: dict[str, int] = {}
+        self._sums: list[list[int]] = []
+
+    def add(self, domain: str, n_tokens: int, n_bytes: int) -> int:
+        """Count a document and return the index of its domain, in the order of their first documents."""
+        index = self._index.setdefault(domain, len(self._sums))
+        if index == len(self._sums):
+            self._sums.append([0, 0, 0])
+        sums = self._sums[index]
+        sums[0] += 1
+        sums[1] += n_tokens
+        sums[2] += n_bytes
+        return index
+
+    def totals(self) -> tuple[DomainTotals, ...]:
+        """Return the sums so far."""
+        return tuple(DomainTotals(name, *self._sums[index]) for name, index in self._index.items())
+
+
+class DocumentTableWriter:
+    """Write ``PREFIX.docs.npy`` a record at a time; numpy leaves room in its header for the final number.
+
+    Args:
+        file: opened for writing, empty.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._n_documents = 0
+        self._write_header()
+
+    def add(self, domain: int, n_bytes: int) -> None:
+        """Append a document."""
+        self._file.write(np.array((domain, n_bytes), DOCUMENT_DTYPE).tobytes())
+        self._n_documents += 1
+
+    def finish(self) -> None:
+        """Set the number of documents in the header."""
+        self._file.seek(0)
+        self._write_header()
+
+    def _write_header(self) -> None:
+        header = {
+            "descr": npy.dtype_to_descr(DOCUMENT_DTYPE),
+            "fortran_order": False,
+            "shape": (self._n_documents,),
+        }
+        npy.write_array_header_1_0(self._file, header)
+
+
+def read_document_table(path: str) -> npt.NDArray[np.void]:
+    """Map ``PREFIX.docs.npy``.
+
+    Raises:
+        DataError: it is missing, cut off or another table.
+    """
+    try:
+        table: npt.NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    if table.dtype != DOCUMENT_DTYPE or table.ndim != 1:
+        raise DataError(f"{path} is a table of {table.dtype}, wanted {DOCUMENT_DTYPE}")
+    return table

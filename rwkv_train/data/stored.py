@@ -1,0 +1,173 @@
+"""A tokenized corpus on disk, and whether it fits a run."""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rwkv_train.data.binidx import TokenFile, Tokens, add_suffix
+from rwkv_train.data.corpus import UNKNOWN_DOMAIN
+from rwkv_train.data.sidecar import Sidecar, read_document_table
+from rwkv_train.errors import DataError
+from rwkv_train.tokenizers.base import TokenizerIdentity
+
+logger = logging.getLogger(__name__)
+
+FOREIGN_END_OF_DOCUMENT = 0
+"""End token of a pair without a sidecar: the World and the NeoX tokenizer both have 0."""
+
+_SCAN_TOKENS = 1 << 20  # looked at at once
+_MAX_SCANNED_TOKENS = 1 << 30  # a few seconds
+
+
+class TokenDocument(NamedTuple):
+    """One tokenized document, without its end token."""
+
+    tokens: Tokens
+    """Token ids, ``[n]``, of the type on disk."""
+    domain: str
+    n_bytes: int
+    """Length of its text in UTF-8; 0 in a corpus without a sidecar, where it is not known."""
+
+
+class Corpus:
+    """A tokenized corpus: the tokens and, where it was prepared here, what is known about them.
+
+    Args:
+        tokens: the ``.bin/.idx`` pair.
+        sidecar: ``None`` for a pair that another program made.
+        documents: domain and bytes of each document (``DOCUMENT_DTYPE``), or ``None`` likewise.
+    """
+
+    def __init__(
+        self, tokens: TokenFile, sidecar: Sidecar | None, documents: npt.NDArray[np.void] | None
+    ) -> None:
+        self.tokens = tokens
+        self.sidecar = sidecar
+        self.documents = documents
+
+    def __reduce__(self) -> tuple[Callable[[Path], "Corpus"], tuple[Path]]:
+        return (load_corpus, (self.prefix,))
+
+    @property
+    def prefix(self) -> Path:
+        """Path of the files without their endings."""
+        return self.tokens.prefix
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains, in the order of the indices in ``documents``."""
+        if self.sidecar is None:
+            return (UNKNOWN_DOMAIN,)
+        return tuple(domain.name for domain in self.sidecar.domains)
+
+    def tokens_by_domain(self) -> dict[str, int]:
+        """Return the number of tokens of each domain, end tokens included."""
+        if self.sidecar is None:
+            return {UNKNOWN_DOMAIN: self.tokens.n_tokens}
+        return {domain.name: domain.n_tokens for domain in self.sidecar.domains}
+
+    def token_document(self, index: int) -> TokenDocument:
+        """Return a document; its tokens are a view of the file."""
+        tokens = self.tokens.document(index)
+        end_token = self.sidecar.end_of_document if self.sidecar else FOREIGN_END_OF_DOCUMENT
+        if len(tokens) and tokens[-1] == end_token:
+            tokens = tokens[:-1]
+        if self.documents is None:
+            return TokenDocument(tokens, UNKNOWN_DOMAIN, 0)
+        record = self.documents[index]
+        return TokenDocument(tokens, self.domains[record["domain"]], int(record["n_bytes"]))
+
+    def token_documents(self) -> Iterator[TokenDocument]:
+        """Yield the documents in the order on disk."""
+        return (self.token_document(index) for index in range(self.tokens.n_documents))
+
+    def require_tokenizer(self, identity: TokenizerIdentity) -> None:
+        """Refuse a corpus of another tokenizer; warn if nothing tells which one made it."""
+        if self.sidecar is None:
+            logger.warning(
+                "%s has no sidecar: whether the tokenizer '%s' made it cannot be checked",
+                self.prefix,
+                identity.name,
+            )
+        elif not self.sidecar.tokenizer.matches(identity):
+            found = self.sidecar.tokenizer
+            raise DataError(
+                f"{self.prefix} was made with the tokenizer '{found.name}' ({found.sha256[:12]}), wanted "
+                f"'{identity.name}' ({identity.sha256[:12]}): use that tokenizer, or prepare the data again"
+            )
+
+    def require_vocab(self, vocab_size: int) -> None:
+        """Refuse a corpus with ids that a model of this vocabulary does not have.
+
+        Without a sidecar the ids themselves are looked at: all of them, or evenly spread 2**30 of a larger
+        corpus.
+        """
+        lowest, highest = (0, self.sidecar.max_token) if self.sidecar else self._scan(vocab_size)
+        if lowest < 0 or highest >= vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise DataError(
+                f"{self.prefix} holds the token id {wrong}, but the model's ids are 0 to {vocab_size - 1} "
+                f"(vocab_size {vocab_size})"
+            )
+
+    def require_length(self, ctx_len: int) -> None:
+        """Refuse a corpus that is shorter than one sample."""
+        if self.tokens.n_tokens < ctx_len + 1:
+            raise DataError(
+                f"{self.prefix} has {self.tokens.n_tokens} tokens, one sample needs {ctx_len + 1} "
+                f"(ctx_len {ctx_len} and the token after it): take more text or a smaller ctx_len"
+            )
+
+    def _scan(self, vocab_size: int) -> tuple[int, int]:
+        """Return the lowest and the highest id."""
+        limits = np.iinfo(self.tokens.dtype)
+        if limits.min == 0 and limits.max < vocab_size:
+            return 0, limits.max
+        tokens = self.tokens.tokens
+        n_chunks = -(-len(tokens) // _SCAN_TOKENS)
+        n_scanned = min(n_chunks, _MAX_SCANNED_TOKENS // _SCAN_TOKENS)
+        lowest, highest = 0, 0
+        for number in range(n_scanned):
+            start = number * n_chunks // n_scanned * _SCAN_TOKENS
+            chunk = tokens[start : start + _SCAN_TOKENS]
+            lowest, highest = min(lowest, int(chunk.min())), max(highest, int(chunk.max()))
+        return lowest, highest
+
+
+def load_corpus(prefix: Path) -> Corpus:
+    """Open a tokenized corpus, memory-mapped.
+
+    A ``.bin/.idx`` pair without ``PREFIX.json`` (made by another program) opens too; its documents are of the
+    domain "unknown".
+
+    Args:
+        prefix: path of the files without their endings.
+
+    Raises:
+        DataError: a file is missing, damaged, or not of the same corpus as the others.
+    """
+    tokens = TokenFile.open(prefix)
+    path = add_suffix(prefix, ".json")
+    if not path.exists():
+        return Corpus(tokens, None, None)
+    sidecar = Sidecar.from_json(_read(path), str(path))
+    documents = read_document_table(str(add_suffix(prefix, ".docs.npy")))
+    told = f"{sidecar.n_tokens} tokens of {sidecar.dtype} in {sidecar.n_documents} documents"
+    found = f"{tokens.n_tokens} tokens of {tokens.dtype.name} in {tokens.n_documents} documents"
+    if told != found or len(documents) != tokens.n_documents:
+        raise DataError(
+            f"the files {prefix}.* are not of one corpus: .json tells of {told}, .bin and .idx hold {found}, "
+            f".docs.npy {len(documents)} documents; prepare it again"
+        )
+    return Corpus(tokens, sidecar, documents)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error

@@ -1,0 +1,148 @@
+"""Text to a corpus on disk: every token, byte and document is accounted for."""
+
+import hashlib
+import json
+import resource
+
+import numpy as np
+import pytest
+import zstandard
+
+from rwkv_train.data.binidx import TokenFile
+from rwkv_train.data.prepare import prepare_data
+from rwkv_train.data.sidecar import DomainTotals
+from rwkv_train.data.stored import load_corpus
+from rwkv_train.errors import DataError
+
+FILES = ["out.bin", "out.docs.npy", "out.idx", "out.json"]
+
+
+def written(prefix) -> list[str]:
+    return sorted(path.name for path in prefix.parent.glob("*out*"))
+
+
+def test_each_document_is_its_bytes_and_one_end_token(inputs, byte_tokenizer, tmp_path):
+    prepare_data(inputs, byte_tokenizer, tmp_path / "out")
+
+    stream = b"def f(x):\n    return x\n|" + "Ein schöner Tag.|日本|".encode() + b"Dear all,\r\n|"
+    expected = [0 if byte == ord("|") else byte + 1 for byte in stream]
+    tokens = TokenFile.open(tmp_path / "out")
+    assert tokens.tokens.tolist() == expected
+    assert tokens.dtype == np.uint16
+    assert written(tmp_path / "out") == FILES
+
+
+def test_totals_count_documents_tokens_and_utf8_bytes(inputs, byte_tokenizer, tmp_path):
+    prefix, sidecar = prepare_data(inputs, byte_tokenizer, tmp_path / "out")
+
+    code, prose = 23 + len("日本".encode()), len("Ein schöner Tag.".encode())
+    assert prefix == tmp_path / "out"
+    assert sidecar.domains == (
+        DomainTotals("code", 2, code + 2, code),
+        DomainTotals("prose", 1, prose + 1, prose),
+        DomainTotals("letter", 1, 12, 11),
+    )
+    assert (sidecar.n_documents, sidecar.n_skipped_empty) == (4, 1)
+    assert sidecar.n_bytes == code + prose + 11
+    assert sidecar.n_tokens == sidecar.n_bytes + 4
+    assert sidecar.max_token == max("日本".encode()) + 1
+
+
+def test_the_sidecar_names_tokenizer_and_sources(inputs, byte_tokenizer, tmp_path):
+    prepare_data(inputs, byte_tokenizer, tmp_path / "out")
+    told = json.loads((tmp_path / "out.json").read_text())
+
+    assert told["format"] == "rwkv-train-corpus/1"
+    assert told["tokenizer"] == {"name": "bytes", "sha256": byte_tokenizer.identity.sha256}
+    assert told["sha256"] == hashlib.sha256((tmp_path / "out.bin").read_bytes()).hexdigest()
+    assert told["sources"] == [
+        {
+            "path": str(path),
+            "n_bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in inputs
+    ]
+
+
+def test_the_document_table_can_be_read_by_numpy_alone(inputs, byte_tokenizer, tmp_path):
+    prepare_data(inputs, byte_tokenizer, tmp_path / "out")
+    table = np.load(tmp_path / "out.docs.npy")
+
+    assert table["domain"].tolist() == [0, 1, 0, 2]
+    assert table["n_bytes"].tolist() == [23, 17, 6, 11]
+
+
+def test_world_tokens_decode_to_the_texts(inputs, world_tokenizer, tmp_path):
+    prepare_data(inputs, world_tokenizer, tmp_path / "out")
+    corpus = load_corpus(tmp_path / "out")
+
+    texts = [
+        world_tokenizer.decode_bytes(tokens.tolist()).decode() for tokens, *_ in corpus.token_documents()
+    ]
+    assert texts == ["def f(x):\n    return x\n", "Ein schöner Tag.", "日本", "Dear all,\r\n"]
+
+
+def test_batches_do_not_show(byte_tokenizer, tmp_path, monkeypatch):
+    texts = [f"document {number} " * (number % 7) for number in range(100)]
+    lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+    (tmp_path / "many.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
+    monkeypatch.setattr("rwkv_train.data.prepare._BATCH_CHARACTERS", 50)
+
+    prepare_data([tmp_path / "many.jsonl.zst"], byte_tokenizer, tmp_path / "out")
+
+    expected = [text.encode() for text in texts if text]
+    found = load_corpus(tmp_path / "out").token_documents()
+    assert [byte_tokenizer.decode_bytes(document.tokens) for document in found] == expected
+
+
+def test_progress_tells_of_all_bytes(inputs, byte_tokenizer, tmp_path):
+    read: list[int] = []
+
+    prepare_data(inputs, byte_tokenizer, tmp_path / "out", progress=read.append)
+
+    assert sum(read) == sum(path.stat().st_size for path in inputs)
+
+
+def test_an_existing_corpus_is_replaced_only_when_asked(inputs, byte_tokenizer, tmp_path):
+    prepare_data(inputs, byte_tokenizer, tmp_path / "out")
+
+    with pytest.raises(DataError, match=r"out\.bin exists already"):
+        prepare_data(inputs[1:], byte_tokenizer, tmp_path / "out")
+    assert load_corpus(tmp_path / "out").tokens.n_documents == 4
+
+    prepare_data(inputs[1:], byte_tokenizer, tmp_path / "out", overwrite=True)
+    assert load_corpus(tmp_path / "out").tokens.n_documents == 1
+    assert written(tmp_path / "out") == FILES
+
+
+def test_a_bad_line_far_down_leaves_nothing(inputs, byte_tokenizer, tmp_path):
+    with inputs[0].open("a") as file:
+        file.write("oops\n")
+
+    with pytest.raises(DataError, match=r"small\.jsonl, line 5: not JSON"):
+        prepare_data(inputs, byte_tokenizer, tmp_path / "out")
+
+    assert written(tmp_path / "out") == []
+
+
+def test_a_source_of_empty_documents_only_is_refused(byte_tokenizer, tmp_path):
+    (tmp_path / "void.jsonl").write_text('{"text": ""}\n')
+
+    with pytest.raises(DataError, match=r"none of the documents in .*void\.jsonl has any text"):
+        prepare_data([tmp_path / "void.jsonl"], byte_tokenizer, tmp_path / "out")
+
+    assert written(tmp_path / "out") == []
+
+
+def test_a_full_disk_leaves_nothing(byte_tokenizer, tmp_path):
+    (tmp_path / "long.txt").write_text("word " * 100_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(DataError, match=r"cannot write .*out\.idx: File too large"):
+            prepare_data([tmp_path / "long.txt"], byte_tokenizer, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert written(tmp_path / "out") == []

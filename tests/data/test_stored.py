@@ -1,0 +1,207 @@
+"""Opening a corpus: its parts agree, and it fits the run, or one sentence says why not."""
+
+import json
+import logging
+import pickle
+import struct
+
+import numpy as np
+import pytest
+
+from rwkv_train.data.binidx import TokenFileWriter
+from rwkv_train.data.prepare import prepare_data
+from rwkv_train.data.stored import load_corpus
+from rwkv_train.errors import DataError
+from rwkv_train.tokenizers import TokenizerIdentity
+
+
+@pytest.fixture
+def corpus(inputs, byte_tokenizer, tmp_path):
+    prepare_data(inputs, byte_tokenizer, tmp_path / "out")
+    return load_corpus(tmp_path / "out")
+
+
+def make_foreign(prefix, tokens, dtype=np.uint16):
+    with TokenFileWriter(prefix, dtype) as writer:
+        writer.add_document(np.array(tokens, dtype=dtype))
+    return load_corpus(prefix)
+
+
+def test_documents_have_their_domain_and_bytes_and_no_end_token(corpus):
+    documents = list(corpus.token_documents())
+
+    assert [(domain, n_bytes) for _, domain, n_bytes in documents] == [
+        ("code", 23),
+        ("prose", 17),
+        ("code", 6),
+        ("letter", 11),
+    ]
+    assert documents[2].tokens.tolist() == [byte + 1 for byte in "日本".encode()]
+    assert corpus.token_document(3).n_bytes == 11
+
+
+def test_tokens_of_the_domains_add_up_to_all(corpus):
+    assert corpus.domains == ("code", "prose", "letter")
+    assert corpus.tokens_by_domain() == {"code": 31, "prose": 18, "letter": 12}
+    assert corpus.tokens.n_tokens == 61
+
+
+def test_a_copy_for_another_process_is_small_and_the_same(corpus):
+    data = pickle.dumps(corpus)
+    copy = pickle.loads(data)
+
+    assert len(data) < 1_000
+    assert copy.tokens.tokens.tolist() == corpus.tokens.tokens.tolist()
+    assert copy.sidecar == corpus.sidecar
+
+
+def test_a_pair_of_another_program_is_one_unknown_domain(tmp_path):
+    corpus = make_foreign(tmp_path / "foreign", [7, 8, 0])
+    (document,) = corpus.token_documents()
+
+    assert (document.tokens.tolist(), document.domain, document.n_bytes) == ([7, 8], "unknown", 0)
+    assert corpus.tokens_by_domain() == {"unknown": 3}
+    assert corpus.sidecar is None
+
+
+def test_a_pair_without_end_tokens_keeps_all_its_tokens(tmp_path):
+    (document,) = make_foreign(tmp_path / "foreign", [7, 8]).token_documents()
+
+    assert document.tokens.tolist() == [7, 8]
+
+
+def test_another_tokenizer_is_refused(corpus):
+    other = TokenizerIdentity("world", "ab" * 32)
+
+    with pytest.raises(
+        DataError, match=r"made with the tokenizer 'bytes' \(\w{12}\), wanted 'world' \(abababababab\)"
+    ):
+        corpus.require_tokenizer(other)
+
+
+def test_the_same_tokenizer_under_another_name_is_accepted(corpus, byte_tokenizer):
+    corpus.require_tokenizer(byte_tokenizer.identity._replace(name="/elsewhere/tokenizer.json"))
+
+
+def test_an_unknown_tokenizer_is_a_warning(tmp_path, byte_tokenizer, caplog):
+    corpus = make_foreign(tmp_path / "foreign", [7, 0])
+
+    with caplog.at_level(logging.WARNING):
+        corpus.require_tokenizer(byte_tokenizer.identity)
+
+    assert "has no sidecar: whether the tokenizer 'bytes' made it cannot be checked" in caplog.text
+
+
+def test_ids_beyond_the_vocabulary_are_refused(corpus):
+    highest = max("日本".encode()) + 1  # token of the highest byte in the corpus
+
+    corpus.require_vocab(highest + 1)
+    with pytest.raises(DataError, match=rf"token id {highest}, but the model's ids are 0 to {highest - 1}"):
+        corpus.require_vocab(highest)
+
+
+@pytest.mark.parametrize("place", [0, 4_999, 9_999])
+def test_a_foreign_pair_is_searched_for_ids_beyond_the_vocabulary(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("rwkv_train.data.stored._SCAN_TOKENS", 100)
+    tokens = np.full(10_000, 5)
+    tokens[place] = 300
+    corpus = make_foreign(tmp_path / "foreign", tokens)
+
+    corpus.require_vocab(301)
+    with pytest.raises(DataError, match=r"token id 300, but the model's ids are 0 to 299 \(vocab_size 300\)"):
+        corpus.require_vocab(300)
+
+
+def test_a_foreign_pair_with_negative_ids_is_refused(tmp_path):
+    corpus = make_foreign(tmp_path / "foreign", [5, -3], dtype=np.int32)
+
+    with pytest.raises(DataError, match="token id -3, but the model's ids are 0 to 256"):
+        corpus.require_vocab(257)
+
+
+def test_the_search_of_a_huge_foreign_pair_is_spread_over_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("rwkv_train.data.stored._SCAN_TOKENS", 10)
+    monkeypatch.setattr("rwkv_train.data.stored._MAX_SCANNED_TOKENS", 100)
+    tokens = np.full(10_000, 5)
+    tokens[9_000:] = 300
+    corpus = make_foreign(tmp_path / "foreign", tokens)
+
+    with pytest.raises(DataError, match="token id 300"):
+        corpus.require_vocab(300)
+
+
+def test_a_corpus_shorter_than_a_sample_is_refused(corpus):
+    corpus.require_length(60)
+    with pytest.raises(DataError, match=r"has 61 tokens, one sample needs 62 \(ctx_len 61"):
+        corpus.require_length(61)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"{", "is not the sidecar of a prepared corpus"),
+        (b"[]", "is not the sidecar of a prepared corpus"),
+        (b"\xff", "is not the sidecar of a prepared corpus"),
+        (b'{"a": 1}', "is not the sidecar of a prepared corpus"),
+        (b'{"format": "rwkv-train-corpus/1"}', "is not the sidecar of a prepared corpus"),
+        (
+            b'{"format": "rwkv-train-corpus/9"}',
+            "has the format 'rwkv-train-corpus/9', wanted 'rwkv-train-corpus/1'",
+        ),
+    ],
+)
+def test_a_damaged_sidecar_is_refused(content, sentence, corpus):
+    (corpus.prefix.parent / "out.json").write_bytes(content)
+
+    with pytest.raises(DataError, match=sentence):
+        load_corpus(corpus.prefix)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("n_tokens", 60, "tells of 60 tokens of uint16 in 4 documents, .bin and .idx hold 61 tokens"),
+        ("n_documents", 3, "in 3 documents"),
+        ("dtype", "int32", "61 tokens of int32"),
+    ],
+)
+def test_a_sidecar_of_another_corpus_is_refused(field, value, sentence, corpus):
+    path = corpus.prefix.parent / "out.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+
+    with pytest.raises(DataError, match=sentence):
+        load_corpus(corpus.prefix)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda path: path.unlink(), r"cannot read .*out\.docs\.npy"),
+        (lambda path: path.write_bytes(b""), r"cannot read .*out\.docs\.npy"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"cannot read .*out\.docs\.npy"),
+        (lambda path: np.save(path, np.zeros(4)), r"is a table of float64, wanted"),
+    ],
+    ids=["missing", "empty", "cut off", "another table"],
+)
+def test_a_damaged_document_table_is_refused(damage, sentence, corpus):
+    damage(corpus.prefix.parent / "out.docs.npy")
+
+    with pytest.raises(DataError, match=sentence):
+        load_corpus(corpus.prefix)
+
+
+def test_a_document_table_of_another_corpus_is_refused(corpus):
+    path = corpus.prefix.parent / "out.docs.npy"
+    np.save(path, np.load(path)[:3])
+
+    with pytest.raises(DataError, match=r"\.docs\.npy 3 documents"):
+        load_corpus(corpus.prefix)
+
+
+def test_a_hand_made_pair_beside_no_sidecar_opens(tmp_path):
+    (tmp_path / "hand.bin").write_bytes(struct.pack("<3i", 70_000, 1, 0))
+    (tmp_path / "hand.idx").write_bytes(
+        b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, 1, 2) + struct.pack("<iqqq", 3, 0, 0, 1)
+    )
+
+    assert load_corpus(tmp_path / "hand").tokens.tokens.tolist() == [70_000, 1, 0]
