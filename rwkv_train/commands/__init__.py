@@ -16,6 +16,7 @@ from rwkv_train.commands.chat import chat
 from rwkv_train.commands.convert_checkpoint import convert_checkpoint
 from rwkv_train.commands.eval_ppl import eval_ppl
 from rwkv_train.commands.generate import generate
+from rwkv_train.commands.init_weights import init_weights
 from rwkv_train.commands.inspect import inspect
 from rwkv_train.commands.prepare_data import prepare_data
 from rwkv_train.commands.pretrain import pretrain
@@ -32,8 +33,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (pretrain, prepare_data, eval_ppl, convert_checkpoint, generate, chat, inspect, bench):
-    app.command(name=command.__name__.replace("_", "-"))(command)
+_COMMANDS = (
+    pretrain,
+    prepare_data,
+    eval_ppl,
+    convert_checkpoint,
+    generate,
+    chat,
+    inspect,
+    init_weights,
+    bench,
+)
+for _command in _COMMANDS:
+    app.command(name=_command.__name__.replace("_", "-"))(_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,108 @@
+"""Runs in processes of their own: killed at random moments, interrupted, shared by two processes."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from rwkv_train.checkpoints import list_training_checkpoints, load_training_checkpoint
+
+CHECKOUT = Path(__file__).parents[2]
+KILLS = 5
+PATIENCE_SECONDS = 120
+
+
+@pytest.fixture
+def command(tree, tmp_path):
+    """Make the command line of a run with some settings changed."""
+
+    def make(name, **changes):
+        tree["trainer"] |= {"out_dir": str(tmp_path / name), **changes}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return [sys.executable, str(CHECKOUT / "cli.py"), "pretrain", "--config", str(path)]
+
+    return make
+
+
+def start(command):
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(command):
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def newest(out_dir):
+    found = list_training_checkpoints(out_dir)
+    return found[-1].name if found else None
+
+
+def wait_for_progress(process, out_dir, before):
+    """Wait until the process has written a checkpoint of its own."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while newest(out_dir) == before and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def test_a_run_killed_at_random_moments_ends_like_an_undisturbed_one(command, tree, tmp_path):
+    tree["checkpoint"] = {"every_n_steps": 1, "keep_last": 2}  # so that many kills fall into a save
+    steps = {"max_steps": 300, "val_every_n_steps": 300, "sample_tokens": 0}
+    finish(command("undisturbed", **steps))
+    killed = command("killed", **steps)
+    chance = random.Random(0)
+    for _ in range(KILLS):
+        before = newest(tmp_path / "killed")
+        process = start(killed)
+        wait_for_progress(process, tmp_path / "killed", before)
+        time.sleep(chance.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
+    finish(killed)
+
+    one, other = (
+        load_training_checkpoint(tmp_path / name / "checkpoints/step-00000300")
+        for name in ("undisturbed", "killed")
+    )
+    for kind in ("weights", "exp_avg", "exp_avg_sq"):
+        left, right = getattr(one, kind), getattr(other, kind)
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "term"])
+def test_a_signal_saves_and_leaves_with_its_code(command, tmp_path, number, code):
+    process = start(command("run", max_steps=100_000))
+    wait_for_progress(process, tmp_path / "run", None)
+    process.send_signal(number)
+    _, log = process.communicate(timeout=PATIENCE_SECONDS)
+
+    assert process.returncode == code
+    assert "saving after this step" in log
+    assert "Traceback" not in log
+    step = int(newest(tmp_path / "run").removeprefix("step-"))
+    assert f"stopping after step {step} of 100000" in log
+
+
+def test_two_processes_learn_what_one_learns(command, tmp_path):
+    alone = finish(command("alone", micro_batch_size=8))
+    shared = finish(command("shared", micro_batch_size=4, devices=2))
+
+    assert shared.stdout.count("validation loss") == alone.stdout.count("validation loss") == 1
+    one, other = (
+        load_training_checkpoint(tmp_path / name / "checkpoints/step-00000012") for name in ("alone", "shared")
+    )
+    for name, weight in one.weights.items():
+        torch.testing.assert_close(weight, other.weights[name], rtol=1e-3, atol=2e-5)
+    total = [state.manifest["validation"]["total"] for state in (one, other)]
+    assert total[0]["documents"] == total[1]["documents"]
+    assert total[0]["nats"] == pytest.approx(total[1]["nats"], rel=1e-4)
