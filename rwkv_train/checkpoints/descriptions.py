@@ -1,0 +1,120 @@
+"""The JSON beside weights - ``config.json`` and ``manifest.json`` - checked before anything in it is used."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rwkv_train.checkpoints.formats import FORMAT_VERSION
+from rwkv_train.checkpoints.io import sha256_of
+from rwkv_train.config.load import check_tree
+from rwkv_train.config.model import ModelConfig
+from rwkv_train.errors import CheckpointError, ConfigError
+from rwkv_train.tokenizers import TokenizerIdentity
+
+Json = dict[str, Any]
+"""A JSON object."""
+
+Kinds = Mapping[str, tuple[type, ...]]
+"""Key -> types that its value may have."""
+
+_ANY_RUN = {"out_dir": "-", "max_steps": 1}
+"""Fills the sections that a model section alone does not have."""
+
+
+def read_json(path: Path) -> Json:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        CheckpointError: it is missing, or not that.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
+        raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def write_json(path: Path, content: Json) -> None:
+    """Write one JSON object, for people to read too; NaN and infinity are refused (``ValueError``)."""
+    path.write_text(
+        json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
+
+
+def find_problem(content: Json, kinds: Kinds) -> str | None:
+    """Say what is wrong with the keys of a description and the types of their values, or ``None``."""
+    if (found := content.get("format")) != FORMAT_VERSION:
+        return f"its format is {found!r}, but this version reads '{FORMAT_VERSION}'"
+    for key, wanted in kinds.items():
+        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in wanted)
+        if key not in content:
+            return f"it has no '{key}' ({names})"
+        # In Python a bool is an int; in a description it is not.
+        if not isinstance(content[key], wanted) or isinstance(content[key], bool):
+            return f"'{key}' is {_show(content[key])}, not of type {names}"
+        if isinstance(content[key], int) and content[key] < 0:
+            return f"'{key}' is {content[key]}, which must not be negative"
+    return None
+
+
+def parse_model(path: Path, section: Json) -> ModelConfig:
+    """Turn the architecture settings of a description into settings.
+
+    Raises:
+        CheckpointError: a name or value does not fit.
+    """
+    try:
+        return check_tree({"model": section, "trainer": _ANY_RUN}).model
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def parse_tokenizer(path: Path, section: Json | None) -> TokenizerIdentity | None:
+    """Turn ``{"name", "sha256"}`` into an identity; ``None`` stays ``None``: the tokenizer is not known.
+
+    Raises:
+        CheckpointError: a part is missing or not text.
+    """
+    if section is None:
+        return None
+    name, sha256 = section.get("name"), section.get("sha256")
+    if not isinstance(name, str) or not isinstance(sha256, str):
+        raise CheckpointError(
+            f"{path}: 'tokenizer' is {_show(section)}, but must hold the texts 'name' and 'sha256'"
+        )
+    return TokenizerIdentity(name, sha256)
+
+
+def verify_files(path: Path, files: Json, names: Iterable[str]) -> None:
+    """Compare files beside a description with the SHA-256 that it gives.
+
+    Args:
+        path: the description.
+        files: its ``files`` section, name -> SHA-256.
+        names: the files to check.
+
+    Raises:
+        CheckpointError: a file is missing, not named in the section, or differs.
+    """
+    for name in names:
+        file = path.with_name(name)
+        if name not in files:
+            raise CheckpointError(f"{path}: 'files' does not name {name}")
+        try:
+            found = sha256_of(file)
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+        if found != files[name]:
+            raise CheckpointError(
+                f"{file} is damaged: its SHA-256 is {found}, but {path.name} says {_show(files[name])}"
+            )
+
+
+def _show(value: object) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

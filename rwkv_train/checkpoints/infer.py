@@ -1,0 +1,216 @@
+"""Sizes from weights: which architecture it is, how large, and whether every tensor is there.
+
+Names and shapes are those of the published files. What weights do not say - ``ctx_len``, initial values -
+gets the value that the published models of that version were trained with.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_train.config.model import LoraRanks, ModelConfig, Rwkv4Config, Rwkv7Config, lora_ranks_by_rule
+from rwkv_train.errors import CheckpointError
+from rwkv_train.models.registry import build_model, unused_parameters
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensor name -> shape."""
+
+_UNSUPPORTED = {
+    "qkv.qq.weight": "RWKV-7b (attention beside the recurrence)",
+    "ffn.s_emb.weight": "RWKV-7a (DeepEmbed)",
+    "att.time_maa_x": "RWKV-6",
+    "att.gate.weight": "RWKV-5.1 or 5.2",
+    "att.ln_x.weight": "RWKV-5.0",
+    "rwkv.blocks.": "a Hugging Face RWKV model",
+    "attn.r_proj.weight": "a Hugging Face (fla) RWKV-7 model",
+    "self_attn.": "a Transformer",
+    "attn.c_attn.": "a Transformer",
+    "attention.query_key_value": "a Transformer",
+    "mixer.A_log": "a Mamba model",
+}
+"""Part of a tensor's name -> what holds such a tensor. The first match counts."""
+
+
+class _Architecture(NamedTuple):
+    mark: str
+    """A tensor of the first block that only this version has."""
+    not_mark: tuple[str, ...]
+    """Parts of names that a later version adds."""
+    config: Callable[[Shapes, int | None], ModelConfig]
+
+
+def infer_config(
+    tensors: Mapping[str, Tensor], *, ctx_len: int | None = None, source: str = "the weights"
+) -> ModelConfig:
+    """Return the architecture settings that a set of weights implies, having checked every tensor.
+
+    Args:
+        tensors: the official name -> tensor; of the tensors only the shapes are looked at.
+        ctx_len: length of a training sample, which weights do not tell; ``None``: 1024 for RWKV-4, 4096 for
+            RWKV-7, as published.
+        source: what messages call the weights, such as their path.
+
+    Raises:
+        CheckpointError: the architecture is not supported, or a tensor is missing, unknown or misshaped.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    try:
+        config = _recognize(shapes).config(shapes, ctx_len)
+    except _MisfitError as problem:
+        raise CheckpointError(f"{source}: {problem}") from None
+    check_tensors(config, tensors, source=source)
+    return config
+
+
+def check_tensors(config: ModelConfig, tensors: Mapping[str, Tensor], *, source: str = "the weights") -> None:
+    """Compare names and shapes with those of the model that ``config`` describes.
+
+    Tensors that the architecture does not use (RWKV-7's value residual of the first block) may be absent.
+
+    Raises:
+        CheckpointError: it names the first tensor that is missing, unknown or misshaped, with both shapes.
+    """
+    expected = expected_shapes(config)
+    unused = unused_parameters(config.arch)
+    missing = [name for name in expected if name not in tensors and name not in unused]
+    unknown = [name for name in tensors if name not in expected]
+    model = f"{config.arch} with n_layer {config.n_layer} and n_embd {config.n_embd}"
+    if missing:
+        raise CheckpointError(
+            f"{source}: tensor '{missing[0]}' is missing{_and_more(missing)}; {model} has it, with shape "
+            f"{list(expected[missing[0]])}"
+        )
+    if unknown:
+        name = unknown[0]
+        raise CheckpointError(
+            f"{source}: tensor '{name}' {list(tensors[name].shape)} is extra{_and_more(unknown)}; "
+            f"{model} has no such tensor"
+        )
+    misshaped = [name for name, tensor in tensors.items() if tuple(tensor.shape) != expected[name]]
+    if misshaped:
+        name = misshaped[0]
+        raise CheckpointError(
+            f"{source}: tensor '{name}' has shape {list(tensors[name].shape)}{_and_more(misshaped)}; {model} "
+            f"has {list(expected[name])}"
+        )
+
+
+def make_explicit(config: ModelConfig) -> ModelConfig:
+    """Return ``config`` as it is stored beside weights: LoRA ranks as numbers, no ``init_from``."""
+    if isinstance(config, Rwkv7Config):
+        return config.model_copy(update={"init_from": None, "lora_ranks": config.ranks})
+    return config.model_copy(update={"init_from": None})
+
+
+def fill_unused(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return all tensors of the model in its own order; unused ones that are absent become zeros.
+
+    Args:
+        config: settings that the tensors were checked against.
+        tensors: name -> tensor. Zeros get the dtype of ``emb.weight``.
+    """
+    dtype = tensors["emb.weight"].dtype
+    return {
+        name: tensors[name] if name in tensors else torch.zeros(shape, dtype=dtype)
+        for name, shape in expected_shapes(config).items()
+    }
+
+
+@lru_cache(maxsize=8)
+def expected_shapes(config: ModelConfig) -> Shapes:
+    """Return the name and shape of each tensor of a model, in its own order. Takes no memory for values."""
+    model = build_model(config, wkv_backend="reference", device="meta")
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+class _MisfitError(Exception):
+    """Why shapes make no model; becomes a CheckpointError that names the file."""
+
+
+def _recognize(shapes: Shapes) -> _Architecture:
+    if not shapes:
+        raise _MisfitError("there is no tensor in it")
+    for architecture in _ARCHITECTURES:
+        if architecture.mark in shapes and not any(
+            part in name for name in shapes for part in architecture.not_mark
+        ):
+            return architecture
+    for part, what in _UNSUPPORTED.items():
+        if any(part in name for name in shapes):
+            raise _MisfitError(f"this is {what}, which is not supported; RWKV-4 and RWKV-7 are")
+    raise _MisfitError(
+        f"this is no RWKV model (its first tensor is '{next(iter(shapes))}'); RWKV-4 and RWKV-7 are supported"
+    )
+
+
+def _rwkv4(shapes: Shapes, ctx_len: int | None) -> Rwkv4Config:
+    vocab_size, n_embd = _shape(shapes, "emb.weight", "[vocab_size, n_embd]")
+    return Rwkv4Config(
+        n_layer=_n_layer(shapes), n_embd=n_embd, vocab_size=vocab_size, ctx_len=ctx_len or 1_024
+    )
+
+
+def _rwkv7(shapes: Shapes, ctx_len: int | None) -> Rwkv7Config:
+    vocab_size, n_embd = _shape(shapes, "emb.weight", "[vocab_size, n_embd]")
+    n_head, head_size = _shape(shapes, "blocks.0.att.r_k", "[n_head, head_size]")
+    if n_head * head_size != n_embd:
+        raise _MisfitError(
+            f"tensor 'blocks.0.att.r_k' has shape {[n_head, head_size]}; n_head x head_size must be n_embd "
+            f"({n_embd})"
+        )
+    return Rwkv7Config(
+        n_layer=_n_layer(shapes),
+        n_embd=n_embd,
+        head_size=head_size,
+        vocab_size=vocab_size,
+        ctx_len=ctx_len or 4_096,
+        lora_ranks=LoraRanks(
+            w=_rank(shapes, "blocks.0.att.w1"),
+            a=_rank(shapes, "blocks.0.att.a1"),
+            v=_value_rank(shapes, n_embd),
+            g=_rank(shapes, "blocks.0.att.g1"),
+        ),
+    )
+
+
+# Newest first. A new version is one line here and one function above.
+_ARCHITECTURES = (
+    _Architecture("blocks.0.att.r_k", ("qkv.", "ffn.s_emb"), _rwkv7),
+    _Architecture("blocks.0.att.time_first", ("att.ln_x.",), _rwkv4),
+)
+
+
+def _value_rank(shapes: Shapes, n_embd: int) -> int:
+    """Rank of the value residual: the second block uses it, the first one's may be absent."""
+    for name in ("blocks.1.att.v1", "blocks.0.att.v1"):
+        if name in shapes:
+            return _rank(shapes, name)
+    # One layer, and without its unused tensors: any rank is right, so the one of published models.
+    return lora_ranks_by_rule(n_embd, "original").v
+
+
+def _rank(shapes: Shapes, name: str) -> int:
+    return _shape(shapes, name, "[n_embd, rank]")[1]
+
+
+def _shape(shapes: Shapes, name: str, wanted: str) -> tuple[int, int]:
+    """The shape of a matrix whose sides are settings."""
+    if name not in shapes:
+        raise _MisfitError(f"tensor '{name}' is missing; its shape {wanted} is needed")
+    shape = shapes[name]
+    if len(shape) != 2 or 0 in shape:
+        raise _MisfitError(f"tensor '{name}' has shape {list(shape)}, expected {wanted}")
+    return shape[0], shape[1]
+
+
+def _n_layer(shapes: Shapes) -> int:
+    """How many blocks there are: counted, so that a gap shows as missing tensors of the last ones."""
+    return len({match[0] for name in shapes if (match := re.match(r"blocks\.\d+\.", name))})
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

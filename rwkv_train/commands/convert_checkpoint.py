@@ -1,0 +1,74 @@
+"""``rwkv-train convert-checkpoint``: weights from any format to an official .pth or a safetensors folder."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class _Target(StrEnum):
+    PTH = "pth"
+    SAFETENSORS = "safetensors"
+
+
+class _Dtype(StrEnum):
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+class _Unused(StrEnum):
+    KEEP = "keep"
+    DROP = "drop"
+
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC",
+        help="A .pth, safetensors file or folder, training checkpoint, out_dir of a run, or hf:OWNER/NAME/FILE.",
+    ),
+]
+Destination = Annotated[
+    Path, typer.Argument(metavar="DST", help="What to write: a file for pth, a folder for safetensors.")
+]
+To = Annotated[_Target, typer.Option(help="Format to write.")]
+Dtype = Annotated[
+    _Dtype | None, typer.Option(help="Round every weight to this; by default each stays as it is.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace DST, once the new one is written and compared.")
+]
+Block0 = Annotated[
+    _Unused,
+    typer.Option(
+        help="RWKV-7's unused blocks.0.att.v0/v1/v2: written (zeros if SRC lacks them) or left out."
+    ),
+]
+
+
+def convert_checkpoint(
+    src: Source,
+    dst: Destination,
+    to: To,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    v7_block0: Block0 = _Unused.KEEP,
+) -> None:
+    """Write weights in another format, read them back and compare every bit."""
+    from rwkv_train.checkpoints import convert
+    from rwkv_train.checkpoints.tensors import DTYPES
+
+    written = convert(
+        src,
+        dst,
+        to.value,
+        dtype=None if dtype is None else DTYPES[dtype.value],
+        overwrite=overwrite,
+        v7_block0=v7_block0.value,
+    )
+    typer.echo(
+        f"wrote {written.path} ({to.value}, {written.n_tensors} tensors, {written.size_bytes:,} bytes), "
+        "read back bit for bit"
+    )

@@ -1,0 +1,214 @@
+"""Random weights under the published names, and a file system that dies at a chosen moment."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rwkv_train.checkpoints import TrainingState, safetensors_file
+from rwkv_train.config.model import LoraRanks, ModelConfig, Rwkv4Config, Rwkv7Config
+from rwkv_train.config.save import to_tree
+
+Tensors = dict[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _common_shapes(vocab_size: int, n_embd: int, n_layer: int) -> Shapes:
+    V, C, L = vocab_size, n_embd, n_layer
+    norms = ["blocks.0.ln0", *(f"blocks.{i}.{ln}" for i in range(L) for ln in ("ln1", "ln2")), "ln_out"]
+    matrices = {"emb.weight": (V, C), "head.weight": (V, C)}
+    return matrices | {f"{norm}.{part}": (C,) for norm in norms for part in ("weight", "bias")}
+
+
+def _rwkv4_shapes(vocab_size: int, n_embd: int, n_layer: int) -> Shapes:
+    """The names and shapes of RWKV-LM's v4neo, written down apart from our models."""
+    V, C, L = vocab_size, n_embd, n_layer
+    block: Shapes = {
+        "att.time_decay": (C,),
+        "att.time_first": (C,),
+        "att.time_mix_k": (1, 1, C),
+        "att.time_mix_v": (1, 1, C),
+        "att.time_mix_r": (1, 1, C),
+        "att.key.weight": (C, C),
+        "att.value.weight": (C, C),
+        "att.receptance.weight": (C, C),
+        "att.output.weight": (C, C),
+        "ffn.time_mix_k": (1, 1, C),
+        "ffn.time_mix_r": (1, 1, C),
+        "ffn.key.weight": (4 * C, C),
+        "ffn.receptance.weight": (C, C),
+        "ffn.value.weight": (C, 4 * C),
+    }
+    return _common_shapes(V, C, L) | {
+        f"blocks.{i}.{name}": shape for i in range(L) for name, shape in block.items()
+    }
+
+
+def _rwkv7_shapes(
+    vocab_size: int, n_embd: int, n_layer: int, head_size: int, ranks: dict[str, int]
+) -> Shapes:
+    """The names and shapes of RWKV-LM's x070, written down apart from our models."""
+    V, C, L, N = vocab_size, n_embd, n_layer, head_size
+    vectors = ["x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "v0", "k_k", "k_a"]
+    block: Shapes = {f"att.{name}": (1, 1, C) for name in vectors} | {"att.r_k": (C // N, N)}
+    for name, rank in ranks.items():
+        block |= {f"att.{name}1": (C, rank), f"att.{name}2": (rank, C)}
+    block |= {f"att.{name}.weight": (C, C) for name in ("receptance", "key", "value", "output")}
+    block |= {"att.ln_x.weight": (C,), "att.ln_x.bias": (C,)}
+    block |= {"ffn.x_k": (1, 1, C), "ffn.key.weight": (4 * C, C), "ffn.value.weight": (C, 4 * C)}
+    return _common_shapes(V, C, L) | {
+        f"blocks.{i}.{name}": shape for i in range(L) for name, shape in block.items()
+    }
+
+
+@pytest.fixture
+def rwkv4_shapes() -> Callable[..., Shapes]:
+    return _rwkv4_shapes
+
+
+@pytest.fixture
+def rwkv7_shapes() -> Callable[..., Shapes]:
+    return _rwkv7_shapes
+
+
+@pytest.fixture
+def random_tensors() -> Callable[..., Tensors]:
+    def make(shapes: Shapes, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensors:
+        generator = torch.Generator().manual_seed(seed)
+        return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+    return make
+
+
+_CONFIGS: dict[str, ModelConfig] = {
+    "rwkv4": Rwkv4Config(n_layer=2, n_embd=32, vocab_size=60, ctx_len=16),
+    "rwkv7": Rwkv7Config(
+        n_layer=2,
+        n_embd=32,
+        head_size=8,
+        vocab_size=60,
+        ctx_len=16,
+        lora_ranks=LoraRanks(w=5, a=6, v=7, g=9),
+    ),
+}
+
+
+@pytest.fixture
+def shapes_of() -> Callable[[str], Shapes]:
+    """Shapes of the small model of an architecture."""
+
+    def get(arch: str) -> Shapes:
+        if arch == "rwkv4":
+            return _rwkv4_shapes(60, 32, 2)
+        return _rwkv7_shapes(60, 32, 2, 8, {"w": 5, "a": 6, "v": 7, "g": 9})
+
+    return get
+
+
+@pytest.fixture
+def config_of() -> Callable[[str], ModelConfig]:
+    """Settings of the small model of an architecture."""
+    return _CONFIGS.__getitem__
+
+
+@pytest.fixture
+def tensors_of(shapes_of, random_tensors) -> Callable[..., Tensors]:
+    """Random weights of the small model of an architecture."""
+
+    def make(arch: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensors:
+        return random_tensors(shapes_of(arch), seed, dtype)
+
+    return make
+
+
+_NEVER_TRAINED = {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}
+
+
+@pytest.fixture
+def training_state(tensors_of) -> Callable[..., TrainingState]:
+    """A training checkpoint's content, different for each step."""
+
+    def make(step: int, arch: str = "rwkv7") -> TrainingState:
+        weights = tensors_of(arch, seed=3 * step)
+        trained = [name for name in weights if name not in _NEVER_TRAINED]
+        first, second = tensors_of(arch, seed=3 * step + 1), tensors_of(arch, seed=3 * step + 2)
+        return TrainingState(
+            weights,
+            {name: first[name] for name in trained},
+            {name: second[name].square() for name in trained},
+            {
+                "step": step,
+                "tokens": 1000 * step,
+                "config": {"trainer": {"seed": 1}},
+                "tokenizer": {"name": "bytes", "sha256": "ab" * 32},
+                "arch_config": to_tree(_CONFIGS[arch]),
+                "random": {"cpu": "AAEC"},
+                "data": {"samples": 8 * step},
+            },
+        )
+
+    return make
+
+
+class Killed(BaseException):
+    """The process is gone: nothing that it would still do happens."""
+
+
+@pytest.fixture
+def killed() -> type[BaseException]:
+    return Killed
+
+
+@pytest.fixture
+def die_after(monkeypatch) -> Callable[[int], object]:
+    """Let ``n`` changes of the file system happen, leave the next one half done, and no other after it."""
+
+    @contextmanager
+    def until(n: int) -> Iterator[None]:
+        done = 0
+
+        def wrap(owner: object, name: str, half_done: Callable[..., None] | None = None) -> None:
+            original = getattr(owner, name)
+
+            def step(*args: object, **kwargs: object) -> object:
+                nonlocal done
+                done += 1
+                if done <= n:
+                    return original(*args, **kwargs)
+                if done == n + 1 and half_done is not None:
+                    half_done(original, *args, **kwargs)
+                raise Killed
+
+            patch.setattr(owner, name, step)
+
+        with monkeypatch.context() as patch:
+            wrap(Path, "mkdir")
+            wrap(Path, "rename")
+            wrap(Path, "replace")
+            wrap(Path, "unlink")
+            wrap(
+                Path, "write_text", lambda write, path, text, **kw: write(path, text[: len(text) // 2], **kw)
+            )
+            wrap(shutil, "rmtree", _remove_one_file)
+            wrap(safetensors_file, "save_file", _write_half)
+            wrap(torch, "save", lambda save, content, file: _write_half(save, content, Path(file.name)))
+            wrap(os, "fsync")
+            yield
+
+    return until
+
+
+def _write_half(save: Callable[..., None], content: object, path: Path, **kwargs: object) -> None:
+    save(content, path, **kwargs)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def _remove_one_file(_remove: Callable[..., None], folder: Path, **_kwargs: object) -> None:
+    for path in list(folder.iterdir())[:1] if folder.exists() else []:
+        os.unlink(path)  # noqa: PTH108 - pathlib's is dying too

@@ -1,0 +1,212 @@
+import os
+
+import pytest
+import torch
+
+from rwkv_train.checkpoints import convert, read_weights, save_training_checkpoint, weights
+from rwkv_train.errors import CheckpointError
+
+ARCHES = pytest.mark.parametrize("arch", ["rwkv4", "rwkv7"])
+UNUSED = {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}
+
+
+def names_in(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def assert_same_bits(read, written):
+    assert list(read) == list(written)
+    for name, tensor in written.items():
+        assert read[name].dtype == tensor.dtype
+        # As bytes: tensors that compare equal may still differ in the sign of zero.
+        assert read[name].contiguous().view(torch.uint8).equal(tensor.contiguous().view(torch.uint8)), name
+
+
+@pytest.fixture
+def source(tmp_path, tensors_of):
+    torch.save(tensors_of("rwkv7"), tmp_path / "source.pth")
+    return tmp_path / "source.pth"
+
+
+@ARCHES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_there_and_back_every_bit_is_the_same(tmp_path, tensors_of, config_of, arch, dtype):
+    tensors = tensors_of(arch, dtype=dtype)
+    tensors["emb.weight"][0, 0] = -0.0
+    torch.save(tensors, tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "b", "safetensors")
+    written = convert(tmp_path / "b", tmp_path / "c.pth", "pth")
+    back = torch.load(tmp_path / "c.pth", weights_only=True)
+    assert_same_bits({name: back[name] for name in tensors}, tensors)
+    assert back.keys() == tensors.keys()
+    assert written == (tmp_path / "c.pth", len(tensors), (tmp_path / "c.pth").stat().st_size)
+
+
+@pytest.mark.parametrize("has_them", [True, False], ids=["source-has-them", "source-lacks-them"])
+@pytest.mark.parametrize("to", ["pth", "safetensors"])
+def test_unused_tensors_are_written_or_left_out_as_asked(tmp_path, tensors_of, has_them, to):
+    tensors = tensors_of("rwkv7")
+    published = tensors if has_them else {n: t for n, t in tensors.items() if n not in UNUSED}
+    torch.save(published, tmp_path / "a.pth")
+    kept = convert(tmp_path / "a.pth", tmp_path / "kept", to)
+    dropped = convert(tmp_path / "a.pth", tmp_path / "dropped", to, v7_block0="drop")
+    assert (kept.n_tensors, dropped.n_tensors) == (len(tensors), len(tensors) - 3)
+    for conversion in (kept, dropped):
+        convert(conversion.path, tmp_path / f"{conversion.path.name}.pth", "pth", v7_block0="drop")
+        read = torch.load(tmp_path / f"{conversion.path.name}.pth", weights_only=True)
+        assert_same_bits(
+            {name: read[name] for name in tensors if name not in UNUSED},
+            {name: tensors[name] for name in tensors if name not in UNUSED},
+        )
+    values = read_weights(kept.path).tensors
+    for name in UNUSED:
+        expected = tensors[name] if has_them else torch.zeros_like(tensors[name])
+        assert values[name].equal(expected)
+        assert not read_weights(dropped.path).tensors[name].any()
+
+
+def test_a_training_checkpoint_becomes_an_official_file(tmp_path, training_state):
+    state = training_state(5)
+    save_training_checkpoint(tmp_path / "run", state)
+    convert(tmp_path / "run", tmp_path / "x.pth", "pth", dtype=torch.bfloat16)
+    read = torch.load(tmp_path / "x.pth", weights_only=True)
+    assert_same_bits({n: read[n] for n in state.weights}, {n: t.bfloat16() for n, t in state.weights.items()})
+
+
+def test_a_file_whose_embedding_and_head_are_tied_is_converted(tmp_path, tensors_of):
+    tensors = tensors_of("rwkv4")
+    tensors["head.weight"] = tensors["emb.weight"]
+    torch.save(tensors, tmp_path / "tied.pth")
+    convert(tmp_path / "tied.pth", tmp_path / "x", "safetensors")
+    read = read_weights(tmp_path / "x").tensors
+    assert_same_bits({name: read[name] for name in tensors}, tensors)
+
+
+def test_a_legacy_file_is_converted(tmp_path, tensors_of):
+    torch.save(tensors_of("rwkv4"), tmp_path / "old", _use_new_zipfile_serialization=False)
+    convert(tmp_path / "old", tmp_path / "new", "pth")
+    read = torch.load(tmp_path / "new", weights_only=True, mmap=True)
+    assert_same_bits({n: read[n] for n in tensors_of("rwkv4")}, tensors_of("rwkv4"))
+
+
+@pytest.mark.parametrize("to", ["pth", "safetensors"])
+def test_what_is_there_is_replaced_only_when_asked(tmp_path, source, tensors_of, to):
+    target = convert(source, tmp_path / "x", to).path
+    torch.save(tensors_of("rwkv4"), tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="x is already there"):
+        convert(tmp_path / "other.pth", target, to)
+    assert read_weights(target).config.arch == "rwkv7"
+    convert(tmp_path / "other.pth", target, to, overwrite=True)
+    assert read_weights(target).config.arch == "rwkv4"
+    assert names_in(tmp_path) == ["other.pth", "source.pth", "x"]
+
+
+def test_a_file_may_be_rewritten_in_place(source, tensors_of):
+    convert(source, source, "pth", dtype=torch.bfloat16, overwrite=True)
+    read = torch.load(source, weights_only=True)
+    assert_same_bits(
+        {n: read[n] for n in tensors_of("rwkv7")}, {n: t.bfloat16() for n, t in tensors_of("rwkv7").items()}
+    )
+
+
+def test_a_folder_of_anything_else_is_never_replaced(tmp_path, source):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letters").write_text("dear")
+    with pytest.raises(CheckpointError, match="home is not replaced"):
+        convert(source, tmp_path / "home", "safetensors", overwrite=True)
+    with pytest.raises(CheckpointError, match="home is a folder"):
+        convert(source, tmp_path / "home", "pth", overwrite=True)
+    assert (tmp_path / "home" / "letters").read_text() == "dear"
+
+
+def test_a_file_is_never_replaced_by_a_folder(tmp_path, source):
+    with pytest.raises(CheckpointError, match=r"source.pth is not replaced"):
+        convert(source, source, "safetensors", overwrite=True)
+    assert read_weights(source).config.arch == "rwkv7"
+
+
+def test_a_link_is_a_thing_that_is_there(tmp_path, source):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match="link is already there"):
+        convert(source, tmp_path / "link", "pth")
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_link_is_read_and_written_through(tmp_path, source):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "from").symlink_to(source)
+    (tmp_path / "to").symlink_to(tmp_path / "disk")
+    convert(tmp_path / "from", tmp_path / "to" / "x.pth", "pth")
+    assert names_in(tmp_path / "disk") == ["x.pth"]
+
+
+@pytest.mark.parametrize("to", ["pth", "safetensors"])
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path, source, to):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        convert(source, tmp_path / "file" / "x", to)
+
+
+@pytest.mark.skipif(
+    os.name == "nt" or os.geteuid() == 0, reason="needs a user whom permissions bind, not root"
+)
+@pytest.mark.parametrize("to", ["pth", "safetensors"])
+def test_a_folder_without_write_permission_is_refused(tmp_path, source, to):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(CheckpointError, match="cannot be written: Permission denied"):
+        convert(source, tmp_path / "locked" / "x", to)
+
+
+@pytest.mark.parametrize("to", ["pth", "safetensors"])
+def test_a_write_that_does_not_read_back_is_refused_and_the_old_one_stays(tmp_path, source, monkeypatch, to):
+    target = convert(source, tmp_path / "x", to).path
+
+    def flip_a_bit(read):
+        def read_and_flip(path):
+            tensors = {name: tensor.clone() for name, tensor in read(path).items()}
+            tensors["head.weight"].view(torch.int32)[5, 5] ^= 1
+            return tensors
+
+        return read_and_flip
+
+    with monkeypatch.context() as patch:
+        name = "read_pth" if to == "pth" else "read_safetensors"
+        patch.setattr(weights, name, flip_a_bit(getattr(weights, name)))
+        other = read_weights(target)._replace(step=3)
+        writer = weights.write_pth if to == "pth" else weights.write_safetensors
+        with pytest.raises(CheckpointError, match=r"x: tensor 'head.weight' does not read back"):
+            writer(target, other, overwrite=True)
+    assert names_in(tmp_path) == ["source.pth", "x"]
+    assert read_weights(target).config.arch == "rwkv7"
+
+
+@pytest.mark.parametrize("to", ["pth", "safetensors"])
+def test_a_conversion_killed_at_any_moment_leaves_nothing_that_can_be_read_but_the_whole(
+    tmp_path, source, tensors_of, die_after, killed, to
+):
+    target = tmp_path / "x"
+    for n in range(40):
+        try:
+            with die_after(n):
+                convert(source, target, to)
+        except killed:
+            if target.exists():
+                assert_same_bits(
+                    {name: read_weights(target).tensors[name] for name in tensors_of("rwkv7")},
+                    tensors_of("rwkv7"),
+                )
+                target.rename(tmp_path / f"complete-{n}")
+        else:
+            break
+    assert 3 < n < 39
+    assert not [name for name in names_in(tmp_path) if name.startswith(".")]
+
+
+def test_an_unknown_format_is_refused(tmp_path, source):
+    with pytest.raises(ValueError, match="must be one of pth, safetensors"):
+        convert(source, tmp_path / "x", "gguf")
+
+
+def test_a_dtype_that_is_not_read_is_not_written(tmp_path, source):
+    with pytest.raises(ValueError, match=r"torch.float64"):
+        convert(source, tmp_path / "x", "pth", dtype=torch.float64)

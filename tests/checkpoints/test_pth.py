@@ -1,0 +1,167 @@
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_train.checkpoints.pth import read_pth, save_pth
+from rwkv_train.errors import CheckpointError
+
+
+class Attack:
+    """Unpickled without care, it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def some_tensors():
+    generator = torch.Generator().manual_seed(0)
+    return {"a": torch.randn(7, 3, generator=generator), "b": torch.randn(50, generator=generator).bfloat16()}
+
+
+def save_legacy(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def assert_same(read, written):
+    assert read.keys() == written.keys()
+    for name, tensor in written.items():
+        torch.testing.assert_close(read[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("save", [torch.save, save_legacy], ids=["zip", "legacy"])
+def test_files_of_torch_save_are_read(tmp_path, save):
+    save(some_tensors(), tmp_path / "x")
+    assert_same(read_pth(tmp_path / "x"), some_tensors())
+
+
+def test_what_is_written_torch_load_reads(tmp_path):
+    save_pth(tmp_path / "x", some_tensors())
+    assert_same(torch.load(tmp_path / "x", weights_only=True), some_tensors())
+
+
+def test_the_same_tensors_give_the_same_bytes_whatever_the_name(tmp_path):
+    for name in ("x.pth", ".hidden"):
+        save_pth(tmp_path / name, some_tensors())
+    assert (tmp_path / "x.pth").read_bytes() == (tmp_path / ".hidden").read_bytes()
+
+
+def test_a_view_is_written_without_the_memory_behind_it(tmp_path):
+    save_pth(tmp_path / "x", {"view": torch.zeros(1_000_000)[:10]})
+    assert (tmp_path / "x").stat().st_size < 10_000
+
+
+@pytest.mark.parametrize("save", [torch.save, save_legacy], ids=["zip", "legacy"])
+def test_a_pickle_with_a_program_is_refused_and_does_not_run(tmp_path, save):
+    save({**some_tensors(), "attack": Attack(tmp_path / "created")}, tmp_path / "x")
+    with pytest.raises(CheckpointError, match=r"asks for more than tensors .*which is refused"):
+        read_pth(tmp_path / "x")
+    assert not (tmp_path / "created").exists()
+    # The attack is real: without care the file appears.
+    torch.load(tmp_path / "x", weights_only=False)
+    assert (tmp_path / "created").exists()
+
+
+def test_a_bare_pickle_with_a_program_is_refused_and_does_not_run(tmp_path):
+    (tmp_path / "x").write_bytes(pickle.dumps(Attack(tmp_path / "created"), protocol=2))
+    with pytest.raises(CheckpointError, match=r"cannot be read"):
+        read_pth(tmp_path / "x")
+    assert not (tmp_path / "created").exists()
+
+
+def test_a_saved_module_is_refused_by_its_name(tmp_path):
+    torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "x")
+    with pytest.raises(CheckpointError, match=r"more than tensors \(torch.nn.modules.linear.Linear\)"):
+        read_pth(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ([torch.zeros(1)], "holds a list"),
+        ({"state_dict": some_tensors(), "epoch": 3}, "entry 'state_dict' is a dict"),
+        ({"epoch": 3}, "entry 'epoch' is a int"),
+        ({1: torch.zeros(1)}, "entry 1 is a Tensor"),
+    ],
+    ids=["list", "nested", "number", "unnamed"],
+)
+def test_anything_but_named_tensors_is_refused(tmp_path, content, sentence):
+    torch.save(content, tmp_path / "x")
+    with pytest.raises(CheckpointError, match=sentence):
+        read_pth(tmp_path / "x")
+
+
+@pytest.mark.parametrize("save", [torch.save, save_legacy], ids=["zip", "legacy"])
+def test_a_file_cut_at_any_length_is_refused(tmp_path, save):
+    save(some_tensors(), tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    for length in [*range(0, len(whole), 37), len(whole) - 1]:
+        (tmp_path / "x").write_bytes(whole[:length])
+        with pytest.raises(CheckpointError):
+            read_pth(tmp_path / "x")
+
+
+def test_a_flipped_bit_in_a_record_is_found(tmp_path):
+    torch.save(some_tensors(), tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    with zipfile.ZipFile(tmp_path / "whole") as archive:
+        records = [(whole.find(data), len(data)) for data in map(archive.read, archive.namelist()) if data]
+    for start, length in records:
+        for position in range(start, start + length, 29):
+            flipped = bytearray(whole)
+            flipped[position] ^= 0x10
+            (tmp_path / "x").write_bytes(flipped)
+            with pytest.raises(CheckpointError):
+                read_pth(tmp_path / "x")
+
+
+def test_no_flipped_byte_gives_other_weights_or_another_error(tmp_path):
+    torch.save(some_tensors(), tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    n_refused = 0
+    for position in range(0, len(whole), 11):
+        flipped = bytearray(whole)
+        flipped[position] ^= 0xFF
+        (tmp_path / "x").write_bytes(flipped)
+        try:
+            assert_same(read_pth(tmp_path / "x"), some_tensors())  # padding between records carries nothing
+        except CheckpointError:
+            n_refused += 1
+    assert n_refused > 50
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    resource = pytest.importorskip("resource", reason="needs a limit on file sizes, which Windows lacks")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"the .pth file cannot be written"):
+            save_pth(tmp_path / "x", {"a": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_file_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(some_tensors(), tmp_path / "x")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert_same(read_pth(tmp_path / "x"), some_tensors())
+
+
+def test_a_compressed_record_is_refused(tmp_path):
+    torch.save(some_tensors(), tmp_path / "whole")
+    with (
+        zipfile.ZipFile(tmp_path / "whole") as source,
+        zipfile.ZipFile(tmp_path / "x", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in source.namelist():
+            bomb.writestr(name, source.read(name))
+    with pytest.raises(CheckpointError, match=r"is compressed"):
+        read_pth(tmp_path / "x")
