@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rwkv_train.config.train import TrainConfig
-from rwkv_train.data.prepare import Corpus
+from rwkv_train.data.stored import Corpus
 from rwkv_train.data.sampler import slot_of_sample
 
 Sample = tuple[Tensor, Tensor]

@@ -41,8 +41,11 @@ class RunCallback(Callback):
         self._seen_steps = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to signals once Lightning has set its own handlers."""
+        """Listen to signals once Lightning has set its own handlers; note where a new run begins."""
         self.stop.listen()
+        assert isinstance(pl_module, PretrainModule)
+        if self.validator is not None and pl_module.start_step == 0:
+            _log(trainer, self.validator.run(pl_module.model, 0).as_metrics(), 0)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -95,8 +98,7 @@ class RunCallback(Callback):
             is_best = self.keeper.is_best(validation)
             row |= validation.as_metrics()
         if row:
-            for run_logger in trainer.loggers:
-                run_logger.log_metrics(row, step=step)
+            _log(trainer, row, step)
 
         wants_stop = trainer.strategy.reduce_boolean_decision(self.stop.is_set, all=False)
         if is_last or is_best or wants_stop or self.keeper.is_due(step):
@@ -110,6 +112,11 @@ class RunCallback(Callback):
     def _release(self) -> None:
         self.stop.ignore()
         self.display.close()
+
+
+def _log(trainer: Trainer, row: dict[str, float], step: int) -> None:
+    for run_logger in trainer.loggers:
+        run_logger.log_metrics(row, step=step)
 
 
 class StopSignal:

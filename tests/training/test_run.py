@@ -70,13 +70,16 @@ def test_metrics_have_the_units_they_say(settings):
     summary = run_pretraining(settings())
     rows = metrics(summary)
 
-    assert [int(row["step"]) for row in rows] == [2, 4, 6, 8, 10, 12]
+    assert [int(row["step"]) for row in rows] == [0, 2, 4, 6, 8, 10, 12]
     assert float(rows[-1]["tokens"]) == 12 * 8 * 16
-    # Random initial weights predict about as well as guessing among 257 tokens, in nats.
-    assert float(rows[0]["loss"]) == pytest.approx(math.log(257), rel=0.1)
+    # Random initial weights predict about as well as guessing among 257 tokens.
+    assert float(rows[0]["val_loss"]) == pytest.approx(math.log(257), rel=0.05)
+    assert float(rows[0]["val_bits_per_byte"]) == pytest.approx(math.log2(257), rel=0.05)
+    assert float(rows[1]["loss"]) == pytest.approx(math.log(257), rel=0.1)
     last = rows[-1]
     assert float(last["val_bits_per_byte"]) == pytest.approx(float(last["val_loss"]) / math.log(2))  # bytes
-    assert rows[0]["val_loss"] == ""
+    assert rows[0]["loss"] == ""
+    assert rows[1]["val_loss"] == ""
 
 
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(settings, tmp_path, monkeypatch):
@@ -201,7 +204,7 @@ def test_going_on_from_a_path_goes_back_to_it(settings):
     again = run_pretraining(settings({"trainer.max_steps": 13}), resume=str(first))
 
     assert again.completed_steps == 13
-    assert len(metrics(again)) == 7
+    assert len(metrics(again)) == 8
 
 
 @pytest.mark.parametrize("resume", ["nowhere", "."], ids=["missing", "no checkpoint"])

@@ -1,0 +1,1 @@
+"""Measurements of speed: warm-up, repeats, medians, JSON."""
