@@ -1,9 +1,11 @@
 """What two RWKV versions or more share: token shift, the norm of the heads, parts of the initial values."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 HEAD_NORM_EPS = 64e-5
@@ -28,6 +30,25 @@ def last_token(x: Tensor) -> Tensor:
 def at_least_float32(x: Tensor) -> Tensor:
     """Return ``x`` in float32, or as it is where it is float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """Return ``max(x, 0) ** 2``, with a gradient that keeps one tensor of the size of ``x`` and not two."""
+    y: Tensor = _ReluSquared.apply(x)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _ReluSquared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        positive = torch.relu(x)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        positive: Tensor = ctx.saved_tensors[0]
+        return (dy * positive).mul_(2)
 
 
 class HeadNorm(nn.Module):

@@ -23,6 +23,7 @@ from rwkv_train.models.layers import (
     last_token,
     layer_ratios,
     orthogonal,
+    relu_squared,
     shift_tokens,
 )
 from rwkv_train.models.state import LayerState
@@ -91,7 +92,7 @@ class ChannelMix(nn.Module):
         """Mix channels; see :class:`rwkv_train.models.block.ChannelMix`."""
         previous = shift_tokens(x, state.channel_mix_x)
         change = x - previous
-        hidden = torch.relu(self.key(previous + change * self.time_mix_k)).square()  # [B, T, F]
+        hidden = relu_squared(self.key(previous + change * self.time_mix_k))  # [B, T, F]
         gate = torch.sigmoid(self.receptance(previous + change * self.time_mix_r))
         return gate * self.value(hidden), LayerState(state.time_mix_x, state.wkv, last_token(x))
 

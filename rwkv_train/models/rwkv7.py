@@ -27,6 +27,7 @@ from rwkv_train.models.layers import (
     last_token,
     layer_ratios,
     orthogonal,
+    relu_squared,
     shift_tokens,
 )
 from rwkv_train.models.state import LayerState
@@ -89,7 +90,7 @@ class TimeMix(nn.Module):
             w = -exp(-1/2) sigmoid(w0 + tanh(z_w w1) w2)          log decay
             a = sigmoid(a0 + z_a a1 a2)                           in-context learning rate
             v = v + (v_first - v) sigmoid(v0 + z_v v1 v2)         except in the first layer
-            kk = k k_k / |k k_k|, then k = k (1 + (a - 1) k_a)
+            kk = k k_k / |k k_k|, then k = k (1 - k_a + a k_a)
             y = ln_x(wkv7(r, w, k, v, -kk, kk a)) + (r . k r_k) v
             out = Wo (y sigmoid(z_g g1) g2)
         """
@@ -106,11 +107,11 @@ class TimeMix(nn.Module):
         if v_first is None:
             v_first = v
         else:
-            v = (v + (v_first - v) * torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2)).to(r.dtype)
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2).to(v.dtype))
 
         heads = (*x.shape[:2], self.n_head, self.head_size)  # B, T, H, N
         kk = F.normalize((k * self.k_k).view(heads), dim=-1)
-        k = (k * (1 + (a - 1) * self.k_a)).to(r.dtype)
+        k = (k * torch.addcmul(1 - self.k_a, a, self.k_a)).to(r.dtype)
         r, w, k, v_heads, a = (tensor.view(heads) for tensor in (r, w, k, v, a))
         y, wkv = wkv7(
             r,
@@ -144,7 +145,7 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, state: LayerState, context: SequenceContext) -> tuple[Tensor, LayerState]:
         """Mix channels; see :class:`rwkv_train.models.block.ChannelMix`."""
         change = shift_tokens(x, state.channel_mix_x) - x
-        hidden = torch.relu(self.key(x + change * self.x_k)).square()  # [B, T, F]
+        hidden = relu_squared(self.key(x + change * self.x_k))  # [B, T, F]
         return self.value(hidden), LayerState(state.time_mix_x, state.wkv, last_token(x))
 
 

@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from rwkv_train.models.layers import HeadNorm, gain_of_shape, last_token, layer_ratios, shift_tokens
+from rwkv_train.models.layers import (
+    HeadNorm,
+    gain_of_shape,
+    last_token,
+    layer_ratios,
+    relu_squared,
+    shift_tokens,
+)
 
 
 def test_each_token_sees_the_one_before_it_and_the_first_sees_the_state():
@@ -36,6 +43,12 @@ def test_head_norm_is_group_norm_with_a_group_for_each_head():
     expected = published(y.reshape(10, 24)).view(2, 5, 24)
 
     torch.testing.assert_close(norm(y), expected)
+
+
+def test_relu_squared_and_its_gradient():
+    x = torch.tensor([-2.0, -0.0, 0.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    assert relu_squared(x).tolist() == [0, 0, 0, 0.25, 9]
+    assert torch.autograd.gradcheck(relu_squared, x)
 
 
 def test_depth_runs_from_zero_to_one_and_from_one_to_almost_zero():
