@@ -5,7 +5,7 @@ the standard library; "code" is the modules' source. For one version of Python t
 everywhere, except where a distribution leaves modules out.
 
 Validation holds documents that training has nothing of: a module's source and its docstrings fall on the
-same side, and so do all documents that share a paragraph.
+same side, and so do all documents that share a longer passage.
 """
 
 import ast
@@ -43,7 +43,7 @@ MIN_CHARACTERS = 200
 """Shorter documents (empty ``__init__.py`` files, lone sentences) are left out."""
 
 _VALID_SHARE = 0.04  # of the bytes of the topics and of the modules
-_SHARED_PARAGRAPH_CHARACTERS = 150
+_SHARED_CHARACTERS = 150
 
 # What not every installation has, is a copy of other text, or is a table rather than text.
 _LEFT_OUT_FOLDERS = {
@@ -224,7 +224,7 @@ def _docstrings(tree: ast.Module) -> Iterator[str]:
 
 
 def _split(pieces: list[_Piece]) -> dict[str, list[_Piece]]:
-    """Divide the documents; those that share an origin or a paragraph stay together."""
+    """Divide the documents; those that share an origin or a passage stay together."""
     kinds: dict[bool, list[list[_Piece]]] = defaultdict(list)
     for group in _groups(pieces):
         kinds[group[0].origin.startswith("topic/")].append(group)
@@ -242,7 +242,7 @@ def _split(pieces: list[_Piece]) -> dict[str, list[_Piece]]:
 
 
 def _groups(pieces: list[_Piece]) -> list[list[_Piece]]:
-    """Connect the documents of one origin, and origins with a long paragraph in common."""
+    """Connect the documents of one origin, and origins with a long passage in common."""
     leader: dict[str, str] = {}
 
     def find(origin: str) -> str:
@@ -252,20 +252,22 @@ def _groups(pieces: list[_Piece]) -> list[list[_Piece]]:
 
     first_with: dict[str, str] = {}
     for piece in pieces:
-        for paragraph in _long_paragraphs(piece.text):
-            leader[find(piece.origin)] = find(first_with.setdefault(paragraph, piece.origin))
+        for passage in _long_passages(piece.text):
+            leader[find(piece.origin)] = find(first_with.setdefault(passage, piece.origin))
     groups: dict[str, list[_Piece]] = defaultdict(list)
     for piece in pieces:
         groups[find(piece.origin)].append(piece)
     return list(groups.values())
 
 
-def _long_paragraphs(text: str) -> Iterator[str]:
-    """Yield paragraphs without their layout: indentation, line breaks, comment signs."""
-    for paragraph in re.split(r"\n[\s#]*\n", text):
-        words = " ".join(paragraph.replace("#", " ").split())
-        if len(words) >= _SHARED_PARAGRAPH_CHARACTERS:
-            yield words
+def _long_passages(text: str) -> Iterator[str]:
+    """Yield each three lines in a row that are long together, without indentation and comment signs."""
+    lines = [" ".join(line.replace("#", " ").split()) for line in text.splitlines()]
+    lines = [line for line in lines if line]
+    for three in zip(lines, lines[1:], lines[2:], strict=False):
+        passage = " ".join(three)
+        if len(passage) >= _SHARED_CHARACTERS:
+            yield passage
 
 
 def _characters(group: Iterable[_Piece]) -> int:

@@ -30,7 +30,7 @@ class ByteTokenizer:
 
     def encode_arrays(self, texts: Sequence[str]) -> list[TokenArray]:
         """Return the ids of each text as uint16."""
-        return [np.frombuffer(encode_utf8(text), np.uint8) + np.uint16(1) for text in texts]
+        return [np.frombuffer(encode_utf8(text), np.uint8).astype(np.uint16) + np.uint16(1) for text in texts]
 
     def decode_bytes(self, tokens: Sequence[int]) -> bytes:
         """Return the bytes; token 0 stands for none."""
