@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[2]
-HEAVY = {"torch", "lightning", "deepspeed", "datasets", "wandb", "numpy", "pydantic", "matplotlib", "tokenizers"}
+HEAVY = {"torch", "lightning", "deepspeed", "datasets", "wandb", "numpy", "matplotlib", "tokenizers"}
 COMMANDS = [
     "pretrain",
     "prepare-data",
