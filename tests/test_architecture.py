@@ -33,7 +33,7 @@ MAY_IMPORT = {
 }
 ONLY_IN = {
     "pydantic": ("config/",),
-    "lightning": ("training/", "data/module.py", "commands/pretrain.py"),
+    "lightning": ("training/", "data/module.py"),
     "deepspeed": ("training/",),
     "typer": ("commands/",),
     "rich": ("commands/", "training/progress.py"),

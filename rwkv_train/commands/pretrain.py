@@ -36,12 +36,11 @@ def pretrain(
     if dry_run:
         _print_plan(settings)
         return
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
     from rwkv_train.training.run import run_pretraining
+    from rwkv_train.training.strategy import process_rank
 
     summary = run_pretraining(settings, resume)
-    if not rank_zero_only.rank:
+    if process_rank() == 0:
         _print_summary(summary)
     if summary.signal is not None:
         raise typer.Exit(128 + summary.signal)
@@ -63,15 +62,15 @@ def _load_settings(config: str, overrides: list[str]) -> "TrainConfig":
 def _log_to_stderr() -> None:
     import logging
 
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
     from rich.logging import RichHandler
 
     from rwkv_train.training.progress import stderr_console
+    from rwkv_train.training.strategy import process_rank
 
     handler = RichHandler(
         console=stderr_console(), show_level=False, show_path=False, markup=False, highlighter=None
     )
-    handler.setLevel(logging.WARNING if rank_zero_only.rank else logging.INFO)
+    handler.setLevel(logging.INFO if process_rank() == 0 else logging.WARNING)
     package = logging.getLogger("rwkv_train")
     package.setLevel(logging.INFO)
     package.addHandler(handler)

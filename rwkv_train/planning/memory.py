@@ -68,4 +68,4 @@ def estimate_memory(config: TrainConfig, device: torch.device, wkv_backend: str)
 
 
 def _storage_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rwkv_train.checkpoints.training_state import TrainingState
 from rwkv_train.checkpoints.weights import read_weights
@@ -31,7 +30,7 @@ from rwkv_train.training.plot import plot_run
 from rwkv_train.training.progress import Display
 from rwkv_train.training.resume import AUTO, find_resume_state
 from rwkv_train.training.schedule import total_steps
-from rwkv_train.training.strategy import device_of, make_trainer
+from rwkv_train.training.strategy import device_of, make_trainer, process_rank
 from rwkv_train.training.validation import Validation, Validator, metric_columns
 
 logger = logging.getLogger(__name__)
@@ -151,7 +150,7 @@ def _run(config: TrainConfig, resume: str, out_dir: Path) -> RunSummary:
         restore_random_state(state.manifest["random"])
     del state  # a second copy of the weights
 
-    rank = int(rank_zero_only.rank or 0)
+    rank = process_rank()
     validator = None
     if corpora.valid is not None:
         validator = Validator(corpora.valid, corpora.tokenizer, config.trainer, rank, device)
@@ -215,7 +214,7 @@ def _announce(
 @contextmanager
 def _only_run_in(out_dir: Path) -> Iterator[None]:
     """Hold ``out_dir`` for this run; the other processes of the same run rely on the first one."""
-    if rank_zero_only.rank:
+    if process_rank() != 0:
         yield
         return
     lock = FileLock(out_dir / LOCK_FILE, blocking=False)
@@ -234,7 +233,7 @@ def _only_run_in(out_dir: Path) -> Iterator[None]:
 @contextmanager
 def _log_file(path: Path) -> Iterator[None]:
     """Append what the package logs to a file, at a finer level than the terminal shows."""
-    if rank_zero_only.rank:
+    if process_rank() != 0:
         yield
         return
     package = logging.getLogger("rwkv_train")

@@ -7,12 +7,18 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_only
 
 from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.errors import ConfigError
 
 PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16-autocast": "bf16-mixed"}
 """Our names, said by what they do, and Lightning's."""
+
+
+def process_rank() -> int:
+    """Return the number of this process among those of the run; Lightning reads it from the environment."""
+    return int(getattr(rank_zero_only, "rank", None) or 0)
 
 
 def device_of(settings: TrainerConfig) -> torch.device:
