@@ -1,0 +1,192 @@
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv_train.data.corpus import Document
+from rwkv_train.errors import CheckpointError, ConfigError, DataError
+from rwkv_train.evaluation import perplexity
+from rwkv_train.evaluation.perplexity import TokenDocument, evaluate_documents, evaluate_tokens
+from rwkv_train.models.registry import build_model
+
+# Float32 sums in another order: about 1e-7 for each loss, of either sign.
+CHUNK_TOLERANCE = 1e-5
+BATCH_TOLERANCE = 1e-6
+
+
+def whole_sequence_nats(model, document):
+    """The definition: one call for a whole document, logits in float64, each token's negative logarithm."""
+    sequence = torch.tensor([0, *document.tokens.tolist()])
+    with torch.no_grad():
+        logits = model(sequence[None, :-1]).logits[0].double()
+    probabilities = torch.softmax(logits, dim=1)
+    return -sum(
+        math.log(probabilities[position, token]) for position, token in enumerate(sequence[1:].tolist())
+    )
+
+
+def test_totals_are_those_of_one_whole_sequence_for_each_document(model, documents):
+    report = evaluate_tokens(model, documents, batch_size=3, chunk_len=50)
+
+    for domain in ("code", "prose"):
+        own = [document for document in documents if document.domain == domain]
+        totals = report.domains[domain]
+        assert totals.documents == len(own)
+        assert totals.tokens == sum(len(document.tokens) for document in own)
+        assert totals.bytes == sum(document.n_bytes for document in own)
+        nats = sum(whole_sequence_nats(model, document) for document in own)
+        assert totals.nats == pytest.approx(nats, rel=CHUNK_TOLERANCE)
+
+
+@pytest.mark.parametrize("chunk_len", [1, 16, 512, 10_000])
+def test_the_length_of_chunks_changes_nothing(model, documents, chunk_len):
+    expected = evaluate_tokens(model, documents, chunk_len=100).total
+    total = evaluate_tokens(model, documents, chunk_len=chunk_len).total
+    assert total[:3] == expected[:3]
+    assert total.nats == pytest.approx(expected.nats, rel=CHUNK_TOLERANCE)
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 64])
+def test_the_number_of_lanes_changes_nothing(model, documents, batch_size):
+    expected = evaluate_tokens(model, documents, batch_size=1)
+    report = evaluate_tokens(model, documents, batch_size=batch_size)
+    assert report.domains.keys() == expected.domains.keys()
+    for domain, totals in report.domains.items():
+        assert totals[:3] == expected.domains[domain][:3]
+        assert totals.nats == pytest.approx(expected.domains[domain].nats, rel=BATCH_TOLERANCE)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), max_size=12),
+    batch_size=st.integers(1, 6),
+    chunk_len=st.integers(1, 50),
+)
+def test_every_token_is_scored_once_after_exactly_what_stands_before_it(
+    counting_model, lengths, batch_size, chunk_len
+):
+    random = np.random.default_rng(len(lengths))
+    documents = [TokenDocument(random.integers(1, 257, n), "d", n) for n in lengths]
+    done = []
+
+    total = evaluate_tokens(
+        counting_model(),
+        documents,
+        end_of_document=200,
+        batch_size=batch_size,
+        chunk_len=chunk_len,
+        on_document=done.append,
+    ).total
+
+    # CountingModel's loss, by its definition: the target times 1 plus the sum of all tokens before it.
+    expected = [
+        sum(int(token) * (1 + 200 + int(tokens[:i].sum())) for i, token in enumerate(tokens))
+        for tokens, _, _ in documents
+        if len(tokens)
+    ]
+    assert sorted(totals.nats for totals in done) == sorted(expected)
+    assert total == (len(expected), sum(lengths), sum(lengths), sum(expected))
+
+
+@pytest.mark.parametrize("limit", ["WINDOW_TOKENS", "WINDOW_DOCUMENTS"])
+def test_documents_beyond_one_window_are_all_scored(counting_model, documents, monkeypatch, limit):
+    expected = evaluate_tokens(counting_model(), documents)
+    monkeypatch.setattr(perplexity, limit, 5)
+    assert evaluate_tokens(counting_model(), documents) == expected
+
+
+def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary_for_each_token(model, tokenizer):
+    empty_head = build_model(model.config, wkv_backend="reference")  # all its weights are zero
+    texts = [Document("Grüße, Welt! 🦢", "a"), Document("short", "b")]
+    report = evaluate_documents(empty_head, tokenizer, texts)
+
+    # A token of the byte tokenizer is a byte.
+    assert report.total.bytes == report.total.tokens == 5 + len("Grüße, Welt! 🦢".encode())
+    for totals in report.domains.values():
+        assert totals.bits_per_byte == pytest.approx(math.log2(257), rel=1e-6)
+        assert totals.token_ppl == totals.byte_ppl == pytest.approx(257, rel=1e-5)
+
+
+def test_bytes_are_those_of_the_text_and_not_tokens(model, counting_model):
+    class Words:
+        """Every word is token 3."""
+
+        end_of_document = 0
+
+        def encode_arrays(self, texts):
+            return [np.full(len(text.split()), 3) for text in texts]
+
+    report = evaluate_documents(counting_model(), Words(), [Document("zwei Wörter", "d")])
+    assert report.total[:3] == (1, 2, 12)
+
+
+def test_memory_is_that_of_one_chunk_however_long_the_document(counting_model):
+    shapes = set()
+
+    class Watched(counting_model):
+        def __call__(self, tokens, state, targets):
+            shapes.add(tuple(tokens.shape))
+            return super().__call__(tokens, state, targets)
+
+    def peak_bytes(n_tokens):
+        document = TokenDocument(np.ones(n_tokens, dtype=np.uint16), "d", n_tokens)
+        tracemalloc.start()
+        evaluate_tokens(Watched(), [document], chunk_len=1000)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    assert peak_bytes(400_000) < peak_bytes(4_000) + 100_000  # 400,000 ids as int64 would take 3.2 MB
+    assert shapes == {(1, 1000)}
+
+
+def test_documents_are_read_one_window_at_a_time(counting_model, monkeypatch):
+    monkeypatch.setattr(perplexity, "WINDOW_DOCUMENTS", 4)
+    alive = {"read": 0, "scored": 0, "most": 0}
+
+    def documents():
+        for _ in range(40):
+            alive["read"] += 1
+            alive["most"] = max(alive["most"], alive["read"] - alive["scored"])
+            yield TokenDocument(np.ones(10, dtype=np.int32), "d", 10)
+
+    def count(totals):
+        alive["scored"] += 1
+
+    evaluate_tokens(counting_model(), documents(), batch_size=2, on_document=count)
+    assert alive["scored"] == 40
+    assert alive["most"] <= 4 + 2
+
+
+def test_data_without_text_is_refused(model, tokenizer):
+    with pytest.raises(DataError, match="holds no document with text"):
+        evaluate_documents(model, tokenizer, [Document("", "d")])
+
+
+def test_a_process_without_documents_has_an_empty_report(model):
+    report = evaluate_tokens(model, [])
+    assert report.domains == {}
+    assert report.total == (0, 0, 0, 0.0)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(model):
+    document = TokenDocument(np.array([5, 257]), "d", 2)
+    with pytest.raises(DataError, match="token 257 of a document is beyond the model's vocabulary of 257"):
+        evaluate_tokens(model, [document])
+
+
+def test_a_loss_that_is_not_finite_is_refused(model, documents):
+    with torch.no_grad():
+        model.ln_out.weight[3] = math.nan
+    with pytest.raises(CheckpointError, match="is nan, not finite: the model's weights are damaged"):
+        evaluate_tokens(model, documents)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "chunk_len"])
+def test_a_size_below_one_is_refused(model, documents, name):
+    with pytest.raises(ConfigError, match=f"{name} is 0; it must be at least 1"):
+        evaluate_tokens(model, documents, **{name: 0})
