@@ -1,0 +1,72 @@
+"""What the commands that run a model have in common: which checkpoint, tokenizer, device and dtype."""
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rwkv_train.errors import BackendError
+
+if TYPE_CHECKING:
+    from rwkv_train.models.lm import LanguageModel
+    from rwkv_train.tokenizers import Tokenizer
+
+
+class DtypeName(StrEnum):
+    """What a model may compute in."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+Checkpoint = Annotated[
+    str,
+    typer.Option(
+        metavar="PATH",
+        help="A .pth, safetensors file or folder, training checkpoint, out_dir of a run, or hf:OWNER/NAME/FILE.",
+    ),
+]
+TokenizerName = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="NAME",
+        help="bytes, world, neox or the path of a tokenizer.json; by default the one the checkpoint names.",
+    ),
+]
+Device = Annotated[
+    str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one.")
+]
+Dtype = Annotated[DtypeName, typer.Option(help="What the model computes in.")]
+
+
+def load_for_inference(
+    checkpoint: str, tokenizer: str | None, device: str, dtype: DtypeName
+) -> "tuple[LanguageModel, Tokenizer]":
+    """Load a checkpoint's model and its tokenizer.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        DataError: the tokenizer is not the model's.
+        BackendError: there is no such device.
+    """
+    from rwkv_train.checkpoints import load_model
+    from rwkv_train.checkpoints.tensors import DTYPES
+    from rwkv_train.checkpoints.tokenizer import choose_tokenizer
+
+    model, weights = load_model(checkpoint, device=_find_device(device), dtype=DTYPES[dtype.value])
+    return model, choose_tokenizer(weights, tokenizer)
+
+
+def _find_device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        reason = str(error).split("\n", 1)[0]
+        raise BackendError(f"there is no device '{name}' here: {reason}; wanted auto, cpu or cuda") from error
+    return name

@@ -1,0 +1,160 @@
+import inspect
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from rwkv_train.checkpoints import load_model, write_pth, write_safetensors
+from rwkv_train.commands.eval_ppl import eval_ppl
+from rwkv_train.config.data import DataConfig
+from rwkv_train.errors import ConfigError, DataError
+from rwkv_train.evaluation import perplexity
+from rwkv_train.tokenizers import load_tokenizer
+
+app = typer.Typer()
+app.command()(eval_ppl)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"], env={"COLUMNS": "40"})
+
+
+def error_of(kind, *arguments):
+    result = run(*arguments)
+    assert isinstance(result.exception, kind), result.exception
+    return str(result.exception)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Three documents of two domains in one file, and one in another."""
+    records = [("prose", "It was night."), ("code", "x = 1\n"), ("prose", "Grüße! 🦢")]
+    lines = [json.dumps({"text": text, "meta": {"pile_set_name": domain}}) for domain, text in records]
+    (tmp_path / "valid.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "book.txt").write_text("Once upon a time", encoding="utf-8")
+    return ["--data", tmp_path / "valid.jsonl", "--data", tmp_path / "book.txt"]
+
+
+def test_json_holds_the_whole_result(checkpoint, data, tmp_path):
+    result = run("--checkpoint", checkpoint, *data, "--json", tmp_path / "out.json")
+    assert result.exit_code == 0, result.exception
+    content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+
+    assert list(content) == ["total", "domains", "checkpoint", "tokenizer", "data", "limit"]
+    assert content["checkpoint"] == checkpoint
+    assert content["tokenizer"] == load_tokenizer("bytes").identity._asdict()
+    assert content["data"] == [str(data[1]), str(data[3])]
+    assert {name: sums["documents"] for name, sums in content["domains"].items()} == {
+        "book": 1,
+        "code": 1,
+        "prose": 2,
+    }
+    total = content["total"]
+    assert total["documents"] == 4
+    assert total["bytes"] == total["tokens"] == 13 + 6 + len("Grüße! 🦢".encode()) + 16
+    assert total["nats"] == pytest.approx(sum(sums["nats"] for sums in content["domains"].values()))
+    assert total["bits_per_byte"] == pytest.approx(total["nats"] / total["bytes"] / math.log(2))
+    assert total["byte_ppl"] == pytest.approx(2 ** total["bits_per_byte"])
+
+
+def test_nats_are_those_of_the_model(checkpoint, data, tmp_path):
+    run("--checkpoint", checkpoint, *data[2:], "--json", tmp_path / "out.json")
+    model, _ = load_model(checkpoint)
+    tokens = torch.tensor([[0, *load_tokenizer("bytes").encode("Once upon a time")]])
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(tokens[:, :-1]).logits.double(), dim=2)
+    expected = -float(log_p[0].gather(1, tokens[0, 1:, None]).sum())
+    content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert content["total"]["nats"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_table_has_a_row_for_each_domain_and_the_total_however_narrow(checkpoint, data):
+    result = run("--checkpoint", checkpoint, *data)
+    assert result.exit_code == 0, result.exception
+    assert result.stderr == ""
+    rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()}
+    assert rows["code"][:3] == ["1", "6", "6"]
+    assert [len(rows[name]) for name in ("book", "code", "prose", "total")] == [7, 7, 7, 7]
+    assert "…" not in result.stdout
+    assert "tokenizer: bytes" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "options", [["--batch-size", 1, "--chunk-len", 1], ["--batch-size", 3, "--chunk-len", 7]]
+)
+def test_batch_and_chunk_sizes_change_nothing(checkpoint, data, tmp_path, options):
+    nats = []
+    for extra in ([], options):
+        run("--checkpoint", checkpoint, *data, *extra, "--json", tmp_path / "out.json")
+        nats.append(json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["total"]["nats"])
+    assert nats[0] == pytest.approx(nats[1], rel=1e-5)
+
+
+def test_limit_scores_the_first_documents(checkpoint, data, tmp_path):
+    run("--checkpoint", checkpoint, *data, "--limit", 2, "--json", tmp_path / "out.json")
+    content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert set(content["domains"]) == {"prose", "code"}
+    assert content["total"]["bytes"] == 13 + 6
+    assert content["limit"] == 2
+    assert "--limit is 0" in error_of(ConfigError, "--checkpoint", checkpoint, *data, "--limit", 0)
+
+
+def test_builtin_is_the_validation_text_of_the_cache(checkpoint, tmp_path, monkeypatch):
+    asked = []
+
+    def write(folder):
+        asked.append(folder)
+        (tmp_path / "valid.jsonl").write_text('{"text": "abc"}\n')
+        return {"train": Path("not/this"), "valid": tmp_path / "valid.jsonl"}
+
+    monkeypatch.setattr("rwkv_train.data.builtin.write_builtin_corpus", write)
+    cache = ["--cache-dir", tmp_path / "cache"]
+    result = run("--checkpoint", checkpoint, "--data", "builtin", *cache, "--json", tmp_path / "out.json")
+    assert result.exit_code == 0, result.exception
+    assert asked[0].is_relative_to(tmp_path / "cache")
+    assert json.loads((tmp_path / "out.json").read_text())["total"]["bytes"] == 3
+
+
+def test_the_defaults_are_those_of_the_settings_and_the_library():
+    options = inspect.signature(eval_ppl).parameters
+    assert options["cache_dir"].default == Path(DataConfig().cache_dir)
+    assert options["batch_size"].default == perplexity.BATCH_SIZE
+    assert options["chunk_len"].default == perplexity.CHUNK_LEN
+
+
+def test_data_that_cannot_be_scored_is_refused(checkpoint, tmp_path):
+    rest = ["--checkpoint", checkpoint, "--data"]
+    assert "there is no file" in error_of(DataError, *rest, tmp_path / "missing.jsonl")
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    assert "is empty" in error_of(DataError, *rest, tmp_path / "empty.jsonl")
+    (tmp_path / "hollow.jsonl").write_text('{"text": ""}\n')
+    assert "no document with text" in error_of(DataError, *rest, tmp_path / "hollow.jsonl")
+    (tmp_path / "latin.txt").write_bytes(b"Gr\xfc\xdfe")
+    assert "not UTF-8" in error_of(DataError, *rest, tmp_path / "latin.txt")
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(checkpoint, data, tmp_path):
+    for target in (tmp_path / "missing" / "out.json", tmp_path):
+        message = error_of(ConfigError, "--checkpoint", checkpoint, *data, "--json", target)
+        assert "cannot be written" in message
+
+
+def test_another_tokenizer_than_the_models_is_refused(weights, checkpoint, data, tmp_path):
+    message = error_of(DataError, "--checkpoint", checkpoint, *data, "--tokenizer", "world")
+    assert "is not the one the model was trained with" in message
+    file = write_pth(tmp_path / "model.pth", weights)
+    message = error_of(DataError, "--checkpoint", file, *data, "--tokenizer", "world")
+    assert "more than the model's 257" in message
+
+
+def test_a_model_of_damaged_weights_gives_no_number(weights, data, tmp_path):
+    tensors = dict(weights.tensors)
+    tensors["ln_out.bias"] = torch.full_like(tensors["ln_out.bias"], math.nan)
+    folder = write_safetensors(tmp_path / "nan", weights._replace(tensors=tensors))
+    result = run("--checkpoint", folder, *data, "--json", tmp_path / "out.json")
+    assert "is nan, not finite" in str(result.exception)
+    assert not (tmp_path / "out.json").exists()
