@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rwkv_train.config.train import TrainConfig
-from rwkv_train.data.stored import Corpus
 from rwkv_train.data.sampler import slot_of_sample
+from rwkv_train.data.stored import Corpus
+from rwkv_train.errors import DataError
 
 Sample = tuple[Tensor, Tensor]
 """Tokens and the tokens to predict, both ``[T]`` int64."""
@@ -49,6 +50,7 @@ class TokenSamples(Dataset[Sample]):
 
     def __init__(self, corpus: Corpus, config: TrainConfig, rank: int, start_step: int, n_steps: int) -> None:
         self._tokens = corpus.tokens.tokens
+        self._prefix = corpus.prefix
         self._n_slots = n_slots(corpus, config.model.ctx_len)
         self._config = config
         self._rank = rank
@@ -65,6 +67,12 @@ class TokenSamples(Dataset[Sample]):
         slot = int(slot_of_sample(sample, self._n_slots, config.trainer.seed, config.data.order))
         start = slot * config.model.ctx_len
         window = self._tokens[start : start + config.model.ctx_len + 1].astype(np.int64)
+        # A large foreign corpus was looked at in parts only; on a GPU a wrong id would crash the device.
+        if window.max() >= config.model.vocab_size or window.min() < 0:
+            raise DataError(
+                f"{self._prefix}: near token {start} there is an id outside of the model's 0 to "
+                f"{config.model.vocab_size - 1}; is this another tokenizer's corpus?"
+            )
         tokens = torch.from_numpy(window)
         return tokens[:-1], tokens[1:]
 
