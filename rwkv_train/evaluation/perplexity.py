@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from math import isfinite
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rwkv_train.data.corpus import Document
+from rwkv_train.data.stored import TokenDocument
 from rwkv_train.errors import CheckpointError, ConfigError, DataError
 from rwkv_train.evaluation.totals import Report, Totals
 from rwkv_train.models.lm import LanguageModel
@@ -31,16 +30,6 @@ CHUNK_LEN = 256
 WINDOW_TOKENS = 1 << 20
 WINDOW_DOCUMENTS = 1024
 """Documents are sorted by length within windows that end at either limit, so that lanes hold similar ones."""
-
-
-class TokenDocument(NamedTuple):
-    """A tokenized document, without its end-of-document token."""
-
-    tokens: NDArray[Any]
-    """Token ids, ``[n]``, any integer type."""
-    domain: str
-    n_bytes: int
-    """Length of the raw text in UTF-8."""
 
 
 @dataclass

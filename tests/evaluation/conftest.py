@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rwkv_train.config.model import LoraRanks, Rwkv4Config, Rwkv7Config
-from rwkv_train.evaluation.perplexity import TokenDocument
+from rwkv_train.data.stored import TokenDocument
 from rwkv_train.models.lm import LmOutput
 from rwkv_train.models.registry import build_model, initialize
 from rwkv_train.models.state import LayerState
