@@ -89,7 +89,6 @@ def test_an_installed_wheel_trains(installed, tmp_path):
         "data.valid": "null",
         "model.n_layer": 1,
         "model.ctx_len": 16,
-        "trainer.max_tokens": "null",
         "trainer.max_steps": 2,
         "trainer.out_dir": "run",
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from rwkv_train.checkpoints.formats import FORMAT_VERSION
 from rwkv_train.checkpoints.io import sha256_of
-from rwkv_train.config.load import check_tree
+from rwkv_train.config.load import check_model
 from rwkv_train.config.model import ModelConfig
 from rwkv_train.errors import CheckpointError, ConfigError
 from rwkv_train.tokenizers import TokenizerIdentity
@@ -17,9 +17,6 @@ Json = dict[str, Any]
 
 Kinds = Mapping[str, tuple[type, ...]]
 """Key -> types that its value may have."""
-
-_ANY_RUN = {"out_dir": "-", "max_steps": 1}
-"""Fills the sections that a model section alone does not have."""
 
 
 def read_json(path: Path) -> Json:
@@ -69,7 +66,7 @@ def parse_model(path: Path, section: Json) -> ModelConfig:
         CheckpointError: a name or value does not fit.
     """
     try:
-        return check_tree({"model": section, "trainer": _ANY_RUN}).model
+        return check_model(section)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

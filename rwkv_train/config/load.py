@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from rwkv_train.assets import find_asset_folder
 from rwkv_train.config.base import Config
-from rwkv_train.config.model import Rwkv4Config, Rwkv7Config
+from rwkv_train.config.model import ModelConfig, Rwkv4Config, Rwkv7Config
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.errors import ConfigError
 
@@ -30,6 +30,9 @@ _TAGS: dict[str, type[Config] | None] = {
     "rule": None,
 }
 """Names of union members in pydantic's locations, and the class that each one selects."""
+
+_LENGTHS = ("trainer.max_steps", "trainer.max_tokens", "trainer.max_epochs")
+"""Settings of which a run has exactly one."""
 
 NOT_IN_WEIGHTS = frozenset({"ctx_len", "init_from", "embedding_scale", "initialization"})
 """Settings of the model that no file of weights holds."""
@@ -45,12 +48,16 @@ def read_tree(config: str, overrides: Sequence[str] = ()) -> Tree:
 
     Args:
         config: path of a YAML file, or the name of a shipped preset such as ``"quickstart"``.
-        overrides: ``"section.name=value"``, the value written as in YAML; later ones win.
+        overrides: ``"section.name=value"``, the value written as in YAML; later ones win. A length of the run
+            (``trainer.max_steps``, ``max_tokens``, ``max_epochs``) takes the place of the file's length.
 
     Raises:
         ConfigError: there is no such file or preset, it is not YAML, or an override is malformed.
     """
     tree = _parse_file(_find_config(config))
+    if any(override.startswith(_LENGTHS) for override in overrides) and isinstance(tree.get("trainer"), dict):
+        for length in _LENGTHS:
+            tree["trainer"].pop(length.removeprefix("trainer."), None)
     for override in overrides:
         _apply(tree, override)
     return tree
@@ -66,8 +73,16 @@ def check_tree(tree: Tree) -> TrainConfig:
     try:
         return TrainConfig.model_validate(tree)
     except ValidationError as error:
-        problems = [_sentence(detail) for detail in error.errors(include_url=False)]
-        raise ConfigError("; ".join(dict.fromkeys(problems))) from None
+        raise _as_config_error(error) from None
+
+
+def check_model(section: Tree) -> ModelConfig:
+    """Turn the ``model`` section alone into settings, as :func:`check_tree` does the whole."""
+    try:
+        model: ModelConfig = TypeAdapter(ModelConfig).validate_python(section)
+    except ValidationError as error:
+        raise _as_config_error(error, "model") from None
+    return model
 
 
 def load_train_config(config: str, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -160,9 +175,14 @@ def _apply(tree: Tree, override: str) -> None:
     here[last] = _parse_yaml(text, f"--set {override}: the value")
 
 
-def _sentence(detail: ErrorDetails) -> str:
+def _as_config_error(error: ValidationError, *section: str) -> ConfigError:
+    problems = [_sentence(detail, (*section, *detail["loc"])) for detail in error.errors(include_url=False)]
+    return ConfigError("; ".join(dict.fromkeys(problems)))
+
+
+def _sentence(detail: ErrorDetails, location: tuple[int | str, ...]) -> str:
     """Say what is wrong with one setting, by its dotted name."""
-    owner, names = _follow(detail["loc"])
+    owner, names = _follow(location)
     name = ".".join(names) or "the settings"
     found = detail["input"]
     match detail["type"]:

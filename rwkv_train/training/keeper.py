@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from rwkv_train.checkpoints.formats import CHECKPOINTS_FOLDER
+from rwkv_train.checkpoints.infer import make_explicit
 from rwkv_train.checkpoints.io import new_file
 from rwkv_train.checkpoints.training_state import (
     TrainingState,
@@ -92,7 +93,7 @@ class CheckpointKeeper:
             "step": step,
             "tokens": step * settings.global_batch_size * self._config.model.ctx_len,
             "config": to_tree(self._config),
-            "arch_config": to_tree(self._config.model),
+            "arch_config": to_tree(make_explicit(self._config.model)),
             "tokenizer": self._tokenizer._asdict(),
             "data": {"samples": step * settings.global_batch_size, "train": self._corpus},
             "random": random_state(),

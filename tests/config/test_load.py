@@ -35,6 +35,16 @@ def test_settings_survive_being_written_and_read(file):
     assert check_tree(to_tree(config)) == config
 
 
+def test_a_length_on_the_command_line_takes_the_place_of_that_in_the_file(file):
+    trainer = load_train_config(file, ["trainer.max_tokens=5"]).trainer
+    assert (trainer.max_steps, trainer.max_tokens) == (None, 5)
+
+
+def test_two_lengths_on_the_command_line_contradict_each_other(file):
+    with pytest.raises(ConfigError, match=r"set exactly one .* found max_steps \(3\) and max_tokens \(5\)"):
+        load_train_config(file, ["trainer.max_tokens=5", "trainer.max_steps=3"])
+
+
 def test_accumulation_is_derived(file):
     config = load_train_config(
         file, ["trainer.global_batch_size=48", "trainer.micro_batch_size=4", "trainer.devices=3"]
@@ -56,7 +66,6 @@ def test_accumulation_is_derived(file):
         ("model.arch=rwkv9", "model.arch: there is no 'rwkv9'; use 'rwkv4' or 'rwkv7'"),
         ("model.lora_ranks=best", "model.lora_ranks is 'best' but should be 'original' or 'revised'"),
         ("model.lora_ranks={q: 1}", "model.lora_ranks.q: no such setting; there are w, a, v, g"),
-        ("trainer.max_tokens=5", "set exactly one of max_steps, max_tokens and max_epochs"),
         ("trainer.global_batch_size=33", "global_batch_size (33) must be a multiple of 8"),
         ("trainer.out_dir=null", "trainer.out_dir is nothing but should be a valid string"),
         ("model=null", "model is nothing but must be a section of settings"),
