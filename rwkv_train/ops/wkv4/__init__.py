@@ -7,6 +7,9 @@ from torch import Tensor
 
 from rwkv_train.ops.backends import AUTO, Backend, Problem, ResolvedBackend, choose_backend, resolve_backend
 from rwkv_train.ops.context import SequenceContext
+from rwkv_train.ops.cpp import refuses_cpp
+from rwkv_train.ops.wkv4 import cpp
+from rwkv_train.ops.wkv4.chunked import wkv4_torch
 from rwkv_train.ops.wkv4.reference import wkv4_reference
 
 EMPTY_LOG_SCALE = -1e38
@@ -14,6 +17,8 @@ EMPTY_LOG_SCALE = -1e38
 
 # Fastest first. A new backend is one line here and one file beside this one.
 BACKENDS = {
+    "cpp": Backend(refuses=refuses_cpp, load=cpp.load, run=cpp.wkv4_cpp),
+    "torch": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv4_torch),
     "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv4_reference),
 }
 
@@ -75,6 +80,8 @@ def wkv4(
             f"state must be {state_dtype} of shape {(batch, 3, n_embd)}, "
             f"got {state.dtype} of shape {tuple(state.shape)}"
         )
+    if v.shape[1] == 0:
+        return v.clone(), state.clone()
     problem = Problem(v.device.type, v.dtype, None, context)
     return BACKENDS[resolve_wkv4(problem, backend)].run(w, u, k, v, state)
 
@@ -98,7 +105,7 @@ def resolve_wkv4(problem: Problem, name: str) -> str:
         BackendError: ``name`` cannot run the problem.
     """
     if name == AUTO:
-        return _resolve_auto(problem).name
+        return _auto_name(*problem)
     return choose_backend(BACKENDS, problem, name).name
 
 
@@ -109,6 +116,11 @@ def prepare_wkv4(problem: Problem, name: str) -> ResolvedBackend:
         BackendError: ``name`` cannot run the problem, or cannot be loaded on this machine.
     """
     return _resolve_auto(problem) if name == AUTO else resolve_backend(BACKENDS, problem, name)
+
+
+@torch.compiler.assume_constant_result  # traced code asks once, while it is traced
+def _auto_name(device_type: str, dtype: torch.dtype, head_size: int | None, context: SequenceContext) -> str:
+    return _resolve_auto(Problem(device_type, dtype, head_size, context)).name
 
 
 @functools.cache

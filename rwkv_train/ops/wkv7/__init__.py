@@ -7,10 +7,15 @@ from torch import Tensor
 
 from rwkv_train.ops.backends import AUTO, Backend, Problem, ResolvedBackend, choose_backend, resolve_backend
 from rwkv_train.ops.context import SequenceContext
+from rwkv_train.ops.cpp import refuses_cpp
+from rwkv_train.ops.wkv7 import cpp
+from rwkv_train.ops.wkv7.chunked import wkv7_torch
 from rwkv_train.ops.wkv7.reference import wkv7_reference
 
 # Fastest first. A new backend is one line here and one file beside this one.
 BACKENDS = {
+    "cpp": Backend(refuses=refuses_cpp, load=cpp.load, run=cpp.wkv7_cpp),
+    "torch": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv7_torch),
     "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv7_reference),
 }
 
@@ -72,6 +77,8 @@ def wkv7(
             f"state must be {state_dtype} of shape {(batch, n_head, head_size, head_size)}, "
             f"got {state.dtype} of shape {tuple(state.shape)}"
         )
+    if v.shape[1] == 0:
+        return v.clone(), state.clone()
     problem = Problem(v.device.type, v.dtype, head_size, context)
     return BACKENDS[resolve_wkv7(problem, backend)].run(r, w, k, v, a, b, state)
 
@@ -94,7 +101,7 @@ def resolve_wkv7(problem: Problem, name: str) -> str:
         BackendError: ``name`` cannot run the problem.
     """
     if name == AUTO:
-        return _resolve_auto(problem).name
+        return _auto_name(*problem)
     return choose_backend(BACKENDS, problem, name).name
 
 
@@ -105,6 +112,11 @@ def prepare_wkv7(problem: Problem, name: str) -> ResolvedBackend:
         BackendError: ``name`` cannot run the problem, or cannot be loaded on this machine.
     """
     return _resolve_auto(problem) if name == AUTO else resolve_backend(BACKENDS, problem, name)
+
+
+@torch.compiler.assume_constant_result  # traced code asks once, while it is traced
+def _auto_name(device_type: str, dtype: torch.dtype, head_size: int | None, context: SequenceContext) -> str:
+    return _resolve_auto(Problem(device_type, dtype, head_size, context)).name
 
 
 @functools.cache

@@ -1,0 +1,50 @@
+"""What the C++ backends of all operators share: finding the source, building it, calling it."""
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkv_train.assets import find_asset_folder
+from rwkv_train.ops.backends import Problem
+from rwkv_train.ops.build import build_library
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuses_cpp(problem: Problem) -> str | None:
+    """Say why a C++ backend cannot run a problem, or ``None``."""
+    if problem.device_type != "cpu":
+        return f"it needs CPU tensors, not {problem.device_type}"
+    if problem.dtype not in DTYPES:
+        return f"it computes in float32, not {problem.dtype}"
+    return None
+
+
+def load_cpp_library(op: str, cache_folder: Path | None = None) -> ctypes.CDLL:
+    """Load the C++ backend of an operator, built on first use.
+
+    Raises:
+        BackendError: it cannot be built on this machine.
+    """
+    folder = find_asset_folder("cuda")
+    source = folder / op / f"{op}_cpu.cpp"
+    headers = sorted((folder / "common").glob("*.h"))
+    return ctypes.CDLL(str(build_library(f"{op}_cpu", source, headers, cache_folder=cache_folder)))
+
+
+def argument_types(n_sizes: int, n_tensors: int) -> Sequence[type]:
+    """Types of the arguments of a launcher: sizes, addresses of tensors, the number of threads."""
+    return (ctypes.c_int,) * n_sizes + (ctypes.c_void_p,) * n_tensors + (ctypes.c_int,)
+
+
+def as_float32(x: Tensor) -> Tensor:
+    """Return ``x`` as the kernels read it: float32, without gaps; itself if it is so already."""
+    return x.to(torch.float32).contiguous()
+
+
+def addresses(*tensors: Tensor | None) -> list[int | None]:
+    """Return where each tensor's data lies; ``None`` becomes a null pointer."""
+    return [None if x is None else x.data_ptr() for x in tensors]
