@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rwkv_train.config.model import ModelConfig
+from rwkv_train.config.model import ModelConfig, Rwkv4Config, Rwkv7Config
 from rwkv_train.config.optim import OptimConfig
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.models.registry import build_model, initialize
@@ -29,10 +29,23 @@ class StepTimes(NamedTuple):
         return self.forward + self.backward + self.update
 
 
+class Case(NamedTuple):
+    """What a step trains: a model and the samples in a micro-batch."""
+
+    config: ModelConfig
+    micro_batch_size: int
+
+
+STANDARD = (
+    Case(Rwkv7Config(n_layer=8, n_embd=512, vocab_size=257, ctx_len=512), 4),
+    Case(Rwkv4Config(n_layer=8, n_embd=512, vocab_size=257, ctx_len=512), 4),
+)
+"""What ``rwkv-train bench training`` measures."""
+
+
 def bench_training(
-    config: ModelConfig,
+    case: Case,
     *,
-    micro_batch_size: int,
     backends: Sequence[str],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
@@ -42,8 +55,7 @@ def bench_training(
     """Measure training steps of one model with several recurrence backends, taken in turn.
 
     Args:
-        config: the model; a sample has ``config.ctx_len`` tokens.
-        micro_batch_size: samples in a step.
+        case: the model and its batch; a sample has ``ctx_len`` tokens.
         backends: names of recurrence backends.
         device: where to run.
         dtype: float32, or bfloat16 for autocast.
@@ -53,9 +65,10 @@ def bench_training(
     Returns:
         One row for each backend: its name, sizes, milliseconds of each part, tokens per second.
     """
+    config = case.config
     tokens = torch.randint(
         config.vocab_size,
-        (micro_batch_size, config.ctx_len + 1),
+        (case.micro_batch_size, config.ctx_len + 1),
         generator=torch.Generator().manual_seed(0),
     ).to(device)
     models = {}
@@ -70,7 +83,7 @@ def bench_training(
             measured = _step(models[name], optimizers[name], tokens, dtype)
             if i >= warmup:
                 times[name].append(measured)
-    return [_row(config, micro_batch_size, name, times[name]) for name in backends]
+    return [_row(case, name, times[name]) for name in backends]
 
 
 def _step(
@@ -96,7 +109,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _row(config: ModelConfig, batch: int, backend: str, times: list[StepTimes]) -> dict[str, Any]:
+def _row(case: Case, backend: str, times: list[StepTimes]) -> dict[str, Any]:
+    config, batch = case
     median = statistics.median(step.total for step in times)
     return {
         "arch": config.arch,

@@ -1,12 +1,16 @@
 """``rwkv-train bench``: measure the recurrences and whole training steps on this machine."""
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rwkv_train.commands.inference import Device, find_device
+
 if TYPE_CHECKING:
+    import torch
     from rich.table import Table
 
 
@@ -20,7 +24,7 @@ class What(StrEnum):
 Subject = Annotated[What, typer.Argument(help="The recurrences alone, or whole training steps.")]
 Backends = Annotated[
     list[str] | None,
-    typer.Option("--backend", metavar="NAME", help="A backend of the recurrence; repeatable. Default: torch and cpp."),
+    typer.Option("--backend", metavar="NAME", help="May be repeated. By default torch, and cpp on a CPU."),
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Measurements after a warm-up; the median counts.")]
 JsonFile = Annotated[
@@ -28,18 +32,39 @@ JsonFile = Annotated[
 ]
 
 
-def bench(what: Subject, backend: Backends = None, repeats: Repeats = 5, json: JsonFile = None) -> None:
+def bench(
+    what: Subject,
+    backend: Backends = None,
+    repeats: Repeats = 5,
+    device: Device = "auto",
+    json_file: JsonFile = None,
+) -> None:
     """Measure the recurrences or whole training steps of several backends, in turn within one process."""
     from rich.console import Console
 
     from rwkv_train.benchmarks.environment import describe_environment
 
-    measure = _measure_kernels if what is What.KERNELS else _measure_training
-    rows = measure(backend or ["torch", "cpp"], repeats)
+    place = find_device(device)
+    backends = backend or (["torch", "cpp"] if place.type == "cpu" else ["torch"])
+    rows = _measure(what, backends, repeats, place)
     Console().print(_table(what.value, rows))
-    if json is not None:
-        _write(json, {"environment": describe_environment(), "results": rows})
-        typer.echo(f"wrote {json}")
+    if json_file is not None:
+        _write(json_file, {"environment": describe_environment(place), "results": rows})
+        typer.echo(f"wrote {json_file}")
+
+
+def _measure(what: What, backends: list[str], repeats: int, device: "torch.device") -> list[dict[str, Any]]:
+    if what is What.TRAINING:
+        from rwkv_train.benchmarks.training import STANDARD, bench_training
+
+        return [
+            row
+            for case in STANDARD
+            for row in bench_training(case, backends=backends, device=device, repeats=repeats)
+        ]
+    from rwkv_train.benchmarks.kernels import STANDARD_SIZES, bench_kernels
+
+    return bench_kernels(STANDARD_SIZES, backends, repeats)
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> "Table":
@@ -47,12 +72,12 @@ def _table(title: str, rows: list[dict[str, Any]]) -> "Table":
 
     table = Table(*rows[0], title=title, title_justify="left")
     for row in rows:
-        table.add_row(*(f"{value:,.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(
+            *(f"{value:,.2f}" if isinstance(value, float) else str(value) for value in row.values())
+        )
     return table
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    import json
-
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

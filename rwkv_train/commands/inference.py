@@ -8,6 +8,8 @@ import typer
 from rwkv_train.errors import BackendError
 
 if TYPE_CHECKING:
+    import torch
+
     from rwkv_train.models.lm import LanguageModel
     from rwkv_train.tokenizers import Tokenizer
 
@@ -55,18 +57,23 @@ def load_for_inference(
     from rwkv_train.checkpoints.tensors import DTYPES
     from rwkv_train.checkpoints.tokenizer import choose_tokenizer
 
-    model, weights = load_model(checkpoint, device=_find_device(device), dtype=DTYPES[dtype.value])
+    model, weights = load_model(checkpoint, device=find_device(device), dtype=DTYPES[dtype.value])
     return model, choose_tokenizer(weights, tokenizer)
 
 
-def _find_device(name: str) -> str:
+def find_device(name: str) -> "torch.device":
+    """Return the device of a name; ``"auto"`` is a GPU where there is one.
+
+    Raises:
+        BackendError: there is no such device.
+    """
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         reason = str(error).split("\n", 1)[0]
         raise BackendError(f"there is no device '{name}' here: {reason}; wanted auto, cpu or cuda") from error
-    return name
+    return torch.device(name)
