@@ -19,11 +19,11 @@ demo: env
 	$(RWKV) prepare-data --input builtin --tokenizer bytes --output $(DEMO)/corpus --overwrite
 	@echo "== 2/6  the untrained model"
 	$(RWKV) init-weights --config quickstart --output $(DEMO)/untrained --overwrite
-	$(RWKV) eval-ppl --checkpoint $(DEMO)/untrained --data $(DEMO)/corpus-valid.jsonl.zst --limit 60
+	$(RWKV) eval-ppl --checkpoint $(DEMO)/untrained --data $(DEMO)/corpus-valid.jsonl.zst
 	@echo "== 3/6  pretraining (a few minutes on two cores)"
-	$(RWKV) pretrain --config quickstart --set trainer.out_dir=$(DEMO)/run
+	$(RWKV) pretrain --config quickstart --set data.train=$(DEMO)/corpus-train --set data.valid=$(DEMO)/corpus-valid --set trainer.out_dir=$(DEMO)/run
 	@echo "== 4/6  the trained model, by domain"
-	$(RWKV) eval-ppl --checkpoint $(DEMO)/run --data $(DEMO)/corpus-valid.jsonl.zst --limit 60 --json $(DEMO)/perplexity.json
+	$(RWKV) eval-ppl --checkpoint $(DEMO)/run --data $(DEMO)/corpus-valid.jsonl.zst --json $(DEMO)/perplexity.json
 	@echo "== 5/6  to the official .pth and back"
 	$(RWKV) convert-checkpoint $(DEMO)/run $(DEMO)/model.pth --to pth --overwrite
 	$(RWKV) convert-checkpoint $(DEMO)/model.pth $(DEMO)/model --to safetensors --overwrite

@@ -67,9 +67,14 @@ def _log_to_stderr() -> None:
     from rwkv_train.training.progress import stderr_console
     from rwkv_train.training.strategy import process_rank
 
-    handler = RichHandler(
-        console=stderr_console(), show_level=False, show_path=False, markup=False, highlighter=None
-    )
+    handler: logging.Handler
+    if stderr_console().is_terminal:
+        handler = RichHandler(
+            console=stderr_console(), show_level=False, show_path=False, markup=False, highlighter=None
+        )
+    else:  # one line a message, whatever its length
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     handler.setLevel(logging.INFO if process_rank() == 0 else logging.WARNING)
     package = logging.getLogger("rwkv_train")
     package.setLevel(logging.INFO)

@@ -1,0 +1,98 @@
+"""What the README, the docs and the Makefile tell people to type is there and works."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import zstandard
+
+from rwkv_train.commands import app
+
+CHECKOUT = Path(__file__).parents[1]
+README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([CHECKOUT / "README.md", CHECKOUT / "CONTRIBUTING.md", *(CHECKOUT / "docs").glob("*.md")])
+SMALL = {
+    "model.n_layer": 1,
+    "model.n_embd": 64,
+    "model.ctx_len": 16,
+    "model.lora_ranks": "{w: 8, a: 8, v: 8, g: 8}",
+    "trainer.accelerator": "cpu",
+    "trainer.precision": "fp32",
+    "trainer.max_steps": 1,
+    "trainer.global_batch_size": 6,
+    "trainer.sample_tokens": 1,
+}
+
+
+def commands_of(text):
+    """Lines of code blocks that start with the command; a line that ends in a backslash goes on."""
+    blocks = "\n".join(re.findall(r"```[a-z]*\n(.*?)```", text, flags=re.DOTALL)).replace("\\\n", " ")
+    lines = [line.strip() for line in blocks.splitlines()]
+    return [line for line in lines if line.startswith("rwkv-train ") and "[" not in line]  # no synopses
+
+
+def commands_of_the_makefile():
+    text = (CHECKOUT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ").replace("$(DEMO)", "demo")
+    return [
+        line.replace("$(RWKV)", "rwkv-train").strip() for line in text.splitlines() if "\t$(RWKV)" in line
+    ]
+
+
+TOLD = sorted({line for page in PAGES for line in commands_of(page.read_text(encoding="utf-8"))})
+
+
+@pytest.mark.parametrize("line", [*TOLD, *commands_of_the_makefile()])
+def test_every_command_that_is_told_can_be_parsed(line):
+    _, name, *arguments = shlex.split(line, comments=True)
+    root = typer.main.get_command(app)
+    with root.make_context("rwkv-train", [name, *arguments]) as context:
+        _, command, rest = root.resolve_command(context, [name, *arguments])
+        command.make_context(name, rest, parent=context)  # raises on an option or a value that is not there
+
+
+def test_the_two_commands_of_the_readme_are_targets_of_make():
+    makefile = (CHECKOUT / "Makefile").read_text(encoding="utf-8")
+    for target in ("demo", "test"):
+        assert f"make {target}" in README
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+    assert "make test" in (CHECKOUT / ".ci/run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_commands_of_the_readme_work_one_after_the_other(tmp_path):
+    for name, n_documents in (("train", 30), ("valid", 3)):
+        lines = [
+            {"text": f"{name} document {i}. " * 20, "meta": {"pile_set_name": "a"}}
+            for i in range(n_documents)
+        ]
+        text = "\n".join(map(json.dumps, lines))
+        (tmp_path / f"{name}.jsonl.zst").write_bytes(zstandard.compress(text.encode()))
+
+    for line in commands_of(README):
+        arguments = shlex.split(line, comments=True)[1:]
+        if arguments[0] == "pretrain":
+            arguments += [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
+        code = "from rwkv_train.commands import main; main()"
+        result = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, f"{line}\n{result.stderr}"
+
+    total = json.loads((tmp_path / "perplexity.json").read_text())["total"]
+    assert total["documents"] == 3
+    assert total["bytes"] == sum(len(f"valid document {i}. " * 20) for i in range(3))
+    assert (tmp_path / "model.pth").is_file()
