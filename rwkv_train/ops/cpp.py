@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.assets import find_asset_folder
+from rwkv_train.errors import BackendError
 from rwkv_train.ops.backends import Problem
 from rwkv_train.ops.build import build_library
 
@@ -27,12 +28,18 @@ def load_cpp_library(op: str, cache_folder: Path | None = None) -> ctypes.CDLL:
     """Load the C++ backend of an operator, built on first use.
 
     Raises:
-        BackendError: it cannot be built on this machine.
+        BackendError: it cannot be built on this machine, or what was built cannot be loaded.
     """
     folder = find_asset_folder("cuda")
     source = folder / op / f"{op}_cpu.cpp"
     headers = sorted((folder / "common").glob("*.h"))
-    return ctypes.CDLL(str(build_library(f"{op}_cpu", source, headers, cache_folder=cache_folder)))
+    library = build_library(f"{op}_cpu", source, headers, cache_folder=cache_folder)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise BackendError(
+            f"the kernel {library} cannot be loaded ({error}); delete it to build it anew"
+        ) from error
 
 
 def argument_types(n_sizes: int, n_tensors: int) -> Sequence[type]:

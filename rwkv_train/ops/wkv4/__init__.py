@@ -105,7 +105,8 @@ def resolve_wkv4(problem: Problem, name: str) -> str:
         BackendError: ``name`` cannot run the problem.
     """
     if name == AUTO:
-        return _auto_name(*problem)
+        auto_name: str = _auto_name(*problem)
+        return auto_name
     return choose_backend(BACKENDS, problem, name).name
 
 
@@ -118,7 +119,8 @@ def prepare_wkv4(problem: Problem, name: str) -> ResolvedBackend:
     return _resolve_auto(problem) if name == AUTO else resolve_backend(BACKENDS, problem, name)
 
 
-@torch.compiler.assume_constant_result  # traced code asks once, while it is traced
+# Traced code asks once, while it is traced.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _auto_name(device_type: str, dtype: torch.dtype, head_size: int | None, context: SequenceContext) -> str:
     return _resolve_auto(Problem(device_type, dtype, head_size, context)).name
 

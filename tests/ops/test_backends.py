@@ -1,0 +1,117 @@
+"""The choice of a backend, which needs neither tensors nor a GPU, and what follows when one cannot be had."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rwkv_train.errors import BackendError
+from rwkv_train.ops.backends import Backend, Problem, choose_backend, resolve_backend
+from rwkv_train.ops.context import PLAIN
+from rwkv_train.ops.prepare import OPERATORS, prepare_backend
+from rwkv_train.ops.wkv4 import BACKENDS as WKV4_BACKENDS
+from rwkv_train.ops.wkv4 import resolve_wkv4, wkv4
+from rwkv_train.ops.wkv7 import BACKENDS as WKV7_BACKENDS
+from rwkv_train.ops.wkv7 import resolve_wkv7, wkv7
+
+ON_CPU = Problem("cpu", torch.float32, 64)
+ON_GPU = Problem("cuda", torch.bfloat16, 64)
+BOTH = pytest.mark.parametrize("backends", [WKV7_BACKENDS, WKV4_BACKENDS], ids=["wkv7", "wkv4"])
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        (ON_CPU, "cpp"),
+        (Problem("cpu", torch.bfloat16, 20), "cpp"),
+        (Problem("cpu", torch.float64, 64), "torch"),
+        (ON_GPU, "torch"),
+    ],
+    ids=["cpu", "cpu-bfloat16", "cpu-float64", "gpu"],
+)
+def test_auto_takes_the_fastest_backend_that_fits(backends, problem, expected):
+    assert choose_backend(backends, problem, "auto").name == expected
+
+
+@BOTH
+def test_the_reason_says_why_no_faster_backend_was_taken(backends):
+    reason = choose_backend(backends, ON_GPU, "auto").reason
+    assert reason == (
+        "'torch' is the fastest backend that can run here (not cpp: it needs CPU tensors, not cuda)"
+    )
+
+
+@BOTH
+def test_a_backend_asked_for_by_name_is_never_replaced(backends):
+    assert choose_backend(backends, ON_CPU, "reference").name == "reference"
+    with pytest.raises(BackendError, match="'cpp' cannot run this problem: it needs CPU tensors, not cuda"):
+        choose_backend(backends, ON_GPU, "cpp")
+    with pytest.raises(BackendError, match=r"'cpp' .*: it computes in float32, not torch\.float64"):
+        choose_backend(backends, Problem("cpu", torch.float64, 64), "cpp")
+
+
+@BOTH
+def test_an_unknown_name_is_answered_with_the_known_ones(backends):
+    with pytest.raises(BackendError, match="no backend 'fast'; choose one of auto, cpp, torch, reference"):
+        choose_backend(backends, ON_CPU, "fast")
+
+
+def test_the_operators_refuse_as_the_choice_does(wkv7_problem, wkv4_problem):
+    with pytest.raises(BackendError, match="'cpp' cannot run this problem: it computes in float32"):
+        wkv7(*(x.double() for x in wkv7_problem().inputs), PLAIN, backend="cpp")
+    with pytest.raises(BackendError, match="'cpp' cannot run this problem: it computes in float32"):
+        wkv4(*(x.double() for x in wkv4_problem().inputs), PLAIN, backend="cpp")
+
+
+def _table_with_a_broken_backend():
+    def cannot_load():
+        raise BackendError("no C++ compiler was found")
+
+    return {
+        "broken": Backend(refuses=lambda problem: None, load=cannot_load, run=WKV7_BACKENDS["torch"].run),
+        "torch": WKV7_BACKENDS["torch"],
+    }
+
+
+def test_auto_passes_over_a_backend_that_cannot_be_loaded_and_says_so():
+    choice = resolve_backend(_table_with_a_broken_backend(), ON_CPU, "auto")
+    assert choice.name == "torch"
+    assert "not broken: no C++ compiler was found" in choice.reason
+
+
+def test_a_backend_asked_for_by_name_that_cannot_be_loaded_raises():
+    with pytest.raises(BackendError, match="no C\\+\\+ compiler was found"):
+        resolve_backend(_table_with_a_broken_backend(), ON_CPU, "broken")
+
+
+def test_auto_says_of_each_backend_why_none_runs():
+    table = {"cpp": WKV7_BACKENDS["cpp"]}
+    with pytest.raises(BackendError, match=r"no backend can run this problem \(not cpp: it needs CPU"):
+        choose_backend(table, ON_GPU, "auto")
+
+
+@pytest.mark.parametrize("op", list(OPERATORS))
+def test_preparing_a_backend_loads_it_and_names_it(op):
+    assert prepare_backend(op, ON_CPU, "cpp").name == "cpp"
+    assert prepare_backend(op, ON_CPU, "auto").name == "cpp"
+    assert prepare_backend(op, ON_CPU, "torch").reason == "'torch' was asked for by name"
+
+
+@pytest.mark.parametrize("resolve", [resolve_wkv7, resolve_wkv4])
+def test_resolving_gives_a_concrete_name(resolve):
+    assert resolve(ON_CPU, "auto") == "cpp"
+    assert resolve(ON_CPU, "torch") == "torch"
+
+
+def test_importing_the_operators_builds_and_prints_nothing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", "import rwkv_train.ops.prepare"],
+        env={"HOME": str(tmp_path), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+    assert not (tmp_path / ".cache").exists()

@@ -1,0 +1,92 @@
+"""What PyTorch asks of an operator: shape rules, compilation, autocast, and no silent second derivative."""
+
+import pytest
+import torch
+
+from rwkv_train.ops.context import PLAIN
+from rwkv_train.ops.wkv4 import wkv4
+from rwkv_train.ops.wkv7 import wkv7
+
+# opcheck's own messages about what it does are no warnings of ours.
+COMPILED = ["wkv7_cpp", "wkv7_torch", "wkv4_cpp", "wkv4_torch"]
+NAMES = pytest.mark.parametrize("name", COMPILED)
+
+
+@pytest.fixture
+def call(wkv7_problem, wkv4_problem):
+    """Return (function of the tensors, fresh inputs that want gradients) for an operator's name."""
+
+    def of(name):
+        op, backend = name.split("_")
+        problem, run = (wkv7_problem(), wkv7) if op == "wkv7" else (wkv4_problem(), wkv4)
+        inputs = [x.clone().requires_grad_() for x in problem.inputs]
+        return (lambda *x: run(*x, PLAIN, backend=backend)), inputs
+
+    return of
+
+
+def loss(outputs):
+    y, final_state = outputs
+    return y.square().sum() + final_state[:, :2].square().sum()
+
+
+@NAMES
+@pytest.mark.parametrize("keep_checkpoints", [True, False])
+def test_the_forward_operator_passes_opcheck(call, name, keep_checkpoints):
+    _, inputs = call(name)
+    if not keep_checkpoints:  # without them there is no backward pass to check
+        inputs = [x.detach() for x in inputs]
+    operator = getattr(torch.ops.rwkv_train, name).default
+    torch.library.opcheck(operator, (*inputs, keep_checkpoints))
+
+
+@NAMES
+def test_the_backward_operator_passes_opcheck(call, name):
+    _, inputs = call(name)
+    inputs = [x.detach() for x in inputs]
+    y, final_state, checkpoints = getattr(torch.ops.rwkv_train, name)(*inputs, True)
+    operator = getattr(torch.ops.rwkv_train, f"{name}_backward").default
+    torch.library.opcheck(operator, (*inputs[:-1], checkpoints, y, final_state))
+
+
+@NAMES
+def test_compiled_as_one_graph_it_gives_the_same_bits(call, name):
+    function, inputs = call(name)
+    expected = torch.autograd.grad(loss(function(*inputs)), inputs)
+    # Not inductor: it compiles C++ for many seconds, of the sums around the operator.
+    compiled = torch.compile(lambda *x: loss(function(*x)), fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(*inputs), inputs)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_compiled_with_auto_it_is_still_one_graph(wkv7_problem):
+    inputs = wkv7_problem().inputs
+    compiled = torch.compile(lambda *x: wkv7(*x, PLAIN)[0], fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs), wkv7(*inputs, PLAIN, backend="cpp")[0])
+
+
+@NAMES
+def test_a_second_derivative_is_refused(call, name):
+    function, inputs = call(name)
+    first = torch.autograd.grad(loss(function(*inputs)), inputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"{name} has no second derivative"):
+        torch.autograd.grad(first[0].sum(), inputs)
+
+
+@NAMES
+def test_autocast_changes_nothing(call, name):
+    function, inputs = call(name)
+    expected = function(*inputs)
+    expected_gradients = torch.autograd.grad(loss(expected), inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = function(*inputs)
+        gradients = torch.autograd.grad(loss(found), inputs)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(gradients, expected_gradients, strict=True))
+
+
+@NAMES
+def test_without_gradients_no_checkpoints_are_kept(call, name):
+    _, inputs = call(name)
+    operator = getattr(torch.ops.rwkv_train, name)
+    assert operator(*(x.detach() for x in inputs), False)[2].numel() == 0
