@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_train.assets import find_asset_folder
 from rwkv_train.errors import BackendError
 from rwkv_train.ops.build import FLAGS, _find_ninja, build_library, default_cache_folder
 from rwkv_train.ops.cpp import load_cpp_library
@@ -116,9 +117,9 @@ def test_a_cache_folder_that_cannot_be_written_is_named(project):
 
 
 def test_a_library_that_cannot_be_loaded_is_named_with_the_fix(tmp_path):
-    load_cpp_library("wkv4", tmp_path)
-    (library,) = tmp_path.glob("*.so")
-    library.unlink()
+    cuda = find_asset_folder("cuda")
+    headers = sorted((cuda / "common").glob("*.h"))
+    library = build_library("wkv4_cpu", cuda / "wkv4" / "wkv4_cpu.cpp", headers, cache_folder=tmp_path)
     library.write_bytes(b"cut short")
     with pytest.raises(BackendError, match=f"{library} cannot be loaded .*delete it to build it anew"):
         load_cpp_library("wkv4", tmp_path)
