@@ -5,6 +5,7 @@ says how; 130 and 143: interrupted; 1: our mistake, with a traceback.
 """
 
 import errno
+import os
 import sys
 from typing import Annotated
 
@@ -65,6 +66,9 @@ def _root(
 
 def main() -> None:
     """Run the command line of ``sys.argv``; the entry point of ``rwkv-train``."""
+    # OpenMP's threads wait for each other by spinning. Beside any other busy process that costs a training step
+    # two to nine times its time; sleeping costs nothing that can be measured. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except RwkvTrainError as error:

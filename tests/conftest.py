@@ -1,0 +1,6 @@
+"""Settings of the whole suite."""
+
+import os
+
+# As rwkv_train.commands.main does: tests share their cores with other processes, some of them their own.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
