@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from rwkv_train.assets import find_asset_folder
 from rwkv_train.config.base import Config
-from rwkv_train.config.model import ModelConfig, Rwkv4Config, Rwkv7Config
+from rwkv_train.config.model import ModelConfig, Rwkv4Config, Rwkv7Config, RwkvConfig
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.errors import ConfigError
 
@@ -49,12 +49,14 @@ def read_tree(config: str, overrides: Sequence[str] = ()) -> Tree:
     Args:
         config: path of a YAML file, or the name of a shipped preset such as ``"quickstart"``.
         overrides: ``"section.name=value"``, the value written as in YAML; later ones win. A length of the run
-            (``trainer.max_steps``, ``max_tokens``, ``max_epochs``) takes the place of the file's length.
+            (``trainer.max_steps``, ``max_tokens``, ``max_epochs``) takes the place of the file's length, and
+            another ``model.arch`` that of the file's settings which the new one does not have.
 
     Raises:
         ConfigError: there is no such file or preset, it is not YAML, or an override is malformed.
     """
     tree = _parse_file(_find_config(config))
+    _make_room_for_arch(tree, overrides)
     if any(override.startswith(_LENGTHS) for override in overrides) and isinstance(tree.get("trainer"), dict):
         for length in _LENGTHS:
             tree["trainer"].pop(length.removeprefix("trainer."), None)
@@ -133,7 +135,10 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise ConfigError(f"'{key}' is set twice{node.start_mark}; keep one")
+                raise ConfigError(
+                    f"{node.start_mark.name}: '{key}' is set twice in the section that begins at "
+                    f"{_place(node.start_mark)}; keep one"
+                )
         return super().construct_mapping(node, deep=deep)
 
 
@@ -146,9 +151,19 @@ _Loader.add_implicit_resolver(
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        loader.name = where
+        return loader.get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = "" if mark is None else f" ({_place(mark)})"
+        raise ConfigError(f"{where} is not valid YAML{place}: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _place(mark: yaml.Mark) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _parse_file(path: Path) -> Tree:
@@ -175,6 +190,18 @@ def _apply(tree: Tree, override: str) -> None:
     here[last] = _parse_yaml(text, f"--set {override}: the value")
 
 
+def _make_room_for_arch(tree: Tree, overrides: Sequence[str]) -> None:
+    """Drop the file's settings that only its own architecture has, if the command line names another one."""
+    model = tree.get("model")
+    named = [text.strip() for name, _, text in (o.partition("=") for o in overrides) if name == "model.arch"]
+    wanted = _TAGS.get(named[-1]) if named else None
+    if wanted is None or not isinstance(model, dict) or model.get("arch") == named[-1]:
+        return
+    for other in _classes_in(ModelConfig):
+        for name in set(other.model_fields) - set(wanted.model_fields):
+            model.pop(name, None)
+
+
 def _as_config_error(error: ValidationError, *section: str) -> ConfigError:
     problems = [_sentence(detail, (*section, *detail["loc"])) for detail in error.errors(include_url=False)]
     return ConfigError("; ".join(dict.fromkeys(problems)))
@@ -190,7 +217,7 @@ def _sentence(detail: ErrorDetails, location: tuple[int | str, ...]) -> str:
             return f"{name}: no such setting; {_nearest(names[-1], owner)}"
         case "missing":
             return f"{name}: it must be set"
-        case "union_tag_not_found":
+        case "union_tag_not_found" | "union_tag_invalid" if found.get("arch") is None:
             return f"{name}.arch: it must be set, to 'rwkv4' or 'rwkv7'"
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{name} is {_show(found)} but must be a section of settings"
@@ -232,13 +259,15 @@ def _classes_in(annotation: Any) -> tuple[type[Config], ...]:
 
 
 def _nearest(name: str, owner: type[Config]) -> str:
+    for section, field in TrainConfig.model_fields.items():
+        for config in _classes_in(field.annotation):
+            if name in config.model_fields and section == "model" and issubclass(owner, RwkvConfig):
+                return f"only {config.model_fields['arch'].default} has it"
+            if name in config.model_fields:
+                return f"did you mean '{section}.{name}'?"
     near = difflib.get_close_matches(name, owner.model_fields, n=1)
     if near:
         return f"did you mean '{near[0]}'?"
-    for section, field in TrainConfig.model_fields.items():
-        for config in _classes_in(field.annotation):
-            if name in config.model_fields:
-                return f"did you mean '{section}.{name}'?"
     return f"there are {', '.join(owner.model_fields)}"
 
 

@@ -1,22 +1,25 @@
 """How long, how large, where and how precisely a run trains, and what it reports."""
 
-from typing import Literal, Self
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rwkv_train.config.base import Config
+
+_NO_RUN_IS_THAT_LONG = 10**15  # steps or tokens; beyond it, counts of samples leave 64 bits
 
 
 class TrainerConfig(Config):
     """The run itself. Its length is exactly one of max_steps, max_tokens and max_epochs."""
 
-    out_dir: str
+    out_dir: Annotated[str, Field(min_length=1)]
     """Folder of the run: checkpoints, metrics, log, plot."""
-    max_steps: PositiveInt | None = None
+    max_steps: Annotated[PositiveInt, Field(lt=_NO_RUN_IS_THAT_LONG)] | None = None
     """Length of the run in optimizer steps."""
-    max_tokens: PositiveInt | None = None
+    max_tokens: Annotated[PositiveInt, Field(lt=_NO_RUN_IS_THAT_LONG)] | None = None
     """Length of the run in tokens, rounded up to whole steps."""
-    max_epochs: PositiveFloat | None = None
+    max_epochs: Annotated[PositiveFloat, Field(lt=1e6)] | None = None
     """Length of the run in passes over the training corpus, rounded up to whole steps."""
     global_batch_size: PositiveInt = 32
     """Samples in one optimizer step, over all devices and accumulated micro-batches."""
@@ -34,7 +37,7 @@ class TrainerConfig(Config):
     """"fp32", or "bf16-autocast": float32 parameters, matrix products in bfloat16."""
     wkv_backend: str = "auto"
     """Backend of the recurrence: "auto" (the fastest that fits), "torch", "cpp" or "reference"."""
-    seed: NonNegativeInt = 42
+    seed: Annotated[NonNegativeInt, Field(lt=1 << 63)] = 42
     """Seed of the initial values and of the order of the data."""
     log_every_n_steps: PositiveInt = 10
     """Steps between two rows of metrics."""
@@ -69,6 +72,11 @@ class TrainerConfig(Config):
                 f"micro_batch_size ({self.micro_batch_size}) x devices ({self.devices}) x num_nodes ({self.num_nodes})"
             )
         return self
+
+    @property
+    def run_folder(self) -> Path:
+        """``out_dir`` as a path, with ``~`` resolved."""
+        return Path(self.out_dir).expanduser()
 
     @property
     def world_size(self) -> int:

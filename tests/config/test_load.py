@@ -45,6 +45,14 @@ def test_two_lengths_on_the_command_line_contradict_each_other(file):
         load_train_config(file, ["trainer.max_tokens=5", "trainer.max_steps=3"])
 
 
+def test_an_arch_on_the_command_line_drops_what_only_that_of_the_file_has():
+    preset = ["model.arch=rwkv4"]
+    assert (
+        to_tree(load_train_config("quickstart", preset).model).keys().isdisjoint({"head_size", "lora_ranks"})
+    )
+    assert load_train_config("rwkv4-169m", ["model.arch=rwkv7"]).model.head_size == 64
+
+
 def test_accumulation_is_derived(file):
     config = load_train_config(
         file, ["trainer.global_batch_size=48", "trainer.micro_batch_size=4", "trainer.devices=3"]
@@ -68,6 +76,16 @@ def test_accumulation_is_derived(file):
         ("model.lora_ranks={q: 1}", "model.lora_ranks.q: no such setting; there are w, a, v, g"),
         ("trainer.global_batch_size=33", "global_batch_size (33) must be a multiple of 8"),
         ("trainer.out_dir=null", "trainer.out_dir is nothing but should be a valid string"),
+        ("trainer.out_dir=''", "trainer.out_dir is '' but"),
+        ("trainer.seed=1e30", "trainer.seed is 1e+30 but should be a valid integer"),
+        ("trainer.seed=99999999999999999999", "trainer.seed is 99999999999999999999 but should be less than"),
+        (
+            "trainer.max_steps=99999999999999999999",
+            "trainer.max_steps is 99999999999999999999 but should be less",
+        ),
+        ("model.arch=null", "model.arch: it must be set, to 'rwkv4' or 'rwkv7'"),
+        ("model.embedding_scale=1", "model.embedding_scale: no such setting; only rwkv4 has it"),
+        ("optim.seed=1", "optim.seed: no such setting; did you mean 'trainer.seed'?"),
         ("model=null", "model is nothing but must be a section of settings"),
         ("data=pile", "data is 'pile' but must be a section of settings"),
         ("optim.lr", "--set optim.lr: write it as section.name=value"),
@@ -101,9 +119,13 @@ def test_a_missing_setting_is_named(tmp_path):
         ("a: [", "is not valid YAML"),
         ("- 1", "must hold sections"),
         ("", "must hold sections"),
-        ("a: 1\na: 2", "'a' is set twice"),
+        ("b:\n  a: 1\n  a: 2", r"bad\.yaml: 'a' is set twice in the section that begins at line 2, column 3"),
+        (
+            "a: !!python/name:os.system x",
+            r"bad\.yaml is not valid YAML \(line 1, column 4\): could not determine",
+        ),
     ],
-    ids=["broken", "list", "empty", "twice"],
+    ids=["broken", "list", "empty", "twice", "python"],
 )
 def test_a_bad_file_gets_one_sentence(tmp_path, text, sentence):
     path = tmp_path / "bad.yaml"
