@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -70,15 +71,20 @@ class PretrainModule(LightningModule):
         Raises:
             TrainingError: the norm of the gradient is not finite; the weights are still those of the last step.
         """
-        limit = self.config.optim.grad_clip or float("inf")
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        gradients = [grad for parameter in self.model.parameters() if (grad := parameter.grad) is not None]
+        self.grad_norm = get_total_norm(gradients)
+        # Before clipping, which would spread one NaN over every gradient and so hide where it came from.
         if not torch.isfinite(self.grad_norm):
             assert self._batch is not None
+            with self.trainer.precision_plugin.forward_context():
+                bad_tensor = first_bad_tensor(self.model, *self._batch)
             raise TrainingError(
                 f"step {self.completed_steps + 1}: the gradient is not finite (norm {self.grad_norm:g}); the "
-                f"first bad tensor is {first_bad_tensor(self.model, *self._batch)}; nothing was saved over the "
+                f"first bad tensor is {bad_tensor}; nothing was saved over the "
                 "last checkpoint; resume from it with a lower optim.lr or a lower optim.beta2"
             )
+        if self.config.optim.grad_clip:
+            clip_grads_with_norm_(self.model.parameters(), self.config.optim.grad_clip, self.grad_norm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build AdamW here, not in ``__init__``: by now the strategy has placed the parameters."""
@@ -109,7 +115,7 @@ def named_moments(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tenso
         for name, parameter in zip(group["names"], group["params"], strict=True):
             state = optimizer.state.get(parameter, {})
             for moment, tensors in moments.items():
-                tensors[name] = state.get(moment, torch.zeros_like(parameter))
+                tensors[name] = state[moment] if moment in state else torch.zeros_like(parameter)
     return moments
 
 
