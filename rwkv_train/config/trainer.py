@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rwkv_train.config.base import Config
 
@@ -13,7 +13,8 @@ _NO_RUN_IS_THAT_LONG = 10**15  # steps or tokens; beyond it, counts of samples l
 class TrainerConfig(Config):
     """The run itself. Its length is exactly one of max_steps, max_tokens and max_epochs."""
 
-    out_dir: Annotated[str, Field(min_length=1)]
+    # Expanded once, here: a shell leaves the ~ in --set trainer.out_dir=~/runs as it is.
+    out_dir: Annotated[str, Field(min_length=1), AfterValidator(lambda path: str(Path(path).expanduser()))]
     """Folder of the run: checkpoints, metrics, log, plot."""
     max_steps: Annotated[PositiveInt, Field(lt=_NO_RUN_IS_THAT_LONG)] | None = None
     """Length of the run in optimizer steps."""
@@ -42,7 +43,7 @@ class TrainerConfig(Config):
     log_every_n_steps: PositiveInt = 10
     """Steps between two rows of metrics."""
     val_every_n_steps: PositiveInt = 500
-    """Steps between two validations; one more follows the last step."""
+    """Steps between two validations; besides, one before the first step and one after the last."""
     val_tokens: PositiveInt = 1_048_576
     """Tokens scored in each validation: the head of every domain, in its share of the validation corpus."""
     sample_tokens: NonNegativeInt = 128
