@@ -15,7 +15,7 @@ class OptimConfig(Config):
     lr: PositiveFloat = 6e-4
     """Highest learning rate, reached at the end of the warm-up."""
     lr_final: PositiveFloat = 6e-5
-    """Learning rate of the last step."""
+    """Learning rate at the end of the run, which the step after the last would have."""
     warmup_steps: NonNegativeInt = 10
     """Steps over which the learning rate rises from 1 % to 100 % of lr."""
     schedule: Literal["cosine", "constant"] = "cosine"

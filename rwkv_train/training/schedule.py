@@ -29,7 +29,7 @@ def learning_rate_factor(step: int, n_steps: int, optim: OptimConfig) -> float:
     """Return the learning rate of a step as a part of ``optim.lr``.
 
     The warm-up multiplies the schedule, as in the published trainer; the cosine runs from the end of the
-    warm-up to the last step.
+    warm-up to the end of the run: ``optim.lr_final`` is the rate of step ``n_steps``, the first one not taken.
 
     Args:
         step: number of the step, from 0.
