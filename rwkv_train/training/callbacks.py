@@ -41,8 +41,9 @@ class RunCallback(Callback):
         self._seen_steps = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to signals once Lightning has set its own handlers; note where a new run begins."""
+        """Take the signals, once Lightning has set its own handlers, and the terminal; score a new run."""
         self.stop.listen()
+        self.display.open()
         assert isinstance(pl_module, PretrainModule)
         if self.validator is not None and pl_module.start_step == 0:
             _log(trainer, self.validator.run(pl_module.model, 0).as_metrics(), 0)

@@ -42,6 +42,10 @@ class Display:
                 speed_estimate_period=120,
             )
             self._task = self._bar.add_task("train", total=n_steps, completed=start_step, metrics="")
+
+    def open(self) -> None:
+        """Show the bar, which hides the cursor until :meth:`close`."""
+        if self._bar is not None:
             self._bar.start()
 
     def advance(self, step: int) -> None:
