@@ -14,8 +14,9 @@ def terminal(monkeypatch):
     """A terminal for stderr; its text is in ``getvalue()``."""
     text = io.StringIO()
     text.isatty = lambda: True
+    console = Console(file=text, force_terminal=True, _environ={"TERM": "xterm"})
     monkeypatch.setattr("sys.stderr", text)
-    monkeypatch.setattr(progress, "stderr_console", lambda: Console(file=text, force_terminal=True))
+    monkeypatch.setattr(progress, "stderr_console", lambda: console)
     return text
 
 
