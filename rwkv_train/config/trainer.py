@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rwkv_train.config.base import Config
 
@@ -13,8 +13,7 @@ _NO_RUN_IS_THAT_LONG = 10**15  # steps or tokens; beyond it, counts of samples l
 class TrainerConfig(Config):
     """The run itself. Its length is exactly one of max_steps, max_tokens and max_epochs."""
 
-    # Expanded once, here: a shell leaves the ~ in --set trainer.out_dir=~/runs as it is.
-    out_dir: Annotated[str, Field(min_length=1), AfterValidator(lambda path: str(Path(path).expanduser()))]
+    out_dir: Annotated[str, Field(min_length=1)]
     """Folder of the run: checkpoints, metrics, log, plot."""
     max_steps: Annotated[PositiveInt, Field(lt=_NO_RUN_IS_THAT_LONG)] | None = None
     """Length of the run in optimizer steps."""

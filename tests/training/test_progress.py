@@ -1,6 +1,5 @@
 import io
 
-import pytest
 from rich.console import Console
 
 from rwkv_train.training import progress
@@ -9,9 +8,8 @@ from rwkv_train.training.progress import Display
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 
 
-@pytest.fixture
-def terminal(monkeypatch):
-    """A terminal for stderr; its text is in ``getvalue()``."""
+def terminal_for_stderr(monkeypatch):
+    """Return what is written to it; not a fixture, because pytest takes stderr back before a test starts."""
     text = io.StringIO()
     text.isatty = lambda: True
     console = Console(file=text, force_terminal=True, _environ={"TERM": "xterm"})
@@ -20,12 +18,14 @@ def terminal(monkeypatch):
     return text
 
 
-def test_a_run_that_does_not_start_leaves_the_terminal_alone(terminal):
+def test_a_run_that_does_not_start_leaves_the_terminal_alone(monkeypatch):
+    terminal = terminal_for_stderr(monkeypatch)
     Display(n_steps=4, start_step=4, is_shown=True)
     assert terminal.getvalue() == ""
 
 
-def test_a_bar_gives_the_cursor_back(terminal):
+def test_a_bar_gives_the_cursor_back(monkeypatch):
+    terminal = terminal_for_stderr(monkeypatch)
     display = Display(n_steps=4, start_step=0, is_shown=True)
     display.open()
     assert terminal.getvalue().count(HIDE_CURSOR) == 1
