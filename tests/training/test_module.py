@@ -4,6 +4,7 @@ import pytest
 
 from rwkv_train.errors import TrainingError
 from rwkv_train.training.callbacks import RunCallback
+from rwkv_train.training.loggers import METRICS_FILE, read_metrics
 from rwkv_train.training.run import run_pretraining
 
 
@@ -23,10 +24,21 @@ def test_the_message_names_the_gradient_that_is_not_finite(settings, monkeypatch
 def test_clipping_changes_nothing_about_the_norm_that_is_reported(settings, tmp_path):
     norms = []
     for name, grad_clip in (("clipped", 1e-3), ("not", 0.0)):
-        changes = {"trainer.max_steps": 1, "optim.grad_clip": grad_clip, "trainer.log_every_n_steps": 1}
+        changes = {"trainer.max_steps": 1, "optim.grad_clip": grad_clip}
         summary = run_pretraining(settings(changes | {"trainer.out_dir": str(tmp_path / name)}))
-        header, *rows = (
-            line.split(",") for line in (summary.out_dir / "metrics.csv").read_text().splitlines()
-        )
-        norms.append(float(rows[-1][header.index("grad_norm")]))
+        norms.append(float(read_metrics(summary.out_dir / METRICS_FILE)[-1]["grad_norm"]))
     assert norms[0] == norms[1] > 1e-3
+
+
+# Adam does not see the scale of a gradient, so equal weights alone would not show a sum in place of a mean.
+def test_accumulated_micro_batches_report_the_mean_loss_and_gradient_of_one_large_batch(settings, tmp_path):
+    accumulated, at_once = (
+        run_pretraining(settings({"trainer.out_dir": str(tmp_path / str(n)), "trainer.micro_batch_size": n}))
+        for n in (2, 8)
+    )
+    rows = zip(*(read_metrics(run.out_dir / METRICS_FILE) for run in (accumulated, at_once)), strict=True)
+    for left, right in rows:
+        for column in ("loss", "grad_norm"):
+            assert float(left[column] or 0) == pytest.approx(float(right[column] or 0), rel=1e-3), left[
+                "step"
+            ]
