@@ -141,8 +141,8 @@ void backward_block(const Inputs& in, const Sizes& sizes, int row, int channel, 
   for (int chunk = sizes.n_checkpoints() - 1; chunk >= 0; --chunk) {
     const int first = chunk * kInterval, n_tokens = sizes.T - first < kInterval ? sizes.T - first : kInterval;
     const size_t first_at = (static_cast<size_t>(row) * sizes.T + first) * C + channel;
-    before[0] =
-        load_state(checkpoints + (static_cast<size_t>(row) * sizes.n_checkpoints() + chunk) * 3 * C + channel, C, count);
+    const size_t checkpoint_at = (static_cast<size_t>(row) * sizes.n_checkpoints() + chunk) * 3 * C + channel;
+    before[0] = load_state(checkpoints + checkpoint_at, C, count);
     for (int t = 0; t < n_tokens; ++t) {
       const size_t at = first_at + static_cast<size_t>(t) * C;
       const Block k = load_block(in.k + at, count), v = load_block(in.v + at, count);

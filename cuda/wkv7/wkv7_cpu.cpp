@@ -18,8 +18,8 @@
 // Backward: the forward pass leaves a state every kGroup chunks; a group's inner states are computed again. The
 // gradients that flow through decays use the same running products (see `decay_row`), so d/dw has no cancellation.
 //
-// Memory of a thread, in floats: forward 12 kChunk N + (2 + kHeads) N^2, backward (kGroup + 1) (12 kChunk N + 2 N^2)
-// + 2 kHeads N^2; 0.3 and 0.7 MB at N = 64.
+// Memory of a thread, in floats: forward 12 kChunk N + (2 + kHeads) N^2, backward 12 (kGroup + 1) kChunk N
+// + 2 (kGroup + kHeads) N^2; 0.25 and 0.65 MB at N = 64.
 
 #include <omp.h>
 
@@ -31,7 +31,7 @@ using namespace rwkv;
 
 constexpr int kChunk = 8;
 constexpr int kGroup = 4;
-constexpr int kHeads = 12;
+constexpr int kHeads = 12;  // heads that go through time together; their states stay in the second-level cache
 
 struct Inputs {
   const float *r, *w, *k, *v, *a, *b;
@@ -90,7 +90,9 @@ class Arena {
   float* next_;
 };
 
-size_t chunk_floats(int n) { return 12 * kChunk * n + n + 4 * kChunk * kChunk + 2 * square(n) + 32 * 16; }
+// What a Chunk or a ChunkGradients takes without its [n, n] matrices, each piece rounded up by less than 16.
+size_t rows_floats(int n) { return 12 * kChunk * n + n + 4 * kChunk * kChunk + 17 * 16; }
+size_t chunk_floats(int n) { return rows_floats(n) + 2 * (square(n) + 16); }
 
 inline __attribute__((always_inline)) void copy(const float* from, int n, float* to) {
   int at = 0;
@@ -111,6 +113,7 @@ void load_rows(const float* from, size_t stride, int rows, int N, int n, float* 
 void store_rows(const float* from, int n, int rows, int N, size_t stride, float* to) {
   for (int i = 0; i < rows; ++i) copy(from + i * n, N, to + i * stride);
 }
+
 void transpose_matrix(const float* from, int n, float* to) {
   for (int row = 0; row < n; row += kLanes)
     for (int column = 0; column < n; column += kLanes) {
@@ -302,7 +305,7 @@ template <int kFixed>
 void forward_heads(const Inputs& in, const Sizes& sizes, int first, int count, const float* state, float* y,
                    float* final_state, float* checkpoints) {
   const int T = sizes.T, N = sizes.N, n = kFixed ? kFixed : padded(N);
-  Arena arena(thread_workspace(chunk_floats(n) + count * square(n)));
+  Arena arena(thread_workspace(chunk_floats(n) + count * square(n) + 16));
   Chunk c = arena.take_chunk(n);
   float* const states = arena.take(count * square(n));
   for (int i = 0; i < count; ++i) {
@@ -335,15 +338,16 @@ struct Gradients {
   float *r, *w, *k, *v, *a, *b;
 };
 
-// Gradients through the decays between the places j <= last where something was written and the one place where it
-// was read with weight x. z[j] is x with the decays after j; z[-1] with all of them. For each t going up, `sum` is
-// what was written up to t, decayed to t: so the gradient of log d_t is z[t-1] times the sum before t.
-// write(t) returns what was written at t, taken with the gradients of the pair, and adds to the gradients of k and b.
+// Gradients of one place that read what tokens 0..last wrote, through the decays between. z[t] is the weight of the
+// reading with the decays from t on. Going up in t, `sum` is what was written before t, decayed to t; it starts as
+// what the state brings. All that passes the decay of t is z[t] * sum: the gradient of log d_t, without cancellation.
+// write(t, weight) returns what t wrote, times the gradient of its score, and adds to the gradients of k_t and b_t.
+// Returns the gradient of the reading vector.
 template <typename Write>
 inline __attribute__((always_inline)) Vec decay_row(const Vec* d, const Vec* z, Vec sum, int last, Vec* dw,
                                                     Write write) {
   for (int t = 0; t <= last; ++t) {
-    dw[t] += z[t] * sum;  // z is shifted by one: z[t] is the weight with the decays from t on
+    dw[t] += z[t] * sum;
     sum = sum * d[t] + write(t, z[t + 1]);
   }
   return sum;
@@ -366,8 +370,7 @@ ChunkGradients take_gradients(Arena& arena, int n) {
     *rows = arena.take(static_cast<size_t>(kChunk) * n);
   for (float** pairs : {&g.d_ab, &g.d_ak, &g.d_qb, &g.d_qk}) *pairs = arena.take(kChunk * kChunk);
   g.decay = arena.take(n);
-  g.dh = arena.take(square(n));
-  g.ds = arena.take(square(n));
+  g.dh = g.ds = nullptr;  // one pair for each head, see backward_heads
   return g;
 }
 
@@ -517,7 +520,7 @@ template <int kFixed>
 void backward_heads(const Inputs& in, const Sizes& sizes, int first, int count, const float* checkpoints,
                     const float* dy, const float* d_final, const Gradients& out, float* d_state) {
   const int N = sizes.N, n = kFixed ? kFixed : padded(N);
-  Arena arena(thread_workspace((kGroup + 1) * chunk_floats(n) + 2 * count * square(n)));
+  Arena arena(thread_workspace(kGroup * chunk_floats(n) + rows_floats(n) + 2 * count * square(n) + 16));
   Chunk chunks[kGroup];
   for (Chunk& c : chunks) c = arena.take_chunk(n);
   ChunkGradients g = take_gradients(arena, n);

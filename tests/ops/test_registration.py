@@ -7,7 +7,6 @@ from rwkv_train.ops.context import PLAIN
 from rwkv_train.ops.wkv4 import wkv4
 from rwkv_train.ops.wkv7 import wkv7
 
-# opcheck's own messages about what it does are no warnings of ours.
 COMPILED = ["wkv7_cpp", "wkv7_torch", "wkv4_cpp", "wkv4_torch"]
 NAMES = pytest.mark.parametrize("name", COMPILED)
 
