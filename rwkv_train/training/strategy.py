@@ -43,12 +43,17 @@ def device_of(settings: TrainerConfig) -> torch.device:
 def make_trainer(
     settings: TrainerConfig, n_steps: int, callbacks: list[Callback], loggers: list[Logger]
 ) -> Trainer:
-    """Build the Trainer for ``n_steps`` optimizer steps; checkpoints, validation and display are ours."""
+    """Build the Trainer for ``n_steps`` optimizer steps; checkpoints, validation and display are ours.
+
+    Raises:
+        ConfigError: a device is missing; or this process of several nodes does not know its number.
+    """
+    rank = process_rank()
     # Lightning advises more loader workers; reading a memory-mapped slice needs none.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     # Lightning calls a function of torch under its old name.
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
-    return Trainer(
+    trainer = Trainer(
         accelerator="cpu" if device_of(settings).type == "cpu" else "gpu",
         devices=settings.devices,
         num_nodes=settings.num_nodes,
@@ -67,6 +72,12 @@ def make_trainer(
         limit_val_batches=0,
         use_distributed_sampler=False,
     )
+    if trainer.global_rank != rank:  # Lightning's own launcher counts on each node from 0
+        raise ConfigError(
+            f"trainer.num_nodes is {settings.num_nodes}, and this process does not know its number among those of "
+            "all nodes; start it with torchrun or with SLURM's srun on each node"
+        )
+    return trainer
 
 
 def _strategy(settings: TrainerConfig) -> Strategy | Literal["auto"]:
