@@ -25,7 +25,17 @@ from rwkv_train.errors import RwkvTrainError
 
 USER_CAN_REPAIR = 2
 INTERRUPTED = 130
-_DISK_PROBLEMS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_DISK_PROBLEMS = {
+    errno.ENOSPC: "free some space, or choose another disk",
+    errno.EDQUOT: "free some space, or choose another disk",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "choose a place that is yours, or change its permissions",
+    errno.EPERM: "choose a place that is yours, or change its permissions",
+    errno.EISDIR: "give a file, not a folder",
+    errno.ENOTDIR: "a part of the path is a file, choose another one",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+"""What the operating system refuses, and what a user can do about it."""
 
 app = typer.Typer(
     name="rwkv-train",
@@ -76,9 +86,24 @@ def main() -> None:
     except OSError as error:
         if error.errno not in _DISK_PROBLEMS:
             raise
-        _leave(f"{error.filename or 'the disk'}: {error.strerror}", USER_CAN_REPAIR)
+        place = error.filename or "a file could not be written or read"
+        _leave(f"{place}: {error.strerror}; {_DISK_PROBLEMS[error.errno]}", USER_CAN_REPAIR)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _leave(
+            "out of memory; lower trainer.micro_batch_size, model.ctx_len or the size of the model (pretrain --dry-run "
+            f"estimates what a run needs), or --batch-size and --chunk-len ({str(error).partition('. ')[0][:200]})",
+            USER_CAN_REPAIR,
+        )
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell without importing torch, which may not be there yet: its CPU allocator has no class of its own."""
+    is_gpu = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or is_gpu or "can't allocate memory" in str(error)
 
 
 def _leave(message: str, code: int) -> None:

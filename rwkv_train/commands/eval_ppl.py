@@ -81,7 +81,7 @@ def eval_ppl(
             "data": data,
             "limit": limit,
         }
-        json_file.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write(json_file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     _print_table(report, identity.name)
 
 
@@ -89,6 +89,17 @@ def _require_writable(path: Path) -> None:
     """Find out before the long work, not after it."""
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"--json {path} cannot be written; give a file in a folder that can be")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a whole file or nothing; a device such as /dev/stdout is written to, not replaced."""
+    from rwkv_train.checkpoints.io import new_file, resolve_target
+
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    with new_file(resolve_target(path), len(text)) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def _find_file(name: str, cache_dir: Path) -> Path:

@@ -1,0 +1,66 @@
+"""What ``main`` makes of errors that are not ours: one line and exit code 2, or a traceback."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from rwkv_train import commands
+
+
+@pytest.fixture
+def leave_with(monkeypatch, capsys):
+    """Run ``main`` with a command line that raises; return the exit code and what is on stderr."""
+
+    def run(error):
+        def app():
+            raise error
+
+        monkeypatch.setattr(commands, "app", app)
+        with pytest.raises(SystemExit) as caught:
+            commands.main()
+        return caught.value.code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.ENOSPC, "No space left on device; free some space"),
+        (errno.EROFS, "Read-only file system; choose a place that can be written to"),
+        (errno.ENOTDIR, "Not a directory; a part of the path is a file"),
+    ],
+    ids=["full", "read-only", "file"],
+)
+def test_what_the_disk_refuses_gets_a_line_with_the_place_and_the_fix(leave_with, number, fix):
+    code, message = leave_with(OSError(number, os.strerror(number), "/there/x"))
+    assert code == 2
+    assert message.startswith(f"error: /there/x: {fix}")
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 99 bytes.\nmore"),
+        MemoryError(),
+    ],
+    ids=["gpu", "cpu", "python"],
+)
+def test_too_little_memory_gets_a_line_with_what_to_lower(leave_with, error):
+    code, message = leave_with(error)
+    assert code == 2
+    assert "out of memory; lower trainer.micro_batch_size" in message
+    assert message.count("\n") == 1
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
+    def app():
+        raise RuntimeError("shapes disagree")
+
+    monkeypatch.setattr(commands, "app", app)
+    with pytest.raises(RuntimeError, match="shapes disagree"):
+        commands.main()
