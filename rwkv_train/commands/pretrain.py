@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rwkv_train.config.load import Tree
     from rwkv_train.config.train import TrainConfig
     from rwkv_train.training.run import RunSummary
 
@@ -48,15 +49,26 @@ def pretrain(
 
 def _load_settings(config: str, overrides: list[str]) -> "TrainConfig":
     from rwkv_train.config.load import check_tree, fill_sizes, read_tree
-    from rwkv_train.config.save import to_tree
 
     tree = read_tree(config, overrides)
     model = tree.get("model")
     if isinstance(model, dict) and model.get("init_from") is not None:
-        from rwkv_train.checkpoints.weights import read_weights
-
-        tree = fill_sizes(tree, to_tree(read_weights(str(model["init_from"])).config))
+        tree = fill_sizes(tree, _sizes_of_weights(str(model["init_from"]), tree.get("trainer")))
     return check_tree(tree)
+
+
+def _sizes_of_weights(init_from: str, trainer: object) -> "Tree":
+    """The sizes of ``model.init_from``: a run that started from it needs the file no more to go on."""
+    from rwkv_train.checkpoints.training_state import list_training_checkpoints, read_manifest
+    from rwkv_train.checkpoints.weights import read_weights
+    from rwkv_train.config.save import to_tree
+
+    out_dir = trainer.get("out_dir") if isinstance(trainer, dict) else None
+    for folder in list_training_checkpoints(out_dir) if isinstance(out_dir, str) else []:
+        sizes: Tree = read_manifest(folder)["arch_config"]
+        if sizes.get("init_from") == init_from:
+            return sizes
+    return to_tree(read_weights(init_from).config)
 
 
 def _log_to_stderr() -> None:

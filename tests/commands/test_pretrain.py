@@ -1,0 +1,60 @@
+"""``rwkv-train pretrain``: which settings a command line comes to."""
+
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from rwkv_train.checkpoints.training_state import TrainingState, save_training_checkpoint
+from rwkv_train.checkpoints.weights import write_pth
+from rwkv_train.commands.pretrain import _load_settings
+from rwkv_train.config.save import to_tree
+from rwkv_train.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture
+def started(weights, tmp_path):
+    """Settings of a run that starts from published weights, and the path of the weights."""
+    path = write_pth(tmp_path / "published.pth", weights)
+    settings = {
+        "model": {"init_from": str(path), "ctx_len": 16},
+        "trainer": {"out_dir": str(tmp_path / "run"), "max_steps": 3},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file, path
+
+
+def test_the_sizes_come_from_the_weights(started, weights):
+    model = _load_settings(str(started[0]), []).model
+    assert (model.n_layer, model.n_embd, model.head_size) == (1, 32, 16)
+    assert model.ranks == weights.config.ranks
+
+
+def test_a_size_that_differs_from_the_weights_is_refused(started):
+    with pytest.raises(ConfigError, match=r"model\.n_layer is 5 but 1 in the weights"):
+        _load_settings(str(started[0]), ["model.n_layer=5"])
+
+
+def test_a_run_goes_on_without_the_weights_that_it_started_from(started, weights, tmp_path):
+    file, path = started
+    settings = _load_settings(str(file), [])
+    moments = {name: torch.zeros_like(tensor) for name, tensor in weights.tensors.items()}
+    manifest = {
+        "step": 1,
+        "tokens": 16,
+        "config": to_tree(settings),
+        "arch_config": to_tree(settings.model),
+        "tokenizer": None,
+        "random": {},
+        "data": {},
+    }
+    tensors = {name: tensor.float() for name, tensor in weights.tensors.items()}
+    save_training_checkpoint(tmp_path / "run", TrainingState(tensors, moments, moments, manifest))
+    path.unlink()
+
+    assert _load_settings(str(file), []) == settings
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        _load_settings(str(file), [])
