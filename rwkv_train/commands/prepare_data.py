@@ -49,14 +49,17 @@ def prepare_data(
     if BUILTIN in inputs and len(inputs) > 1:
         raise DataError("--input builtin stands alone: prepare other files under another --output")
     if BUILTIN in inputs:
-        summaries = builtin.prepare_builtin(output, load_tokenizer(tokenizer), overwrite=overwrite)
+        summaries = builtin.prepare_builtin(
+            output.expanduser(), load_tokenizer(tokenizer), overwrite=overwrite
+        )
         for summary in summaries.values():
             _print_summary(summary)
         return
-    paths = [Path(name) for name in inputs]
+    paths = [Path(name).expanduser() for name in inputs]
+    text_tokenizer = load_tokenizer(tokenizer)
     with _progress_bar(paths) as progress:
         summary = prepare.prepare_data(
-            paths, load_tokenizer(tokenizer), output, overwrite=overwrite, progress=progress
+            paths, text_tokenizer, output.expanduser(), overwrite=overwrite, progress=progress
         )
     _print_summary(summary)
 
@@ -81,7 +84,8 @@ def _progress_bar(paths: list[Path]) -> Iterator["Progress"]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         # A missing file has no size here; the library says so in its own sentence.
         total = sum(path.stat().st_size for path in paths if path.is_file())
         task = bar.add_task("tokenizing", total=total)

@@ -275,5 +275,12 @@ def _file_bytes(path: Path, prefix: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        hint = f"; pass the prefix {prefix.with_suffix('')}" if prefix.suffix in (".bin", ".idx") else ""
-        raise DataError(f"cannot read {path}: {error.strerror or error}{hint}") from error
+        raise DataError(f"cannot read {path}: {error.strerror or error}; {_hint(prefix)}") from error
+
+
+def _hint(prefix: Path) -> str:
+    if prefix.suffix in (".bin", ".idx"):
+        return f"pass the prefix {prefix.with_suffix('')}"
+    if prefix.is_file():
+        return f"make tokens of {prefix} with rwkv-train prepare-data, and pass the prefix of its --output"
+    return "make it with rwkv-train prepare-data, or pass the prefix of a .bin/.idx pair"

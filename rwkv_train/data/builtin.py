@@ -283,4 +283,7 @@ def _lock(folder: Path) -> AbstractContextManager[object]:
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / ".lock").acquire()
     except OSError as error:
-        raise DataError(f"cannot write in the folder {folder}: {error.strerror or error}") from error
+        raise DataError(
+            f"cannot write in the folder {folder}: {error.strerror or error}; choose another folder for the "
+            "built-in corpus (data.cache_dir)"
+        ) from error

@@ -163,7 +163,8 @@ def read_document_table(path: str) -> npt.NDArray[np.void]:
     try:
         table: npt.NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DataError(f"cannot read {path}: {reason}; prepare the corpus again") from error
     if table.dtype != DOCUMENT_DTYPE or table.ndim != 1:
         raise DataError(f"{path} is a table of {table.dtype}, wanted {DOCUMENT_DTYPE}")
     return table

@@ -55,11 +55,15 @@ def test_files_become_a_corpus_and_a_table(run, text, tmp_path):
     assert "skipped, because without text: 1 documents" in result.stdout
 
 
-def test_progress_goes_to_stderr(run, text, tmp_path):
+def test_progress_goes_to_stderr_where_it_is_a_terminal(run, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich takes it for a terminal
     result = run("--input", text, "--tokenizer", "bytes", "--output", tmp_path / "out")
-
     assert "tokenizing" in result.stderr
     assert "tokenizing" not in result.stdout
+
+    monkeypatch.setenv("TTY_COMPATIBLE", "0")
+    result = run("--input", text, "--tokenizer", "bytes", "--output", tmp_path / "other")
+    assert result.stderr == ""
 
 
 def test_an_existing_output_needs_overwrite(run, text, tmp_path):
