@@ -44,7 +44,7 @@ class CheckpointKeeper:
         self._corpus = identify_corpus(corpus)
         self._tokenizer = tokenizer
         self._is_writer = is_writer
-        self._out_dir = Path(config.trainer.out_dir)
+        self._out_dir = config.trainer.run_folder
         self._best = read_best(self._out_dir)
         self._validation: Validation | None = None
         self.newest: Path | None = None

@@ -74,7 +74,7 @@ def make_loggers(config: TrainConfig, columns: Sequence[str], start_step: int) -
     Raises:
         ConfigError: TensorBoard is asked for but not installed.
     """
-    out_dir = Path(config.trainer.out_dir)
+    out_dir = config.trainer.run_folder
     loggers: list[Logger] = [MetricsFile(out_dir / METRICS_FILE, columns, start_step)]
     if config.trainer.tensorboard:
         if find_spec("tensorboard") is None:

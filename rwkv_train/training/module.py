@@ -81,7 +81,8 @@ class PretrainModule(LightningModule):
             raise TrainingError(
                 f"step {self.completed_steps + 1}: the gradient is not finite (norm {self.grad_norm:g}); the "
                 f"first bad tensor is {bad_tensor}; nothing was saved over the "
-                "last checkpoint; resume from it with a lower optim.lr or a lower optim.beta2"
+                "last checkpoint; start a new run (another trainer.out_dir) with a lower optim.lr or optim.beta2, from "
+                "the last checkpoint's weights (model.init_from)"
             )
         if self.config.optim.grad_clip:
             clip_grads_with_norm_(self.model.parameters(), self.config.optim.grad_clip, self.grad_norm)

@@ -4,7 +4,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from rwkv_train.checkpoints.formats import MANIFEST_FILE
 from rwkv_train.checkpoints.training_state import (
+    TENSOR_FILES,
     TrainingState,
     list_training_checkpoints,
     load_training_checkpoint,
@@ -65,7 +67,7 @@ def find_resume_state(
             would be mixed with this one.
         ConfigError: a setting that must not change differs from the checkpoint's.
     """
-    out_dir = Path(config.trainer.out_dir)
+    out_dir = config.trainer.run_folder
     existing = list_training_checkpoints(out_dir)
     if resume == NONE:
         if existing:
@@ -93,11 +95,16 @@ def find_resume_state(
 
 
 def _checkpoint_at(path: Path) -> Path:
-    if (path / "manifest.json").is_file():
+    if path.name in {MANIFEST_FILE, *TENSOR_FILES} and path.is_file():
+        path = path.parent
+    if (path / MANIFEST_FILE).is_file():
         return path
     newest = newest_valid_checkpoint(path) if path.is_dir() else None
     if newest is None:
-        raise CheckpointError(f"--resume {path}: there is no training checkpoint; give auto, none, or a path")
+        raise CheckpointError(
+            f"--resume {path}: there is no training checkpoint; give auto, none, or the path of one "
+            "(OUT_DIR/checkpoints/step-NUMBER) or of a run's out_dir"
+        )
     return newest
 
 

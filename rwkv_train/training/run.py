@@ -10,7 +10,7 @@ from typing import NamedTuple
 from filelock import FileLock, Timeout
 from lightning.pytorch import Trainer
 
-from rwkv_train.checkpoints.training_state import TrainingState
+from rwkv_train.checkpoints.training_state import TrainingState, list_training_checkpoints
 from rwkv_train.checkpoints.weights import read_weights
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.data.builtin import ensure_builtin
@@ -98,8 +98,8 @@ def run_pretraining(config: TrainConfig, resume: str = AUTO) -> RunSummary:
         CheckpointError: weights or a checkpoint cannot be read or written.
         TrainingError: the gradient is no longer finite.
     """
-    out_dir = Path(config.trainer.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    out_dir = config.trainer.run_folder
+    _make_folder(out_dir)
     with _only_run_in(out_dir), _log_file(out_dir / LOG_FILE):
         return _run(config, resume, out_dir)
 
@@ -166,7 +166,9 @@ def _run(config: TrainConfig, resume: str, out_dir: Path) -> RunSummary:
     loggers = make_loggers(config, columns, start_step) if rank == 0 else []
     trainer = make_trainer(config.trainer, n_steps - start_step, [callback], loggers)
     _announce(model, n_steps, start_step, config, trainer)
-    if start_step < n_steps:
+    if start_step == n_steps:
+        logger.info("nothing to do: all %d steps are done", n_steps)
+    else:
         trainer.fit(module, datamodule=PretrainData(corpora.train, config, start_step, n_steps))
     completed = start_step + trainer.global_step
     return RunSummary(
@@ -176,7 +178,7 @@ def _run(config: TrainConfig, resume: str, out_dir: Path) -> RunSummary:
         tokens=completed * config.trainer.global_batch_size * config.model.ctx_len,
         train_seconds=callback.meter.seconds,
         validation=None if validator is None else validator.last,
-        checkpoint=callback.keeper.newest,
+        checkpoint=callback.keeper.newest or next(reversed(list_training_checkpoints(out_dir)), None),
         plot=plot_run(out_dir) if rank == 0 else None,
         signal=callback.stop.received,
     )
@@ -211,6 +213,18 @@ def _announce(
     )
 
 
+def _make_folder(out_dir: Path) -> None:
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        usable = os.access(out_dir, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise ConfigError(
+            f"trainer.out_dir ({out_dir}) cannot be made: {error.strerror or error}; choose another folder"
+        ) from error
+    if not usable:
+        raise ConfigError(f"trainer.out_dir ({out_dir}) cannot be written to; choose another folder")
+
+
 @contextmanager
 def _only_run_in(out_dir: Path) -> Iterator[None]:
     """Hold ``out_dir`` for this run; the other processes of the same run rely on the first one."""
@@ -230,6 +244,13 @@ def _only_run_in(out_dir: Path) -> Iterator[None]:
         lock.release()
 
 
+class _LogFile(logging.FileHandler):
+    """Where a line cannot be written, logging prints a traceback; a full disk gets its sentence elsewhere."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        pass
+
+
 @contextmanager
 def _log_file(path: Path) -> Iterator[None]:
     """Append what the package logs to a file, at a finer level than the terminal shows."""
@@ -237,7 +258,7 @@ def _log_file(path: Path) -> Iterator[None]:
         yield
         return
     package = logging.getLogger("rwkv_train")
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.setLevel(logging.DEBUG)
     previous = package.level

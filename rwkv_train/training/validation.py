@@ -1,13 +1,13 @@
 """The held-out loss during a run, by the same definition as ``rwkv-train eval-ppl``, and a short sample."""
 
 import logging
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.data.stored import Corpus, TokenDocument
+from rwkv_train.errors import DataError
 from rwkv_train.evaluation.perplexity import evaluate_tokens
 from rwkv_train.evaluation.totals import Totals
 from rwkv_train.generation.generate import generate
@@ -54,12 +54,19 @@ class Validator:
         settings: how many tokens to score and to sample, and where to write the sample.
         rank: number of this process; documents are dealt out to all.
         device: where the model is.
+
+    Raises:
+        DataError: there is nothing to score.
     """
 
     def __init__(
         self, corpus: Corpus, tokenizer: Tokenizer, settings: TrainerConfig, rank: int, device: torch.device
     ) -> None:
         documents = select_documents(corpus, settings.val_tokens)
+        if not any(len(document.tokens) for document in documents):
+            raise DataError(
+                f"data.valid ({corpus.prefix}) has no document with text; take another corpus, or set it to null"
+            )
         self.domains = sorted({document.domain for document in documents})
         self.last: Validation | None = None
         self._documents = documents[rank :: settings.world_size]
@@ -107,7 +114,7 @@ class Validator:
         )
         text = "".join(pieces)
         if self._rank == 0:
-            with (Path(self._settings.out_dir) / SAMPLES_FILE).open("a", encoding="utf-8") as file:
+            with (self._settings.run_folder / SAMPLES_FILE).open("a", encoding="utf-8") as file:
                 file.write(f"--- step {step}\n{self._settings.sample_prompt}{text}\n")
 
 
