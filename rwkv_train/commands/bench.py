@@ -32,6 +32,10 @@ JsonFile = Annotated[
 ]
 
 
+_SAME_IN_EVERY_ROW = frozenset({"device", "dtype", "repeats"})
+"""Written to the file, but not worth a column on a terminal."""
+
+
 def bench(
     what: Subject,
     backend: Backends = None,
@@ -64,18 +68,25 @@ def _measure(what: What, backends: list[str], repeats: int, device: "torch.devic
         ]
     from rwkv_train.benchmarks.kernels import STANDARD_SIZES, bench_kernels
 
-    return bench_kernels(STANDARD_SIZES, backends, repeats)
+    return [dict(row) for row in bench_kernels(STANDARD_SIZES, backends, repeats, device=device)]
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> "Table":
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(*rows[0], title=title, title_justify="left")
+    shown = [name for name in rows[0] if name not in _SAME_IN_EVERY_ROW]
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in shown:
+        is_number = isinstance(rows[0][name], int | float)
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
     for row in rows:
-        table.add_row(
-            *(f"{value:,.2f}" if isinstance(value, float) else str(value) for value in row.values())
-        )
+        table.add_row(*map(_cell, (row[name] for name in shown)))
     return table
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,.2f}" if isinstance(value, float) else str(value)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
