@@ -24,15 +24,16 @@ class MetricsFile(Logger):
 
     Args:
         path: the file.
-        columns: names of the metrics; ``step`` comes first.
+        columns: names of the metrics; ``step`` comes first. Further columns of an earlier process stay.
         start_step: steps that are done; later rows of an earlier process are dropped.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], start_step: int) -> None:
         super().__init__()
         self._path = path
-        self._columns = ["step", *columns]
         kept = [row for row in read_metrics(path) if int(row["step"]) <= start_step]
+        # A set that keeps its order: a run may go on without validation, or with that of other domains.
+        self._columns = list(dict.fromkeys(["step", *columns, *(kept[0] if kept else ())]))
         partial = path.with_suffix(".partial")
         with partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._columns, extrasaction="ignore")
@@ -72,7 +73,7 @@ def make_loggers(config: TrainConfig, columns: Sequence[str], start_step: int) -
     """Return the loggers that the settings ask for.
 
     Raises:
-        ConfigError: TensorBoard is asked for but not installed.
+        ConfigError: TensorBoard is asked for but not installed, or Weights & Biases cannot be reached.
     """
     out_dir = config.trainer.run_folder
     loggers: list[Logger] = [MetricsFile(out_dir / METRICS_FILE, columns, start_step)]
@@ -83,12 +84,19 @@ def make_loggers(config: TrainConfig, columns: Sequence[str], start_step: int) -
             )
         loggers.append(TensorBoardLogger(save_dir=out_dir, name="tensorboard", version=""))
     if config.trainer.wandb_project is not None:
-        loggers.append(
-            WandbLogger(
-                project=config.trainer.wandb_project,
-                name=out_dir.name,
-                save_dir=out_dir,
-                config=to_tree(config),
-            )
-        )
+        loggers.append(_make_wandb_logger(config.trainer.wandb_project, config, out_dir))
     return loggers
+
+
+def _make_wandb_logger(project: str, config: TrainConfig, out_dir: Path) -> WandbLogger:
+    from wandb.errors import Error  # noqa: PLC0415 - half a second that only its users pay
+
+    run_logger = WandbLogger(project=project, name=out_dir.name, save_dir=out_dir, config=to_tree(config))
+    try:
+        _ = run_logger.experiment  # connects now, not at the first row
+    except Error as error:
+        raise ConfigError(
+            f"trainer.wandb_project is {project!r} but Weights & Biases cannot be used ({error}); run `wandb login`, "
+            "set WANDB_MODE=offline, or set it to null"
+        ) from error
+    return run_logger
