@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.core import LightningModule
 
 from rwkv_train.training.keeper import CheckpointKeeper
-from rwkv_train.training.meter import MeanOverRanks, Meter
+from rwkv_train.training.meter import Meter
 from rwkv_train.training.module import PretrainModule
 from rwkv_train.training.progress import Display
 from rwkv_train.training.schedule import learning_rate_factor
@@ -82,7 +82,7 @@ class RunCallback(Callback):
 
         row: dict[str, float] = {}
         if is_last or step % settings.log_every_n_steps == 0:
-            metrics = self.meter.read(MeanOverRanks(settings.world_size))
+            metrics = self.meter.read(settings.world_size)
             optim = module.config.optim
             # Lightning has set the next step's rate already.
             learning_rate = optim.lr * learning_rate_factor(step - 1, module.n_steps, optim)
