@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rwkv_train.commands.inference import Device, find_device
+from rwkv_train.commands.tables import print_table
 
 if TYPE_CHECKING:
     import torch
@@ -44,14 +45,12 @@ def bench(
     json_file: JsonFile = None,
 ) -> None:
     """Measure the recurrences or whole training steps of several backends, in turn within one process."""
-    from rich.console import Console
-
     from rwkv_train.benchmarks.environment import describe_environment
 
     place = find_device(device)
     backends = backend or (["torch", "cpp"] if place.type == "cpu" else ["torch"])
     rows = _measure(what, backends, repeats, place)
-    Console().print(_table(what.value, rows))
+    print_table(_table(what.value, rows))
     if json_file is not None:
         _write(json_file, {"environment": describe_environment(place), "results": rows})
         typer.echo(f"wrote {json_file}")
@@ -79,7 +78,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> "Table":
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in shown:
         is_number = isinstance(rows[0][name], int | float)
-        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+        table.add_column(name, justify="right" if is_number else "left")
     for row in rows:
         table.add_row(*map(_cell, (row[name] for name in shown)))
     return table

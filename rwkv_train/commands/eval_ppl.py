@@ -18,6 +18,7 @@ from rwkv_train.commands.inference import (
     TokenizerName,
     load_for_inference,
 )
+from rwkv_train.commands.tables import print_table
 from rwkv_train.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -140,7 +141,6 @@ def _progress() -> "Iterator[Callable[[Totals], None]]":
 
 def _print_table(report: "Report", tokenizer: str) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, caption=f"tokenizer: {tokenizer}")
@@ -151,11 +151,7 @@ def _print_table(report: "Report", tokenizer: str) -> None:
         table.add_row(domain, *_cells(totals))
     table.add_section()
     table.add_row("total", *_cells(report.total))
-    console = Console(markup=False, highlight=False)
-    # A number that is cut off is worse than a line that is too long.
-    unlimited = console.options.update_width(10_000)
-    console.width = max(console.width, console.measure(table, options=unlimited).maximum)
-    console.print(table)
+    print_table(table)
 
 
 def _cells(totals: "Totals") -> list[str]:

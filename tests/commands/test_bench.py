@@ -1,0 +1,31 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def bench(*arguments):
+    command = [sys.executable, str(CHECKOUT / "cli.py"), "bench", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_measurements_are_written_with_their_circumstances(tmp_path):
+    path = tmp_path / "new folder" / "kernels.json"
+    result = bench("kernels", "--backend", "cpp", "--repeats", "1", "--device", "cpu", "--json", str(path))
+
+    assert result.returncode == 0, result.stderr
+    content = json.loads(path.read_text())
+    assert content["environment"]["command"].startswith("rwkv-train bench kernels --backend cpp")
+    assert {row["op"] for row in content["results"]} == {"wkv4", "wkv7"}
+    assert {row["backend"] for row in content["results"]} == {"cpp"}
+
+
+@pytest.mark.parametrize("arguments", [["speed"], ["kernels", "--backend", "fast"]], ids=["what", "backend"])
+def test_what_is_not_there_is_refused(arguments):
+    result = bench(*arguments)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
