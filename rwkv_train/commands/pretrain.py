@@ -65,8 +65,9 @@ def _sizes_of_weights(init_from: str, trainer: object) -> "Tree":
 
     out_dir = trainer.get("out_dir") if isinstance(trainer, dict) else None
     for folder in list_training_checkpoints(out_dir) if isinstance(out_dir, str) else []:
-        sizes: Tree = read_manifest(folder)["arch_config"]
-        if sizes.get("init_from") == init_from:
+        manifest = read_manifest(folder)
+        if manifest["config"]["model"].get("init_from") == init_from:
+            sizes: Tree = manifest["arch_config"]
             return sizes
     return to_tree(read_weights(init_from).config)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from rwkv_train.checkpoints.infer import make_explicit
 from rwkv_train.checkpoints.training_state import TrainingState, save_training_checkpoint
 from rwkv_train.checkpoints.weights import write_pth
 from rwkv_train.commands.pretrain import _load_settings
@@ -45,7 +46,7 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(started, weights
         "step": 1,
         "tokens": 16,
         "config": to_tree(settings),
-        "arch_config": to_tree(settings.model),
+        "arch_config": to_tree(make_explicit(settings.model)),  # as a run writes it, without init_from
         "tokenizer": None,
         "random": {},
         "data": {},
