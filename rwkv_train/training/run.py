@@ -19,7 +19,7 @@ from rwkv_train.data.stored import Corpus, load_corpus
 from rwkv_train.errors import ConfigError
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.models.registry import build_model, initialize
-from rwkv_train.tokenizers import Tokenizer, load_tokenizer
+from rwkv_train.tokenizers import Tokenizer, TokenizerIdentity, load_tokenizer
 from rwkv_train.training.backend import choose_wkv_backend
 from rwkv_train.training.callbacks import RunCallback
 from rwkv_train.training.keeper import CheckpointKeeper, restore_random_state
@@ -143,7 +143,7 @@ def _run(config: TrainConfig, resume: str, out_dir: Path) -> RunSummary:
     device = device_of(config.trainer)
     backend = choose_wkv_backend(config, device)
     logger.info("recurrence: %s", backend.reason)
-    model = _make_model(config, backend.name, state)
+    model = _make_model(config, backend.name, state, corpora.tokenizer.identity)
     seconds = 0.0 if state is None else float(state.manifest["train_seconds"])
     module = PretrainModule(model, config, n_steps, state)
     if state is not None:
@@ -184,16 +184,24 @@ def _run(config: TrainConfig, resume: str, out_dir: Path) -> RunSummary:
     )
 
 
-def _make_model(config: TrainConfig, backend: str, state: TrainingState | None) -> LanguageModel:
+def _make_model(
+    config: TrainConfig, backend: str, state: TrainingState | None, tokenizer: TokenizerIdentity
+) -> LanguageModel:
     model = build_model(config.model, wkv_backend=backend)
     if state is not None:
         model.load_state_dict(state.weights)
     elif config.model.init_from is not None:
-        model.load_state_dict(read_weights(config.model.init_from).tensors)
+        weights = read_weights(config.model.init_from)
+        if weights.tokenizer is not None and not weights.tokenizer.matches(tokenizer):
+            raise ConfigError(
+                f"model.init_from ({config.model.init_from}) was trained with the tokenizer "
+                f"'{weights.tokenizer.name}', the corpus was made with '{tokenizer.name}'; use the same one"
+            )
+        model.load_state_dict(weights.tensors)
         logger.info("starting from the weights of %s", config.model.init_from)
     else:
         initialize(model, config.trainer.seed)
-    return model.float()
+    return model
 
 
 def _announce(
