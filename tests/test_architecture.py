@@ -92,4 +92,8 @@ def test_the_wheel_lists_every_package():
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
     listed = set(project["tool"]["setuptools"]["packages"])
     found = {".".join(path.parent.relative_to(PACKAGE.parent).parts) for path in PACKAGE.rglob("__init__.py")}
-    assert listed == found | {"rwkv_train._configs", "rwkv_train._cuda"}
+    for name in ("configs", "cuda"):
+        folder = PACKAGE.parent / name
+        holding = {folder, *(path.parent for path in folder.rglob("*") if path.is_file())}
+        found |= {".".join(("rwkv_train", f"_{name}", *path.relative_to(folder).parts)) for path in holding}
+    assert listed == found
