@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from rwkv_train.commands.pretrain import ConfigName, Overrides
+from rwkv_train.errors import ConfigError
 
 Output = Annotated[Path, typer.Option(help="The safetensors folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")]
@@ -21,6 +22,11 @@ def init_weights(
     from rwkv_train.tokenizers import load_tokenizer
 
     settings = load_train_config(config, overrides or [])
+    if settings.model.init_from is not None:
+        raise ConfigError(
+            f"model.init_from ({settings.model.init_from}) is what the run starts from; there is nothing to write "
+            "(convert-checkpoint copies it)"
+        )
     model = build_model(settings.model)
     initialize(model, settings.trainer.seed)
     tokenizer = load_tokenizer(settings.data.tokenizer).identity
