@@ -15,7 +15,7 @@ from rwkv_train.training.meter import Meter
 from rwkv_train.training.module import PretrainModule
 from rwkv_train.training.progress import Display
 from rwkv_train.training.schedule import learning_rate_factor
-from rwkv_train.training.validation import Validator
+from rwkv_train.training.validation import Validation, Validator
 
 logger = logging.getLogger(__name__)
 
@@ -93,17 +93,17 @@ class RunCallback(Callback):
                 "learning_rate": learning_rate,
                 **metrics._asdict(),
             }
-        is_best = False
+        validation: Validation | None = None
         if self.validator is not None and (is_last or step % settings.val_every_n_steps == 0):
             validation = self.validator.run(module.model, step)
-            is_best = self.keeper.is_best(validation)
             row |= validation.as_metrics()
         if row:
             _log(trainer, row, step)
 
         wants_stop = trainer.strategy.reduce_boolean_decision(self.stop.is_set, all=False)
+        is_best = validation is not None and self.keeper.is_best(validation)
         if is_last or is_best or wants_stop or self.keeper.is_due(step):
-            self.keeper.save(module, trainer.optimizers[0], self.meter.seconds, is_best=is_best)
+            self.keeper.save(module, trainer.optimizers[0], self.meter.seconds, validation)
         if wants_stop and not is_last:
             logger.info(
                 "stopping after step %d of %d; the same command goes on from here", step, module.n_steps

@@ -1,12 +1,12 @@
 """Which checkpoints a run writes, which it keeps, and what is in them."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rwkv_train.checkpoints.descriptions import read_json, write_json
 from rwkv_train.checkpoints.formats import CHECKPOINTS_FOLDER
 from rwkv_train.checkpoints.infer import make_explicit
 from rwkv_train.checkpoints.io import new_file
@@ -46,7 +46,6 @@ class CheckpointKeeper:
         self._is_writer = is_writer
         self._out_dir = config.trainer.run_folder
         self._best = read_best(self._out_dir)
-        self._validation: Validation | None = None
         self.newest: Path | None = None
         """The checkpoint written last by this process."""
 
@@ -55,14 +54,24 @@ class CheckpointKeeper:
         return step % self._config.checkpoint.every_n_steps == 0
 
     def is_best(self, validation: Validation) -> bool:
-        """Note a validation; return whether it is the best one so far."""
-        self._validation = validation
+        """Return whether a validation is better than that of every checkpoint so far."""
         return self._best is None or validation.loss < self._best["loss"]
 
     def save(
-        self, module: PretrainModule, optimizer: torch.optim.Optimizer, seconds: float, *, is_best: bool
+        self,
+        module: PretrainModule,
+        optimizer: torch.optim.Optimizer,
+        seconds: float,
+        validation: Validation | None,
     ) -> None:
-        """Write a checkpoint, then remove those that are no longer kept."""
+        """Write a checkpoint, then remove those that are no longer kept.
+
+        Args:
+            module: holds the model and the step.
+            optimizer: holds Adam's moments.
+            seconds: time spent in training steps since the very start of the run.
+            validation: the result at this very step; ``None`` where it was not measured.
+        """
         step = module.completed_steps
         if not self._is_writer:
             return
@@ -71,23 +80,18 @@ class CheckpointKeeper:
             weights={name: tensor.detach() for name, tensor in module.model.state_dict().items()},
             exp_avg=moments["exp_avg"],
             exp_avg_sq=moments["exp_avg_sq"],
-            manifest=self._manifest(step, seconds),
+            manifest=self._manifest(step, seconds, validation),
         )
         self.newest = save_training_checkpoint(self._out_dir, state)
         logger.debug("wrote %s", self.newest)
-        if is_best:
-            assert self._validation is not None
-            self._best = {"checkpoint": self.newest.name, "step": step, "loss": self._validation.loss}
-            self._note_best()
+        if validation is not None and self.is_best(validation):
+            self._best = {"checkpoint": self.newest.name, "step": step, "loss": validation.loss}
+            with new_file(_best_file(self._out_dir), n_bytes=0) as new:
+                write_json(new, self._best)
         keep = {self.newest.parent / self._best["checkpoint"]} if self._best else set()
         prune_training_checkpoints(self._out_dir, self._config.checkpoint.keep_last, keep)
 
-    def _note_best(self) -> None:
-        text = json.dumps(self._best)
-        with new_file(_best_file(self._out_dir), len(text)) as new:
-            new.write_text(text, encoding="utf-8")
-
-    def _manifest(self, step: int, seconds: float) -> dict[str, Any]:
+    def _manifest(self, step: int, seconds: float, validation: Validation | None) -> dict[str, Any]:
         settings = self._config.trainer
         return {
             "step": step,
@@ -98,17 +102,14 @@ class CheckpointKeeper:
             "data": {"samples": step * settings.global_batch_size, "train": self._corpus},
             "random": random_state(),
             "train_seconds": seconds,
-            "validation": None if self._validation is None else self._validation.to_json(),
+            "validation": None if validation is None else validation.to_json(),
         }
 
 
 def read_best(out_dir: Path) -> dict[str, Any] | None:
     """Return the note of a run's best checkpoint: its name, step and validation loss."""
     path = _best_file(out_dir)
-    if not path.exists():
-        return None
-    best: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return best
+    return read_json(path) if path.exists() else None
 
 
 def _best_file(out_dir: Path) -> Path:
