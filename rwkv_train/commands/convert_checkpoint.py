@@ -6,16 +6,12 @@ from typing import Annotated
 
 import typer
 
+from rwkv_train.commands.inference import CHECKPOINT_HELP, DtypeName
+
 
 class _Target(StrEnum):
     PTH = "pth"
     SAFETENSORS = "safetensors"
-
-
-class _Dtype(StrEnum):
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
 
 
 class _Unused(StrEnum):
@@ -23,19 +19,13 @@ class _Unused(StrEnum):
     DROP = "drop"
 
 
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="SRC",
-        help="A .pth, safetensors file or folder, training checkpoint, out_dir of a run, or hf:OWNER/NAME/FILE.",
-    ),
-]
+Source = Annotated[str, typer.Argument(metavar="SRC", help=CHECKPOINT_HELP)]
 Destination = Annotated[
     Path, typer.Argument(metavar="DST", help="What to write: a file for pth, a folder for safetensors.")
 ]
 To = Annotated[_Target, typer.Option(help="Format to write.")]
 Dtype = Annotated[
-    _Dtype | None, typer.Option(help="Round every weight to this; by default each stays as it is.")
+    DtypeName | None, typer.Option(help="Round every weight to this; by default each stays as it is.")
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace DST, once the new one is written and compared.")

@@ -15,20 +15,17 @@ if TYPE_CHECKING:
 
 
 class DtypeName(StrEnum):
-    """What a model may compute in."""
+    """What weights may be stored and computed in."""
 
     FP32 = "fp32"
     BF16 = "bf16"
     FP16 = "fp16"
 
 
-Checkpoint = Annotated[
-    str,
-    typer.Option(
-        metavar="PATH",
-        help="A .pth, safetensors file or folder, training checkpoint, out_dir of a run, or hf:OWNER/NAME/FILE.",
-    ),
-]
+CHECKPOINT_HELP = (
+    "A .pth, safetensors file or folder, training checkpoint, out_dir of a run, or hf:OWNER/NAME/FILE."
+)
+Checkpoint = Annotated[str, typer.Option(metavar="PATH", help=CHECKPOINT_HELP)]
 TokenizerName = Annotated[
     str | None,
     typer.Option(

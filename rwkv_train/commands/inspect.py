@@ -4,16 +4,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rwkv_train.commands.inference import CHECKPOINT_HELP
+
 if TYPE_CHECKING:
     from rwkv_train.checkpoints import Description
 
-CheckpointPath = Annotated[
-    str,
-    typer.Argument(
-        metavar="PATH",
-        help="A .pth, safetensors file or folder, training checkpoint, out_dir of a run, or hf:OWNER/NAME/FILE.",
-    ),
-]
+CheckpointPath = Annotated[str, typer.Argument(metavar="PATH", help=CHECKPOINT_HELP)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
