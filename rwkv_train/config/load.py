@@ -16,19 +16,19 @@ from pydantic_core import ErrorDetails
 
 from rwkv_train.assets import find_asset_folder
 from rwkv_train.config.base import Config
-from rwkv_train.config.model import ModelConfig, Rwkv4Config, Rwkv7Config, RwkvConfig
+from rwkv_train.config.model import ModelConfig, RwkvConfig
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.errors import ConfigError
 
 Tree = dict[str, Any]
 """Settings as they stand in a YAML file: nested mappings of plain values."""
 
-_TAGS: dict[str, type[Config] | None] = {
-    "rwkv4": Rwkv4Config,
-    "rwkv7": Rwkv7Config,
-    "ranks": None,
-    "rule": None,
+_ARCHITECTURES: dict[str, type[RwkvConfig]] = {
+    config.model_fields["arch"].default: config for config in get_args(get_args(ModelConfig)[0])
 }
+_ARCHITECTURE_NAMES = " or ".join(f"'{name}'" for name in _ARCHITECTURES)
+
+_TAGS: dict[str, type[Config] | None] = {**_ARCHITECTURES, "ranks": None, "rule": None}
 """Names of union members in pydantic's locations, and the class that each one selects."""
 
 _LENGTHS = ("trainer.max_steps", "trainer.max_tokens", "trainer.max_epochs")
@@ -194,7 +194,7 @@ def _make_room_for_arch(tree: Tree, overrides: Sequence[str]) -> None:
     """Drop the file's settings that only its own architecture has, if the command line names another one."""
     model = tree.get("model")
     named = [text.strip() for name, _, text in (o.partition("=") for o in overrides) if name == "model.arch"]
-    wanted = _TAGS.get(named[-1]) if named else None
+    wanted = _ARCHITECTURES.get(named[-1]) if named else None
     if wanted is None or not isinstance(model, dict) or model.get("arch") == named[-1]:
         return
     for other in _classes_in(ModelConfig):
@@ -218,11 +218,11 @@ def _sentence(detail: ErrorDetails, location: tuple[int | str, ...]) -> str:
         case "missing":
             return f"{name}: it must be set"
         case "union_tag_not_found" | "union_tag_invalid" if found.get("arch") is None:
-            return f"{name}.arch: it must be set, to 'rwkv4' or 'rwkv7'"
+            return f"{name}.arch: it must be set, to {_ARCHITECTURE_NAMES}"
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{name} is {_show(found)} but must be a section of settings"
         case "union_tag_invalid":
-            return f"{name}.arch: there is no {_show(found.get('arch'))}; use 'rwkv4' or 'rwkv7'"
+            return f"{name}.arch: there is no {_show(found.get('arch'))}; use {_ARCHITECTURE_NAMES}"
         case "value_error":
             return f"{name}: {detail['msg'].removeprefix('Value error, ')}"
         case _:
