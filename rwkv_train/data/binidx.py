@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from rwkv_train.data.atomic import AtomicFiles
 from rwkv_train.errors import DataError
+from rwkv_train.tokenizers.base import TokenArray
 
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """Types of token ids by their code. 6 and 7 are floating point, and programs disagree which is which."""
@@ -41,8 +42,6 @@ _MAGIC = b"MMIDIDX\0\0"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 _CHUNK = 1 << 20  # entries of a table handled at once
-
-Tokens = npt.NDArray[np.integer]
 
 
 def add_suffix(prefix: Path, suffix: str) -> Path:
@@ -74,7 +73,7 @@ class TokenFile:
             )
         if bin_bytes == 0 or n_sequences == 0:
             raise DataError(f"{self._bin_path} holds no tokens")
-        self.tokens: Tokens = self._map(self._bin_path, self.dtype, bin_bytes // self.dtype.itemsize, 0)
+        self.tokens: TokenArray = self._map(self._bin_path, self.dtype, bin_bytes // self.dtype.itemsize, 0)
         self._sizes = self._map(self._idx_path, "<i4", n_sequences, _HEADER.size)
         self._offsets = self._map(self._idx_path, "<i8", n_sequences, _HEADER.size + 4 * n_sequences)
         self._starts = self._map(self._idx_path, "<i8", n_starts, _HEADER.size + 12 * n_sequences)
@@ -109,7 +108,7 @@ class TokenFile:
         )
         return first, last
 
-    def document(self, index: int) -> Tokens:
+    def document(self, index: int) -> TokenArray:
         """Return the tokens of a document, its end token included, without copying them."""
         start, end = self.document_span(index)
         return self.tokens[start:end]
@@ -136,7 +135,7 @@ class TokenFile:
             raise DataError(f"{path} is damaged: its table of documents is empty")
         return code, n_sequences, n_starts
 
-    def _map(self, path: Path, dtype: npt.DTypeLike, length: int, offset: int) -> Tokens:
+    def _map(self, path: Path, dtype: npt.DTypeLike, length: int, offset: int) -> TokenArray:
         try:
             return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(length,))
         except OSError as error:

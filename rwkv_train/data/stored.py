@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rwkv_train.data.binidx import TokenFile, Tokens, add_suffix
+from rwkv_train.data.binidx import TokenFile, add_suffix
 from rwkv_train.data.corpus import UNKNOWN_DOMAIN
 from rwkv_train.data.sidecar import Sidecar, read_document_table
 from rwkv_train.errors import DataError
-from rwkv_train.tokenizers.base import TokenizerIdentity
+from rwkv_train.tokenizers.base import TokenArray, TokenizerIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _MAX_SCANNED_TOKENS = 1 << 30  # a few seconds
 class TokenDocument(NamedTuple):
     """One tokenized document, without its end token."""
 
-    tokens: Tokens
+    tokens: TokenArray
     """Token ids, ``[n]``, of the type on disk."""
     domain: str
     n_bytes: int
