@@ -24,7 +24,6 @@ from rwkv_train.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from rwkv_train.evaluation.totals import Report, Totals
 
-BUILTIN = "builtin"
 CACHE_DIR = Path("~/.cache/rwkv-train")
 
 Data = Annotated[
@@ -104,7 +103,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _find_file(name: str, cache_dir: Path) -> Path:
-    from rwkv_train.data.builtin import builtin_folder, write_builtin_corpus
+    from rwkv_train.data.builtin import BUILTIN, builtin_folder, write_builtin_corpus
 
     if name == BUILTIN:
         return write_builtin_corpus(builtin_folder(cache_dir))["valid"]

@@ -12,8 +12,6 @@ from rwkv_train.errors import DataError
 if TYPE_CHECKING:
     from rwkv_train.data.prepare import PreparedSummary, Progress
 
-BUILTIN = "builtin"
-
 Inputs = Annotated[
     list[str],
     typer.Option(
@@ -46,9 +44,9 @@ def prepare_data(
     from rwkv_train.data import builtin, prepare
     from rwkv_train.tokenizers import load_tokenizer
 
-    if BUILTIN in inputs and len(inputs) > 1:
+    if builtin.BUILTIN in inputs and len(inputs) > 1:
         raise DataError("--input builtin stands alone: prepare other files under another --output")
-    if BUILTIN in inputs:
+    if builtin.BUILTIN in inputs:
         summaries = builtin.prepare_builtin(
             output.expanduser(), load_tokenizer(tokenizer), overwrite=overwrite
         )

@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 CORPUS_VERSION = 1
 """Raised whenever the text of the corpus changes: prepared copies of another version are not used."""
 
+BUILTIN = "builtin"
+"""What stands for this corpus where a file or a prefix is asked for."""
+
 SPLITS = ("train", "valid")
 
 MIN_CHARACTERS = 200

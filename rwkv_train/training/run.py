@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from rwkv_train.checkpoints.training_state import TrainingState, list_training_checkpoints
 from rwkv_train.checkpoints.weights import read_weights
 from rwkv_train.config.train import TrainConfig
-from rwkv_train.data.builtin import ensure_builtin
+from rwkv_train.data.builtin import BUILTIN, ensure_builtin
 from rwkv_train.data.module import PretrainData, n_slots
 from rwkv_train.data.stored import Corpus, load_corpus
 from rwkv_train.errors import ConfigError
@@ -35,7 +35,6 @@ from rwkv_train.training.validation import Validation, Validator, metric_columns
 
 logger = logging.getLogger(__name__)
 
-BUILTIN = "builtin"
 LOG_FILE = "train.log"
 LOCK_FILE = ".lock"
 
