@@ -6,6 +6,7 @@ says how; 130 and 143: interrupted; 1: our mistake, with a traceback.
 
 import errno
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from rwkv_train.errors import RwkvTrainError
 
 USER_CAN_REPAIR = 2
 INTERRUPTED = 130
+TERMINATED = 143
 _DISK_PROBLEMS = {
     errno.ENOSPC: "free some space, or choose another disk",
     errno.EDQUOT: "free some space, or choose another disk",
@@ -79,6 +81,8 @@ def main() -> None:
     # OpenMP's threads wait for each other by spinning. Beside any other busy process that costs a training step
     # two to nine times its time; sleeping costs nothing that can be measured. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Not at once: what is being written is cleared away, as after Ctrl-C. Training takes the signal over.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     try:
         app()
     except RwkvTrainError as error:

@@ -1,5 +1,6 @@
 """``rwkv-train chat``: talk to a model."""
 
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -61,6 +62,10 @@ def chat(
     from rwkv_train.generation.chat import CHAT_STOP, ChatSession
     from rwkv_train.generation.sampling import SamplingSettings
 
+    if sys.stdin is None:
+        raise ConfigError(
+            "chat reads from the standard input, which is closed; start it from a terminal or a pipe"
+        )
     settings = SamplingSettings(temperature, top_p, top_k, presence_penalty, frequency_penalty, penalty_decay)
     model, text_tokenizer = load_for_inference(checkpoint, tokenizer, device, dtype)
     session = ChatSession(

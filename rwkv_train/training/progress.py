@@ -30,7 +30,7 @@ class Display:
     def __init__(self, n_steps: int, start_step: int, *, is_shown: bool) -> None:
         self._n_steps = n_steps
         self._bar: Progress | None = None
-        if is_shown and sys.stderr.isatty():
+        if is_shown and sys.stderr is not None and sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),

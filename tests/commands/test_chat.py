@@ -3,7 +3,7 @@ import typer
 from typer.testing import CliRunner
 
 from rwkv_train.commands.chat import chat
-from rwkv_train.errors import CheckpointError
+from rwkv_train.errors import CheckpointError, ConfigError
 from rwkv_train.generation.chat import ChatSession
 
 app = typer.Typer()
@@ -91,3 +91,9 @@ def test_an_interrupted_answer_leads_back_to_the_prompt(talk, monkeypatch):
     assert "Assistant: partly\n" in out
     assert out.count("Assistant:") == 2
     assert "(interrupted)" in err
+
+
+def test_a_closed_input_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ConfigError, match="standard input, which is closed"):
+        chat(checkpoint)

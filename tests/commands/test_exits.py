@@ -2,16 +2,25 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from rwkv_train import commands
 
+CHECKOUT = Path(__file__).parents[2]
+
 
 @pytest.fixture
 def leave_with(monkeypatch, capsys):
     """Run ``main`` with a command line that raises; return the exit code and what is on stderr."""
+
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)  # main takes SIGTERM over
 
     def run(error):
         def app():
@@ -62,5 +71,21 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
         raise RuntimeError("shapes disagree")
 
     monkeypatch.setattr(commands, "app", app)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
     with pytest.raises(RuntimeError, match="shapes disagree"):
         commands.main()
+
+
+def test_a_termination_leaves_nothing_half_written(tmp_path):
+    text = tmp_path / "text.jsonl"
+    with text.open("w") as file:
+        file.writelines('{"text": "state and decay"}\n' for _ in range(1_000_000))
+    arguments = ["prepare-data", "--input", text, "--tokenizer", "bytes", "--output", tmp_path / "out/corpus"]
+    process = subprocess.Popen([sys.executable, CHECKOUT / "cli.py", *arguments], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/.corpus.bin.*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+
+    assert process.wait(timeout=60) == 143
+    assert list((tmp_path / "out").iterdir()) == []
