@@ -34,7 +34,7 @@ class TrainerConfig(Config):
     num_nodes: PositiveInt = 1
     """Machines that train together."""
     precision: Literal["fp32", "bf16-autocast"] = "fp32"
-    """"fp32", or "bf16-autocast": float32 parameters, matrix products in bfloat16."""
+    """"fp32", or "bf16-autocast": float32 parameters, matrix products in bfloat16; validation is always fp32."""
     wkv_backend: str = "auto"
     """Backend of the recurrence: "auto" (the fastest that fits), "torch", "cpp" or "reference"."""
     seed: Annotated[NonNegativeInt, Field(lt=1 << 63)] = 42
@@ -44,7 +44,8 @@ class TrainerConfig(Config):
     val_every_n_steps: PositiveInt = 500
     """Steps between two validations; besides, one before the first step and one after the last."""
     val_tokens: PositiveInt = 1_048_576
-    """Tokens scored in each validation: the head of every domain, in its share of the validation corpus."""
+    """Tokens scored in each validation: the head of every domain in its share of the validation corpus, in whole
+    documents, so that a long one can make it more."""
     sample_tokens: NonNegativeInt = 128
     """Tokens of the sample that each validation writes; 0: none."""
     sample_prompt: str = "\n"

@@ -67,6 +67,12 @@ class Validator:
             raise DataError(
                 f"data.valid ({corpus.prefix}) has no document with text; take another corpus, or set it to null"
             )
+        logger.info(
+            "validation: %s tokens in %s documents of %s",
+            f"{sum(len(document.tokens) for document in documents):,}",
+            f"{len(documents):,}",
+            corpus.prefix,
+        )
         self.domains = sorted({document.domain for document in documents})
         self.last: Validation | None = None
         self._documents = documents[rank :: settings.world_size]
