@@ -127,7 +127,8 @@ def identify_corpus(corpus: Corpus) -> dict[str, Any]:
 def random_state() -> dict[str, str]:
     """Return the states of torch's random generators, by device, as text."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    # Not is_available: reading the state would start CUDA, in a run on the CPU too.
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states["cuda"] = torch.cuda.get_rng_state()
     return {device: encode_random_state(state) for device, state in states.items()}
 
