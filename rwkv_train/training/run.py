@@ -168,7 +168,7 @@ def _run(config: TrainConfig, resume: str, out_dir: Path) -> RunSummary:
     if start_step == n_steps:
         logger.info("nothing to do: all %d steps are done", n_steps)
     else:
-        trainer.fit(module, datamodule=PretrainData(corpora.train, config, start_step, n_steps))
+        _fit(trainer, module, PretrainData(corpora.train, config, start_step, n_steps))
     completed = start_step + trainer.global_step
     return RunSummary(
         out_dir=out_dir,
@@ -201,6 +201,16 @@ def _make_model(
     else:
         initialize(model, config.trainer.seed)
     return model
+
+
+def _fit(trainer: Trainer, module: PretrainModule, data: PretrainData) -> None:
+    try:
+        trainer.fit(module, datamodule=data)
+    except SystemExit as leaving:
+        # Ctrl-C before the first step, which Lightning answers with exit code 1.
+        if isinstance(leaving.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from leaving
+        raise
 
 
 def _announce(
