@@ -70,7 +70,12 @@ def test_an_installed_wheel_finds_its_own_files(installed, tmp_path):
     environment, folder = installed
     code = "import rwkv_train.assets as a; print(a.find_asset_folder('configs'), a.find_asset_folder('cuda'), sep='|')"
     result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     package = folder / "rwkv_train"
     assert result.stdout.strip() == f"{package / '_configs'}|{package / '_cuda'}"
@@ -80,7 +85,15 @@ def test_an_installed_wheel_trains(installed, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
     prepared = run(
-        installed, tmp_path, "prepare-data", "--input", str(text), "--tokenizer", "bytes", "--output", "corpus"
+        installed,
+        tmp_path,
+        "prepare-data",
+        "--input",
+        str(text),
+        "--tokenizer",
+        "bytes",
+        "--output",
+        "corpus",
     )
     assert prepared.returncode == 0, prepared.stderr
 

@@ -9,7 +9,9 @@ CASE = Case(Rwkv4Config(n_layer=1, n_embd=16, vocab_size=50, ctx_len=8), micro_b
 
 
 def test_a_step_is_the_sum_of_its_parts():
-    rows = bench_training(CASE, backends=["torch", "reference"], device=torch.device("cpu"), repeats=1, warmup=0)
+    rows = bench_training(
+        CASE, backends=["torch", "reference"], device=torch.device("cpu"), repeats=1, warmup=0
+    )
 
     assert [row["backend"] for row in rows] == ["torch", "reference"]
     for row in rows:

@@ -72,7 +72,10 @@ def test_shell_completion_is_offered():
     [
         (["pretrain", "--config", "quikstart"], "did you mean 'quickstart'?"),
         (["pretrain", "--config", "quickstart", "--set", "optim.lrr=1"], "did you mean 'lr'?"),
-        (["pretrain", "--config", "quickstart", "--set", "model.n_embd=100"], "must be a multiple of head_size"),
+        (
+            ["pretrain", "--config", "quickstart", "--set", "model.n_embd=100"],
+            "must be a multiple of head_size",
+        ),
         (["pretrain"], "Missing option '--config'"),
     ],
     ids=["preset", "name", "shape", "option"],

@@ -32,9 +32,7 @@ def corpus(tmp_path) -> Path:
     return load_corpus(tmp_path / "corpus")
 
 
-@pytest.mark.parametrize(
-    ("devices", "micro_batch_size"), [(1, 12), (1, 3), (2, 3), (3, 4), (6, 1)], ids=str
-)
+@pytest.mark.parametrize(("devices", "micro_batch_size"), [(1, 12), (1, 3), (2, 3), (3, 4), (6, 1)], ids=str)
 @pytest.mark.parametrize("start_step", [0, 2])
 def test_a_step_reads_the_same_samples_on_any_number_of_processes(devices, micro_batch_size, start_step):
     config = settings(devices=devices, micro_batch_size=micro_batch_size)
@@ -42,7 +40,8 @@ def test_a_step_reads_the_same_samples_on_any_number_of_processes(devices, micro
     for step in range(2):
         positions = range(step * per_rank, (step + 1) * per_rank)
         read = chain.from_iterable(
-            (sample_number(position, rank, config, start_step) for position in positions) for rank in range(devices)
+            (sample_number(position, rank, config, start_step) for position in positions)
+            for rank in range(devices)
         )
         first = (start_step + step) * 12
         assert sorted(read) == list(range(first, first + 12))
