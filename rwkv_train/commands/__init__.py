@@ -6,6 +6,7 @@ says how; 130 and 143: interrupted; 1: our mistake, with a traceback.
 
 import errno
 import os
+import re
 import signal
 import sys
 from typing import Annotated
@@ -95,9 +96,10 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
+        size = re.search(r"ried to (allocate [\d.]+ \w+)", str(error))
         _leave(
-            "out of memory; lower trainer.micro_batch_size, model.ctx_len or the size of the model (pretrain --dry-run "
-            f"estimates what a run needs), or --batch-size and --chunk-len ({str(error).partition('. ')[0][:200]})",
+            f"out of memory{f' (it tried to {size[1]})' if size else ''}; lower trainer.micro_batch_size, model.ctx_len or the size of the model (pretrain --dry-run "
+            "estimates what a run needs), or --batch-size and --chunk-len",
             USER_CAN_REPAIR,
         )
     except KeyboardInterrupt:

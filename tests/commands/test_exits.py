@@ -51,18 +51,24 @@ def test_what_the_disk_refuses_gets_a_line_with_the_place_and_the_fix(leave_with
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "size"),
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 99 bytes.\nmore"),
-        MemoryError(),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0"),
+            " (it tried to allocate 2.00 GiB)",
+        ),
+        (
+            RuntimeError("[enforce fail] can't allocate memory: you tried to allocate 99 bytes.\nmore"),
+            " (it tried to allocate 99 bytes)",
+        ),
+        (MemoryError(), ""),
     ],
     ids=["gpu", "cpu", "python"],
 )
-def test_too_little_memory_gets_a_line_with_what_to_lower(leave_with, error):
+def test_too_little_memory_gets_a_line_with_what_to_lower(leave_with, error, size):
     code, message = leave_with(error)
     assert code == 2
-    assert "out of memory; lower trainer.micro_batch_size" in message
+    assert message.startswith(f"error: out of memory{size}; lower trainer.micro_batch_size")
     assert message.count("\n") == 1
 
 
