@@ -97,9 +97,10 @@ def main() -> None:
         if not _is_out_of_memory(error):
             raise
         size = re.search(r"ried to (allocate [\d.]+ \w+)", str(error))
+        asked = f" (it tried to {size[1]})" if size else ""
         _leave(
-            f"out of memory{f' (it tried to {size[1]})' if size else ''}; lower trainer.micro_batch_size, model.ctx_len or the size of the model (pretrain --dry-run "
-            "estimates what a run needs), or --batch-size and --chunk-len",
+            f"out of memory{asked}; lower trainer.micro_batch_size, model.ctx_len or the size of the model (pretrain "
+            "--dry-run estimates what a run needs), or --batch-size and --chunk-len",
             USER_CAN_REPAIR,
         )
     except KeyboardInterrupt:
