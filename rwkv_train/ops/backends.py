@@ -5,6 +5,8 @@ a GPU would get can be tested on a laptop. Loading (a compiled backend is built 
 before the first step; the code that is traced afterwards calls only ``torch.ops.rwkv_train.*``.
 """
 
+import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from rwkv_train.errors import BackendError
 from rwkv_train.ops.context import PLAIN, SequenceContext
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 """The name that lets us choose. Every other name is a backend that runs or raises."""
@@ -100,9 +104,53 @@ def resolve_backend(backends: Mapping[str, Backend], problem: Problem, name: str
         except BackendError as error:
             if name != AUTO:
                 raise
+            logger.warning("the backend '%s' is passed over: %s", choice.name, error)
             unavailable[choice.name] = str(error)
         else:
             return choice
+
+
+def register_operator(op: str, backends: Mapping[str, Backend]) -> None:
+    """Make an operator's table known by the operator's name; its module does so when it is imported."""
+    _TABLES[op] = backends
+
+
+def prepare(op: str, problem: Problem, name: str) -> ResolvedBackend:
+    """Choose and load (where needed build) an operator's backend; ``"auto"`` chooses once a process.
+
+    Raises:
+        BackendError: ``name`` cannot run the problem, or cannot be loaded on this machine.
+    """
+    return _resolve_auto(op, problem) if name == AUTO else resolve_backend(_TABLES[op], problem, name)
+
+
+def kernel_for(op: str, problem: Problem, name: str) -> Kernel:
+    """Return the kernel that runs a problem; safe to trace, ``"auto"`` too.
+
+    Raises:
+        BackendError: ``name`` cannot run the problem.
+    """
+    if name == AUTO:
+        name = _auto_name(op, *problem)
+    else:
+        choose_backend(_TABLES[op], problem, name)
+    return _TABLES[op][name].run
+
+
+_TABLES: dict[str, Mapping[str, Backend]] = {}
+
+
+# Traced code asks once, while it is traced.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _auto_name(
+    op: str, device_type: str, dtype: torch.dtype, head_size: int | None, context: SequenceContext
+) -> str:
+    return _resolve_auto(op, Problem(device_type, dtype, head_size, context)).name
+
+
+@functools.cache
+def _resolve_auto(op: str, problem: Problem) -> ResolvedBackend:
+    return resolve_backend(_TABLES[op], problem, AUTO)
 
 
 def _explain(name: str, passed_over: list[str]) -> str:

@@ -1,10 +1,10 @@
-"""Load an operator's backend ahead of the first step, by the operator's name."""
+"""All operators, and the loading of their backends ahead of the first step."""
 
-from rwkv_train.ops.backends import Problem, ResolvedBackend
-from rwkv_train.ops.wkv4 import prepare_wkv4
-from rwkv_train.ops.wkv7 import prepare_wkv7
+from rwkv_train.ops import wkv4, wkv7
+from rwkv_train.ops.backends import Problem, ResolvedBackend, prepare
 
-OPERATORS = {"wkv4": prepare_wkv4, "wkv7": prepare_wkv7}
+OPERATORS = {"wkv4": wkv4.BACKENDS, "wkv7": wkv7.BACKENDS}
+"""Name -> table of backends."""
 
 
 def prepare_backend(op: str, problem: Problem, name: str) -> ResolvedBackend:
@@ -21,4 +21,4 @@ def prepare_backend(op: str, problem: Problem, name: str) -> ResolvedBackend:
     Raises:
         BackendError: ``name`` cannot run the problem, or cannot be loaded on this machine.
     """
-    return OPERATORS[op](problem, name)
+    return prepare(op, problem, name)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from rwkv_train.errors import BackendError
-from rwkv_train.ops.backends import Backend, Problem, choose_backend, resolve_backend
+from rwkv_train.ops.backends import Backend, Problem, choose_backend, kernel_for, resolve_backend
 from rwkv_train.ops.context import PLAIN
 from rwkv_train.ops.prepare import OPERATORS, prepare_backend
 from rwkv_train.ops.wkv4 import BACKENDS as WKV4_BACKENDS
-from rwkv_train.ops.wkv4 import resolve_wkv4, wkv4
+from rwkv_train.ops.wkv4 import wkv4
 from rwkv_train.ops.wkv7 import BACKENDS as WKV7_BACKENDS
-from rwkv_train.ops.wkv7 import resolve_wkv7, wkv7
+from rwkv_train.ops.wkv7 import wkv7
 
 ON_CPU = Problem("cpu", torch.float32, 64)
 ON_GPU = Problem("cuda", torch.bfloat16, 64)
@@ -75,9 +75,10 @@ def _table_with_a_broken_backend():
     }
 
 
-def test_auto_passes_over_a_backend_that_cannot_be_loaded_and_says_so():
+def test_auto_passes_over_a_backend_that_cannot_be_loaded_and_says_so(caplog):
     choice = resolve_backend(_table_with_a_broken_backend(), ON_CPU, "auto")
     assert choice.name == "torch"
+    assert "the backend 'broken' is passed over: no C++ compiler was found" in caplog.text
     assert "not broken: no C++ compiler was found" in choice.reason
 
 
@@ -99,10 +100,10 @@ def test_preparing_a_backend_loads_it_and_names_it(op):
     assert prepare_backend(op, ON_CPU, "torch").reason == "'torch' was asked for by name"
 
 
-@pytest.mark.parametrize("resolve", [resolve_wkv7, resolve_wkv4])
-def test_resolving_gives_a_concrete_name(resolve):
-    assert resolve(ON_CPU, "auto") == "cpp"
-    assert resolve(ON_CPU, "torch") == "torch"
+@pytest.mark.parametrize("op", list(OPERATORS))
+def test_the_kernel_of_a_name_is_that_of_the_table(op):
+    assert kernel_for(op, ON_CPU, "auto") is OPERATORS[op]["cpp"].run
+    assert kernel_for(op, ON_CPU, "torch") is OPERATORS[op]["torch"].run
 
 
 def test_importing_the_operators_builds_and_prints_nothing(tmp_path):

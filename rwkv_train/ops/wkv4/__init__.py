@@ -1,11 +1,9 @@
 """The RWKV-4 recurrence: an exponentially weighted mean of past values for each channel."""
 
-import functools
-
 import torch
 from torch import Tensor
 
-from rwkv_train.ops.backends import AUTO, Backend, Problem, ResolvedBackend, choose_backend, resolve_backend
+from rwkv_train.ops.backends import AUTO, Backend, Problem, kernel_for, register_operator
 from rwkv_train.ops.context import SequenceContext
 from rwkv_train.ops.cpp import refuses_cpp
 from rwkv_train.ops.wkv4 import cpp
@@ -21,6 +19,7 @@ BACKENDS = {
     "torch": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv4_torch),
     "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv4_reference),
 }
+register_operator("wkv4", BACKENDS)
 
 
 def wkv4(
@@ -83,7 +82,7 @@ def wkv4(
     if v.shape[1] == 0:
         return v.clone(), state.clone()
     problem = Problem(v.device.type, v.dtype, None, context)
-    return BACKENDS[resolve_wkv4(problem, backend)].run(w, u, k, v, state)
+    return kernel_for("wkv4", problem, backend)(w, u, k, v, state)
 
 
 def wkv4_zero_state(
@@ -96,35 +95,3 @@ def wkv4_zero_state(
     state = torch.zeros(batch_size, 3, n_embd, device=device, dtype=dtype)
     state[:, 2] = EMPTY_LOG_SCALE
     return state
-
-
-def resolve_wkv4(problem: Problem, name: str) -> str:
-    """Return the name of the backend that runs a problem; ``"auto"`` also loads it, once a process.
-
-    Raises:
-        BackendError: ``name`` cannot run the problem.
-    """
-    if name == AUTO:
-        auto_name: str = _auto_name(*problem)
-        return auto_name
-    return choose_backend(BACKENDS, problem, name).name
-
-
-def prepare_wkv4(problem: Problem, name: str) -> ResolvedBackend:
-    """Choose and load (where needed build) the backend for a problem, ahead of the first step.
-
-    Raises:
-        BackendError: ``name`` cannot run the problem, or cannot be loaded on this machine.
-    """
-    return _resolve_auto(problem) if name == AUTO else resolve_backend(BACKENDS, problem, name)
-
-
-# Traced code asks once, while it is traced.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _auto_name(device_type: str, dtype: torch.dtype, head_size: int | None, context: SequenceContext) -> str:
-    return _resolve_auto(Problem(device_type, dtype, head_size, context)).name
-
-
-@functools.cache
-def _resolve_auto(problem: Problem) -> ResolvedBackend:
-    return resolve_backend(BACKENDS, problem, AUTO)

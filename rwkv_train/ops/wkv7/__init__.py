@@ -1,11 +1,9 @@
 """The RWKV-7 recurrence: a matrix state for each head, changed by a generalized delta rule."""
 
-import functools
-
 import torch
 from torch import Tensor
 
-from rwkv_train.ops.backends import AUTO, Backend, Problem, ResolvedBackend, choose_backend, resolve_backend
+from rwkv_train.ops.backends import AUTO, Backend, Problem, kernel_for, register_operator
 from rwkv_train.ops.context import SequenceContext
 from rwkv_train.ops.cpp import refuses_cpp
 from rwkv_train.ops.wkv7 import cpp
@@ -18,6 +16,7 @@ BACKENDS = {
     "torch": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv7_torch),
     "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv7_reference),
 }
+register_operator("wkv7", BACKENDS)
 
 
 def wkv7(
@@ -80,7 +79,7 @@ def wkv7(
     if v.shape[1] == 0:
         return v.clone(), state.clone()
     problem = Problem(v.device.type, v.dtype, head_size, context)
-    return BACKENDS[resolve_wkv7(problem, backend)].run(r, w, k, v, a, b, state)
+    return kernel_for("wkv7", problem, backend)(r, w, k, v, a, b, state)
 
 
 def wkv7_zero_state(
@@ -92,35 +91,3 @@ def wkv7_zero_state(
 ) -> Tensor:
     """Return the state before a text: zeros, ``[B, H, N, N]``."""
     return torch.zeros(batch_size, n_head, head_size, head_size, device=device, dtype=dtype)
-
-
-def resolve_wkv7(problem: Problem, name: str) -> str:
-    """Return the name of the backend that runs a problem; ``"auto"`` also loads it, once a process.
-
-    Raises:
-        BackendError: ``name`` cannot run the problem.
-    """
-    if name == AUTO:
-        auto_name: str = _auto_name(*problem)
-        return auto_name
-    return choose_backend(BACKENDS, problem, name).name
-
-
-def prepare_wkv7(problem: Problem, name: str) -> ResolvedBackend:
-    """Choose and load (where needed build) the backend for a problem, ahead of the first step.
-
-    Raises:
-        BackendError: ``name`` cannot run the problem, or cannot be loaded on this machine.
-    """
-    return _resolve_auto(problem) if name == AUTO else resolve_backend(BACKENDS, problem, name)
-
-
-# Traced code asks once, while it is traced.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _auto_name(device_type: str, dtype: torch.dtype, head_size: int | None, context: SequenceContext) -> str:
-    return _resolve_auto(Problem(device_type, dtype, head_size, context)).name
-
-
-@functools.cache
-def _resolve_auto(problem: Problem) -> ResolvedBackend:
-    return resolve_backend(BACKENDS, problem, AUTO)
