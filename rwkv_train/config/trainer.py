@@ -44,8 +44,7 @@ class TrainerConfig(Config):
     val_every_n_steps: PositiveInt = 500
     """Steps between two validations; besides, one before the first step and one after the last."""
     val_tokens: PositiveInt = 1_048_576
-    """Tokens scored in each validation: the head of every domain in its share of the validation corpus, in whole
-    documents, so that a long one can make it more."""
+    """Tokens scored in each validation: the head of every domain, in its share of the validation corpus."""
     sample_tokens: NonNegativeInt = 128
     """Tokens of the sample that each validation writes; 0: none."""
     sample_prompt: str = "\n"

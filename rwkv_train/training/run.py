@@ -152,7 +152,7 @@ def _run(config: TrainConfig, resume: str, out_dir: Path) -> RunSummary:
     rank = process_rank()
     validator = None
     if corpora.valid is not None:
-        validator = Validator(corpora.valid, corpora.tokenizer, config.trainer, rank, device)
+        validator = Validator(corpora.valid, corpora.tokenizer, config, rank, device)
     columns = ["tokens", "seconds", "learning_rate", *StepMetrics._fields]
     if validator is not None:
         columns += metric_columns(validator.domains)

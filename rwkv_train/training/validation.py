@@ -1,11 +1,12 @@
 """The held-out loss during a run, by the same definition as ``rwkv-train eval-ppl``, and a short sample."""
 
 import logging
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
 
-from rwkv_train.config.trainer import TrainerConfig
+from rwkv_train.config.train import TrainConfig
 from rwkv_train.data.stored import Corpus, TokenDocument
 from rwkv_train.errors import DataError
 from rwkv_train.evaluation.perplexity import evaluate_tokens
@@ -51,7 +52,7 @@ class Validator:
     Args:
         corpus: the validation corpus.
         tokenizer: its tokenizer.
-        settings: how many tokens to score and to sample, and where to write the sample.
+        config: the settings of the run.
         rank: number of this process; documents are dealt out to all.
         device: where the model is.
 
@@ -60,9 +61,10 @@ class Validator:
     """
 
     def __init__(
-        self, corpus: Corpus, tokenizer: Tokenizer, settings: TrainerConfig, rank: int, device: torch.device
+        self, corpus: Corpus, tokenizer: Tokenizer, config: TrainConfig, rank: int, device: torch.device
     ) -> None:
-        documents = select_documents(corpus, settings.val_tokens)
+        settings = config.trainer
+        documents = select_documents(corpus, tokenizer, settings.val_tokens)
         if not any(len(document.tokens) for document in documents):
             raise DataError(
                 f"data.valid ({corpus.prefix}) has no document with text; take another corpus, or set it to null"
@@ -78,6 +80,7 @@ class Validator:
         self._documents = documents[rank :: settings.world_size]
         self._tokenizer = tokenizer
         self._settings = settings
+        self._ctx_len = config.model.ctx_len
         self._rank = rank
         self._device = device
 
@@ -85,7 +88,12 @@ class Validator:
         """Score the documents, log the result and write a sample."""
         model.eval()
         by_domain = evaluate_tokens(
-            model, self._documents, end_of_document=self._tokenizer.end_of_document
+            model,
+            self._documents,
+            end_of_document=self._tokenizer.end_of_document,
+            # What fits in memory for training fits here. The result does not depend on either.
+            batch_size=self._settings.micro_batch_size,
+            chunk_len=self._ctx_len,
         ).domains
         sums = torch.tensor(
             [list(by_domain.get(domain, Totals())) for domain in self.domains], dtype=torch.float64
@@ -129,21 +137,29 @@ def metric_columns(domains: list[str]) -> list[str]:
     return ["val_loss", *(_column(domain) for domain in [POOLED, *domains])]
 
 
-def select_documents(corpus: Corpus, n_tokens: int) -> list[TokenDocument]:
-    """Take whole documents from the head of each domain, up to its share of ``n_tokens``.
+def select_documents(corpus: Corpus, tokenizer: Tokenizer, n_tokens: int) -> list[TokenDocument]:
+    """Take the head of each domain, as many tokens as its share of ``n_tokens``.
 
-    At least one document of each domain is taken; a corpus that is smaller is taken whole.
+    The last document of a domain is cut where its share ends. A corpus that is smaller is taken whole.
     """
     share = min(1.0, n_tokens / corpus.tokens.n_tokens)
-    missing = {domain: share * count for domain, count in corpus.tokens_by_domain().items()}
+    missing = {domain: ceil(share * count) for domain, count in corpus.tokens_by_domain().items()}
     chosen = []
     for document in corpus.token_documents():
-        if missing[document.domain] > 0:
-            chosen.append(document)
+        left = missing[document.domain]
+        if left > 0:
+            chosen.append(document if len(document.tokens) <= left else _cut(document, tokenizer, left))
             missing[document.domain] -= len(document.tokens) + 1  # the end token counts in the totals
         elif max(missing.values()) <= 0:
             break
     return chosen
+
+
+def _cut(document: TokenDocument, tokenizer: Tokenizer, n_tokens: int) -> TokenDocument:
+    """Return the head of a document; its length in bytes is that of its tokens, if it was known at all."""
+    tokens = document.tokens[:n_tokens]
+    n_bytes = len(tokenizer.decode_bytes(tokens.tolist())) if document.n_bytes else 0
+    return TokenDocument(tokens, document.domain, n_bytes)
 
 
 def _column(domain: str) -> str:

@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 
 from rwkv_train.data.binidx import TokenFileWriter
+from rwkv_train.data.prepare import prepare_data
+from rwkv_train.data.stored import load_corpus
 from rwkv_train.errors import DataError
+from rwkv_train.tokenizers import load_tokenizer
 from rwkv_train.training.run import run_pretraining
+from rwkv_train.training.validation import select_documents
 
 
 def test_a_corpus_without_text_is_refused_before_training(settings, tmp_path):
@@ -14,3 +18,33 @@ def test_a_corpus_without_text_is_refused_before_training(settings, tmp_path):
             writer.add_document(np.zeros(1, np.uint16))  # nothing but the end of a document
     with pytest.raises(DataError, match=r"data\.valid .* has no document with text"):
         run_pretraining(settings({"data.valid": str(tmp_path / "bare")}))
+
+
+@pytest.fixture
+def two_domains(tmp_path):
+    """Domain "a" has 299 tokens in three documents, "b" has 99 in one, end tokens included."""
+    lines = [
+        f'{{"text": "{"é" * n}", "meta": {{"pile_set_name": "{domain}"}}}}'
+        for domain, n in (
+            ("a", 49),
+            ("a", 50),
+            ("b", 49),
+            ("a", 49),
+        )
+    ]
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    prepare_data([path], load_tokenizer("bytes"), tmp_path / "corpus")
+    return load_corpus(tmp_path / "corpus")
+
+
+def test_each_domain_is_scored_in_its_share(two_domains):
+    chosen = select_documents(two_domains, load_tokenizer("bytes"), 100)
+
+    # 299 * 100 / 398 = 75.1 and 99 * 100 / 398 = 24.9, rounded up: the head of the first document of each.
+    assert [(d.domain, len(d.tokens), d.n_bytes) for d in chosen] == [("a", 76, 76), ("b", 25, 25)]
+
+
+def test_a_corpus_smaller_than_what_is_wanted_is_scored_whole(two_domains):
+    chosen = select_documents(two_domains, load_tokenizer("bytes"), 10_000)
+    assert [len(document.tokens) for document in chosen] == [98, 100, 98, 98]
