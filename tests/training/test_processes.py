@@ -1,5 +1,6 @@
 """Runs in processes of their own: killed at random moments, interrupted, shared by two processes."""
 
+import csv
 import random
 import signal
 import subprocess
@@ -53,6 +54,11 @@ def wait_for_progress(process, out_dir, before):
         time.sleep(0.02)
 
 
+def metric(out_dir, column):
+    with (out_dir / "metrics.csv").open(newline="") as file:
+        return [float(row[column]) for row in csv.DictReader(file) if row[column]]
+
+
 def test_a_run_killed_at_random_moments_ends_like_an_undisturbed_one(command, tree, tmp_path):
     tree["checkpoint"] = {"every_n_steps": 1, "keep_last": 2}  # so that many kills fall into a save
     steps = {"max_steps": 300, "val_every_n_steps": 300, "sample_tokens": 0}
@@ -79,7 +85,9 @@ def test_a_run_killed_at_random_moments_ends_like_an_undisturbed_one(command, tr
         assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "term"])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "term"]
+)
 def test_a_signal_saves_and_leaves_with_its_code(command, tmp_path, number, code):
     process = start(command("run", max_steps=100_000))
     wait_for_progress(process, tmp_path / "run", None)
@@ -99,10 +107,16 @@ def test_two_processes_learn_what_one_learns(command, tmp_path):
 
     assert shared.stdout.count("validation loss") == alone.stdout.count("validation loss") == 1
     one, other = (
-        load_training_checkpoint(tmp_path / name / "checkpoints/step-00000012") for name in ("alone", "shared")
+        load_training_checkpoint(tmp_path / name / "checkpoints/step-00000012")
+        for name in ("alone", "shared")
     )
     for name, weight in one.weights.items():
         torch.testing.assert_close(weight, other.weights[name], rtol=1e-3, atol=2e-5)
+    # Adam does not see the scale of a loss, so equal weights do not show it; these do.
+    for column in ("loss", "grad_norm"):
+        assert metric(tmp_path / "shared", column) == pytest.approx(
+            metric(tmp_path / "alone", column), rel=1e-3
+        )
     total = [state.manifest["validation"]["total"] for state in (one, other)]
     assert total[0]["documents"] == total[1]["documents"]
     assert total[0]["nats"] == pytest.approx(total[1]["nats"], rel=1e-4)

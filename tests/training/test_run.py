@@ -61,7 +61,10 @@ def test_a_run_learns_and_leaves_its_files(settings, tree, arch):
     # The validation text has 19 letters; a model that learnt nothing would need log2(257) = 8 bits.
     assert summary.validation.totals["total"].bits_per_byte < 5
     assert set(summary.validation.totals) == {"total", "code", "prose"}
-    assert [path.name for path in list_training_checkpoints(summary.out_dir)] == ["step-00000028", "step-00000030"]
+    assert [path.name for path in list_training_checkpoints(summary.out_dir)] == [
+        "step-00000028",
+        "step-00000030",
+    ]
     for name in ("metrics.csv", "train.log", "samples.txt", "loss.png"):
         assert (summary.out_dir / name).stat().st_size > 0
 
@@ -112,8 +115,12 @@ def test_a_finished_run_can_be_made_longer(settings):
 
 
 def test_accumulation_gives_the_loss_and_weights_of_one_large_batch(settings, tmp_path):
-    accumulated = run_pretraining(settings({"trainer.out_dir": str(tmp_path / "a"), "trainer.micro_batch_size": 2}))
-    at_once = run_pretraining(settings({"trainer.out_dir": str(tmp_path / "b"), "trainer.micro_batch_size": 8}))
+    accumulated = run_pretraining(
+        settings({"trainer.out_dir": str(tmp_path / "a"), "trainer.micro_batch_size": 2})
+    )
+    at_once = run_pretraining(
+        settings({"trainer.out_dir": str(tmp_path / "b"), "trainer.micro_batch_size": 8})
+    )
 
     left, right = final_state(accumulated).weights, final_state(at_once).weights
     for name in left:
@@ -134,7 +141,11 @@ def test_a_run_starts_from_published_weights(settings, tmp_path):
     source = run_pretraining(settings({"trainer.out_dir": str(tmp_path / "source")}))
     path = write_pth(tmp_path / "published.pth", read_weights(source.out_dir))
 
-    changes = {"model.init_from": str(path), "trainer.out_dir": str(tmp_path / "next"), "trainer.max_steps": 1}
+    changes = {
+        "model.init_from": str(path),
+        "trainer.out_dir": str(tmp_path / "next"),
+        "trainer.max_steps": 1,
+    }
     changes |= {"optim.lr": 1e-12, "optim.lr_final": 1e-12}
     continued = run_pretraining(settings(changes))
 
@@ -153,7 +164,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(s
 
     monkeypatch.setattr(RunCallback, "_after_step", poison)
     config = settings()
-    with pytest.raises(TrainingError, match=r"step 7: .*first bad tensor is the parameter blocks\.1\.ffn\.key\.weight"):
+    with pytest.raises(
+        TrainingError, match=r"step 7: .*first bad tensor is the parameter blocks\.1\.ffn\.key\.weight"
+    ):
         run_pretraining(config)
 
     newest = list_training_checkpoints(Path(config.trainer.out_dir))[-1]
@@ -164,7 +177,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(s
 def test_two_runs_in_one_folder_are_refused(settings):
     config = settings()
     Path(config.trainer.out_dir).mkdir()
-    with FileLock(Path(config.trainer.out_dir) / ".lock"), pytest.raises(ConfigError, match="in use by another run"):
+    with (
+        FileLock(Path(config.trainer.out_dir) / ".lock"),
+        pytest.raises(ConfigError, match="in use by another run"),
+    ):
         run_pretraining(config)
 
 
