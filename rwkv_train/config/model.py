@@ -14,7 +14,7 @@ LoraRule = Literal["original", "revised"]
 class RwkvConfig(Config):
     """Settings that every version has."""
 
-    n_layer: PositiveInt
+    n_layer: Annotated[PositiveInt, Field(le=1_000)]
     """Number of blocks (L)."""
     n_embd: PositiveInt
     """Width of the residual stream (C)."""

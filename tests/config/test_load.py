@@ -69,6 +69,7 @@ def test_accumulation_is_derived(file):
         ("optim.lr=-1", "optim.lr is -1 but should be greater than 0"),
         ("optim.lr_final=1", "optim: lr_final (1) must not be above lr (0.0006)"),
         ("model.n_layer=1.5", "model.n_layer is 1.5 but should be a valid integer"),
+        ("model.n_layer=1000000000", "model.n_layer is 1000000000 but should be less than or equal to 1000"),
         ("trainer.devices=true", "trainer.devices is True but should be a valid integer"),
         ("model.n_embd=100", "model: n_embd (100) must be a multiple of head_size (64)"),
         ("model.arch=rwkv9", "model.arch: there is no 'rwkv9'; use 'rwkv4' or 'rwkv7'"),
