@@ -20,6 +20,7 @@ from rwkv_train.checkpoints.training_state import (
 from rwkv_train.config.save import to_tree
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.data.stored import Corpus
+from rwkv_train.errors import CheckpointError
 from rwkv_train.tokenizers import TokenizerIdentity
 from rwkv_train.training.module import PretrainModule, named_moments
 from rwkv_train.training.validation import Validation
@@ -109,7 +110,14 @@ class CheckpointKeeper:
 def read_best(out_dir: Path) -> dict[str, Any] | None:
     """Return the note of a run's best checkpoint: its name, step and validation loss."""
     path = _best_file(out_dir)
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    best = read_json(path)
+    if not isinstance(best.get("checkpoint"), str) or not isinstance(best.get("loss"), float):
+        raise CheckpointError(
+            f"{path} does not name the best checkpoint and its loss; remove it to go on without"
+        )
+    return best
 
 
 def _best_file(out_dir: Path) -> Path:
@@ -135,6 +143,9 @@ def random_state() -> dict[str, str]:
 
 def restore_random_state(saved: dict[str, str]) -> None:
     """Put torch's random generators where :func:`random_state` found them."""
-    torch.set_rng_state(decode_random_state(saved["cpu"]))
-    if "cuda" in saved and torch.cuda.is_available():
-        torch.cuda.set_rng_state(decode_random_state(saved["cuda"]))
+    try:
+        torch.set_rng_state(decode_random_state(saved["cpu"]))
+        if "cuda" in saved and torch.cuda.is_available():
+            torch.cuda.set_rng_state(decode_random_state(saved["cuda"]))
+    except RuntimeError as error:
+        raise CheckpointError(f"the random state of a manifest.json is not PyTorch's: {error}") from error

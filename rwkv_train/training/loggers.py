@@ -64,8 +64,8 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     """Return the rows of a metrics file; none where there is no file."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        # A process that was killed while it wrote leaves a last row without its step.
+    # A process that was killed while it wrote leaves a last row without its step, a power cut no text at all.
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
 
 

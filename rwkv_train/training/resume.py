@@ -4,7 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from rwkv_train.checkpoints.formats import MANIFEST_FILE
+from rwkv_train.checkpoints.descriptions import Kinds, find_problem
+from rwkv_train.checkpoints.formats import FORMAT_VERSION, MANIFEST_FILE
 from rwkv_train.checkpoints.training_state import (
     TENSOR_FILES,
     TrainingState,
@@ -88,6 +89,7 @@ def find_resume_state(
                 f"choose another trainer.out_dir to go on from {folder}"
             )
     state = load_training_checkpoint(folder)
+    _check_manifest(state.manifest, folder)
     _check_same_settings(state.manifest, config, folder)
     _check_same_data(state.manifest, tokenizer, corpus, folder)
     logger.info("going on from %s", folder)
@@ -106,6 +108,20 @@ def _checkpoint_at(path: Path) -> Path:
             "(OUT_DIR/checkpoints/step-NUMBER) or of a run's out_dir"
         )
     return newest
+
+
+def _check_manifest(manifest: dict[str, Any], folder: Path) -> None:
+    """Refuse a manifest without what only a resumed run needs."""
+    needed: list[tuple[dict[str, Any], Kinds]] = [
+        (manifest, {"train_seconds": (int, float), "tokenizer": (dict,)}),
+        (manifest["config"], dict.fromkeys(("model", "data", "optim", "trainer", "checkpoint"), (dict,))),
+        (manifest["random"], {"cpu": (str,)}),
+        (manifest["data"], {"train": (dict,)}),
+    ]
+    for content, kinds in needed:
+        problem = find_problem({**content, "format": FORMAT_VERSION}, kinds)
+        if problem is not None:
+            raise CheckpointError(f"{folder / MANIFEST_FILE} cannot be used: {problem}")
 
 
 def _check_same_settings(manifest: dict[str, Any], config: TrainConfig, folder: Path) -> None:

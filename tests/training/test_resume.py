@@ -1,5 +1,7 @@
 """Where a run goes on from: the paths that a user may give."""
 
+import json
+
 import pytest
 
 from rwkv_train.checkpoints import list_training_checkpoints
@@ -24,3 +26,32 @@ def test_weights_alone_are_not_enough_to_go_on(finished, settings, tmp_path):
     bare.write_bytes((finished / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"there is no training checkpoint; .*out_dir"):
         run_pretraining(settings(), resume=str(bare))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"train_seconds": None}, "'train_seconds' is null, not of type int or float"),
+        ({"random": {}}, r"it has no 'cpu'"),
+        ({"random": {"cpu": "AAAA"}}, "random state of a manifest.json is not PyTorch's"),
+        ({"data": {}}, "it has no 'train'"),
+        ({"config": {"model": []}}, r"'model' is \[\], not of type dict"),
+    ],
+    ids=["seconds", "random", "random state", "data", "config"],
+)
+def test_a_manifest_that_lacks_what_the_next_step_needs_is_refused(finished, settings, changes, sentence):
+    path = finished / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=sentence):
+        run_pretraining(settings({"trainer.max_steps": 13}))
+
+
+def test_metrics_and_notes_that_a_power_cut_spoilt_do_not_stop_a_run(finished, settings):
+    out_dir = finished.parents[1]
+    with (out_dir / "metrics.csv").open("ab") as file:
+        file.write(b"13,\xff\x00\x00")
+    assert run_pretraining(settings({"trainer.max_steps": 13})).completed_steps == 13
+
+    (finished.parent / "best.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"best\.json does not name .* remove it"):
+        run_pretraining(settings({"trainer.max_steps": 14}))
