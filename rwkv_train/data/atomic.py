@@ -46,11 +46,14 @@ class AtomicFiles:
             for path in self._paths:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 temporary = path.with_name(f".{path.name}.{token}.tmp")
-                self._open[path] = temporary.open("x+b")
                 self._temporary[path] = temporary
+                self._open[path] = temporary.open("x+b")
         except OSError as error:
             self._discard()
             raise self._cannot_write(error) from error
+        except BaseException:  # a signal: __exit__ is not called yet
+            self._discard()
+            raise
         return self
 
     def __exit__(

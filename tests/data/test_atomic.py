@@ -124,3 +124,22 @@ def test_the_mark_of_a_complete_set_is_gone_while_files_are_replaced(paths, monk
     write(paths, [b"new", b"new"], overwrite=True)
 
     assert seen == [False, False]
+
+
+def test_a_signal_while_the_files_are_opened_leaves_nothing(tmp_path, monkeypatch):
+    opened = []
+    original = Path.open
+
+    def interrupt_the_second(self, *arguments):
+        opened.append(self)
+        file = original(self, *arguments)
+        if len(opened) == 2:
+            file.close()
+            raise KeyboardInterrupt
+        return file
+
+    monkeypatch.setattr(Path, "open", interrupt_the_second)
+    with pytest.raises(KeyboardInterrupt), AtomicFiles([tmp_path / "a", tmp_path / "b"]):
+        pass
+    assert len(opened) == 2
+    assert list(tmp_path.iterdir()) == []
