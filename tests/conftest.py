@@ -3,4 +3,4 @@
 import os
 
 # As rwkv_train.commands.main does: tests share their cores with other processes, some of them their own.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rwkv_train.errors import RwkvTrainError
+
 if TYPE_CHECKING:
     from rwkv_train.config.load import Tree
     from rwkv_train.config.train import TrainConfig
@@ -104,7 +106,10 @@ def _print_plan(settings: "TrainConfig") -> None:
     from rwkv_train.planning.plan import make_plan
 
     typer.echo(to_yaml(settings))
-    Console().print(_table("plan", make_plan(settings).rows()))
+    plan = make_plan(settings)
+    Console().print(_table("plan", plan.rows()))
+    if plan.obstacles:
+        raise RwkvTrainError("; ".join(map(str, plan.obstacles)))
 
 
 def _print_summary(summary: "RunSummary") -> None:

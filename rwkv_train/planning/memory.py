@@ -28,25 +28,25 @@ class MemoryEstimate(NamedTuple):
         return self.model_bytes + self.activation_bytes
 
 
-def estimate_memory(config: TrainConfig, device: torch.device, wkv_backend: str) -> MemoryEstimate:
+def estimate_memory(config: TrainConfig, wkv_backend: str) -> MemoryEstimate:
     """Estimate the memory of one training step on one device.
 
     The forward runs once on tensors without data; every tensor that autograd keeps is counted once.
 
     Args:
         config: the settings of the run.
-        device: where it would run.
         wkv_backend: name of the recurrence's backend.
     """
     batch, ctx_len = config.trainer.micro_batch_size, config.model.ctx_len
     autocast = (
-        torch.autocast(device.type, torch.bfloat16)
+        torch.autocast("cpu", torch.bfloat16)
         if config.trainer.precision == "bf16-autocast"
         else nullcontext()
     )
     model = build_model(config.model, wkv_backend=wkv_backend, device="meta")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    with FakeTensorMode(), torch.device(device):
+    # As if on a CPU: a GPU keeps the same tensors, and need not be there.
+    with FakeTensorMode(), torch.device("cpu"):
         model.load_state_dict({name: torch.empty(shape) for name, shape in shapes.items()}, assign=True)
         parameters = {_storage_of(parameter) for parameter in model.parameters()}
         tokens = torch.zeros(batch, ctx_len, dtype=torch.int64)

@@ -6,6 +6,7 @@ import sys
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from rwkv_train.training.meter import StepMetrics
 
@@ -32,11 +33,11 @@ class Display:
         self._bar: Progress | None = None
         if is_shown and sys.stderr is not None and sys.stderr.isatty():
             self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[metrics]}"),
-                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                # On a narrow terminal the metrics give way, not the step and the time left.
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=None, table_column=Column(ratio=1)),
+                TextColumn("{task.fields[metrics]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+                TimeRemainingColumn(True, True, table_column=Column(no_wrap=True)),
                 console=stderr_console(),
                 # Time left is estimated from the last minutes, not from the first, slower steps.
                 speed_estimate_period=120,

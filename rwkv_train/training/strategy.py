@@ -34,8 +34,8 @@ def device_of(settings: TrainerConfig) -> torch.device:
         return torch.device("cpu")
     if n_gpus < settings.devices:
         raise ConfigError(
-            f"trainer.devices is {settings.devices} but this machine has {n_gpus} GPUs; lower it, or set "
-            "trainer.accelerator to 'cpu'"
+            f"the run needs {settings.devices} GPUs (trainer.devices) but this machine has {n_gpus}; lower it, or "
+            "set trainer.accelerator to 'cpu'"
         )
     return torch.device("cuda")
 
