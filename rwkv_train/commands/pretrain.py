@@ -4,9 +4,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rwkv_train.commands.tables import print_table
 from rwkv_train.errors import RwkvTrainError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from rwkv_train.config.load import Tree
     from rwkv_train.config.train import TrainConfig
     from rwkv_train.training.run import RunSummary
@@ -113,12 +116,10 @@ def _print_plan(settings: "TrainConfig") -> None:
 
 
 def _print_summary(summary: "RunSummary") -> None:
-    from rich.console import Console
-
-    Console().print(_table("run", summary.rows()))
+    print_table(_table("run", summary.rows()))
 
 
-def _table(title: str, rows: list[tuple[str, str]]) -> object:
+def _table(title: str, rows: list[tuple[str, str]]) -> "Table":
     from rich.table import Table
 
     table = Table(title=title, show_header=False, title_justify="left")
