@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rwkv_train.checkpoints import load_model
-    from rwkv_train.config.load import load_train_config
     from rwkv_train.generation.generate import generate
     from rwkv_train.tokenizers import load_tokenizer
     from rwkv_train.training.run import run_pretraining
+    from rwkv_train.training.settings import load_settings
 
 __version__ = "0.1.0"
 
-__all__ = ["generate", "load_model", "load_tokenizer", "load_train_config", "run_pretraining"]
+__all__ = ["generate", "load_model", "load_settings", "load_tokenizer", "run_pretraining"]
 
 _HOMES = {
     "generate": "rwkv_train.generation.generate",
     "load_model": "rwkv_train.checkpoints",
+    "load_settings": "rwkv_train.training.settings",
     "load_tokenizer": "rwkv_train.tokenizers",
-    "load_train_config": "rwkv_train.config.load",
     "run_pretraining": "rwkv_train.training.run",
 }
 

@@ -10,7 +10,6 @@ from rwkv_train.errors import RwkvTrainError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from rwkv_train.config.load import Tree
     from rwkv_train.config.train import TrainConfig
     from rwkv_train.training.run import RunSummary
 
@@ -37,7 +36,9 @@ def pretrain(
     config: ConfigName, overrides: Overrides = None, resume: Resume = "auto", dry_run: DryRun = False
 ) -> None:
     """Train a model from scratch, or go on from the last checkpoint in out_dir."""
-    settings = _load_settings(config, overrides or [])
+    from rwkv_train.training.settings import load_settings
+
+    settings = load_settings(config, overrides or [])
     _log_to_stderr()
     if dry_run:
         _print_plan(settings)
@@ -50,31 +51,6 @@ def pretrain(
         _print_summary(summary)
     if summary.signal is not None:
         raise typer.Exit(128 + summary.signal)
-
-
-def _load_settings(config: str, overrides: list[str]) -> "TrainConfig":
-    from rwkv_train.config.load import check_tree, fill_sizes, read_tree
-
-    tree = read_tree(config, overrides)
-    model = tree.get("model")
-    if isinstance(model, dict) and model.get("init_from") is not None:
-        tree = fill_sizes(tree, _sizes_of_weights(str(model["init_from"]), tree.get("trainer")))
-    return check_tree(tree)
-
-
-def _sizes_of_weights(init_from: str, trainer: object) -> "Tree":
-    """The sizes of ``model.init_from``: a run that started from it needs the file no more to go on."""
-    from rwkv_train.checkpoints.training_state import list_training_checkpoints, read_manifest
-    from rwkv_train.checkpoints.weights import read_weights
-    from rwkv_train.config.save import to_tree
-
-    out_dir = trainer.get("out_dir") if isinstance(trainer, dict) else None
-    for folder in list_training_checkpoints(out_dir) if isinstance(out_dir, str) else []:
-        manifest = read_manifest(folder)
-        if manifest["config"]["model"].get("init_from") == init_from:
-            sizes: Tree = manifest["arch_config"]
-            return sizes
-    return to_tree(read_weights(init_from).config)
 
 
 def _log_to_stderr() -> None:

@@ -1,0 +1,40 @@
+"""The settings of a run that may start from given weights, whose sizes they then are."""
+
+from collections.abc import Sequence
+
+from rwkv_train.config.load import Tree, check_tree, fill_sizes, read_tree
+from rwkv_train.config.save import to_tree
+from rwkv_train.config.train import TrainConfig
+
+
+def load_settings(config: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read and check the settings of a run; ``model.init_from`` gives the sizes that the file leaves out.
+
+    Args:
+        config: path of a YAML file, or the name of a shipped preset.
+        overrides: ``"section.name=value"``; see :func:`rwkv_train.config.load.read_tree`.
+
+    Raises:
+        ConfigError: a setting is unknown, has the wrong type, or contradicts others or the weights.
+        CheckpointError: the weights cannot be read.
+    """
+    tree = read_tree(config, overrides)
+    model = tree.get("model")
+    if isinstance(model, dict) and model.get("init_from") is not None:
+        tree = fill_sizes(tree, _sizes_of_weights(str(model["init_from"]), tree.get("trainer")))
+    return check_tree(tree)
+
+
+def _sizes_of_weights(init_from: str, trainer: object) -> Tree:
+    """The sizes of ``model.init_from``: a run that started from it needs the file no more to go on."""
+    # These load torch, and a misspelt setting should be answered at once.
+    from rwkv_train.checkpoints.training_state import list_training_checkpoints, read_manifest  # noqa: PLC0415
+    from rwkv_train.checkpoints.weights import read_weights  # noqa: PLC0415
+
+    out_dir = trainer.get("out_dir") if isinstance(trainer, dict) else None
+    for folder in list_training_checkpoints(out_dir) if isinstance(out_dir, str) else []:
+        manifest = read_manifest(folder)
+        if manifest["config"]["model"].get("init_from") == init_from:
+            sizes: Tree = manifest["arch_config"]
+            return sizes
+    return to_tree(read_weights(init_from).config)
