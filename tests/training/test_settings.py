@@ -9,9 +9,9 @@ import yaml
 from rwkv_train.checkpoints.infer import make_explicit
 from rwkv_train.checkpoints.training_state import TrainingState, save_training_checkpoint
 from rwkv_train.checkpoints.weights import write_pth
-from rwkv_train.commands.pretrain import _load_settings
 from rwkv_train.config.save import to_tree
 from rwkv_train.errors import CheckpointError, ConfigError
+from rwkv_train.training.settings import load_settings
 
 
 @pytest.fixture
@@ -28,19 +28,19 @@ def started(weights, tmp_path):
 
 
 def test_the_sizes_come_from_the_weights(started, weights):
-    model = _load_settings(str(started[0]), []).model
+    model = load_settings(str(started[0]), []).model
     assert (model.n_layer, model.n_embd, model.head_size) == (1, 32, 16)
     assert model.ranks == weights.config.ranks
 
 
 def test_a_size_that_differs_from_the_weights_is_refused(started):
     with pytest.raises(ConfigError, match=r"model\.n_layer is 5 but 1 in the weights"):
-        _load_settings(str(started[0]), ["model.n_layer=5"])
+        load_settings(str(started[0]), ["model.n_layer=5"])
 
 
 def test_a_run_goes_on_without_the_weights_that_it_started_from(started, weights, tmp_path):
     file, path = started
-    settings = _load_settings(str(file), [])
+    settings = load_settings(str(file), [])
     moments = {name: torch.zeros_like(tensor) for name, tensor in weights.tensors.items()}
     manifest = {
         "step": 1,
@@ -55,7 +55,7 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(started, weights
     save_training_checkpoint(tmp_path / "run", TrainingState(tensors, moments, moments, manifest))
     path.unlink()
 
-    assert _load_settings(str(file), []) == settings
+    assert load_settings(str(file), []) == settings
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(CheckpointError, match="there is no such file"):
-        _load_settings(str(file), [])
+        load_settings(str(file), [])
