@@ -15,32 +15,31 @@ _BITS_PER_BYTE = "val_bits_per_byte"
 def plot_run(out_dir: Path) -> Path:
     """Draw ``loss.png`` from a run's metrics: training loss, and held-out bits per byte by domain.
 
+    Where the bytes of the held-out text are not known, its loss is drawn beside that of training.
+
     Returns:
         The path of the picture.
     """
     rows = read_metrics(out_dir / METRICS_FILE)
-    has_validation = any(row.get(_BITS_PER_BYTE) for row in rows)
-    figure = Figure(figsize=(10 if has_validation else 6, 4), layout="constrained")
+    domains = {
+        name: _series(rows, name) for row in rows[:1] for name in row if name.startswith(_BITS_PER_BYTE)
+    }
+    domains = {name: series for name, series in domains.items() if series[0]}
+    figure = Figure(figsize=(10 if domains else 6, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2 if has_validation else 1, squeeze=False)[0]
+    axes = figure.subplots(1, 2 if domains else 1, squeeze=False)[0]
 
-    steps, losses = _series(rows, "loss")
-    axes[0].plot(steps, losses, linewidth=1.2)
-    axes[0].set(title="Training loss", xlabel="step", ylabel="nats per token")
-    if has_validation:
-        for column in [name for name in rows[0] if name.startswith(_BITS_PER_BYTE)]:
-            steps, values = _series(rows, column)
-            domain = column.removeprefix(_BITS_PER_BYTE).lstrip("/")
-            pooled = not domain
-            axes[1].plot(
-                steps,
-                values,
-                marker="o",
-                markersize=3,
-                linewidth=2.0 if pooled else 1.0,
-                linestyle="-" if pooled else "--",
-                label=f"{domain or 'all domains'}: {values[-1]:.3f}",
-            )
+    axes[0].plot(*_series(rows, "loss"), linewidth=1.2, label="training")
+    axes[0].set(title="Loss", xlabel="step", ylabel="nats per token")
+    if not domains:
+        axes[0].plot(*_series(rows, "val_loss"), marker="o", markersize=3, label="held-out text")
+        axes[0].legend()
+    for name, (steps, values) in domains.items():
+        domain = name.removeprefix(_BITS_PER_BYTE).lstrip("/")
+        style = {"linewidth": 1.0, "linestyle": "--"} if domain else {"linewidth": 2.0}
+        label = f"{domain or 'all domains'}: {values[-1]:.3f}"
+        axes[1].plot(steps, values, marker="o", markersize=3, label=label, **style)
+    if domains:
         axes[1].set(title="Held-out text", xlabel="step", ylabel="bits per byte")
         axes[1].legend()
     for axis in axes:
