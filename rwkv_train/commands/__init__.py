@@ -79,9 +79,9 @@ def _root(
 
 def main() -> None:
     """Run the command line of ``sys.argv``; the entry point of ``rwkv-train``."""
-    # GNU OpenMP's threads wait for each other by spinning, 300,000 rounds by default. Beside one other busy process
-    # that made a training step 15 times slower on two cores; with 20,000 rounds it is 3 times slower, and as fast
-    # as before on a quiet machine (sleeping at once is not). Read when torch is loaded.
+    # GNU OpenMP's threads wait for each other by spinning, 300,000 rounds by default. Two training processes that
+    # shared two cores so took 10 s a step, with 20,000 rounds 1.5 s (alone 0.4 s with either; sleeping at once
+    # costs 40 % there). Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # Not at once: what is being written is cleared away, as after Ctrl-C. Training takes the signal over.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))

@@ -41,10 +41,11 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def _find_neox_file() -> Path:
     from huggingface_hub import hf_hub_download  # noqa: PLC0415
+    from huggingface_hub.errors import EntryNotFoundError  # noqa: PLC0415
 
     try:
         return Path(hf_hub_download(_NEOX_REPOSITORY, "tokenizer.json"))
-    except Exception as error:  # whatever stops the download, the repair is the same
+    except (OSError, ValueError, EntryNotFoundError) as error:  # its network errors are OSErrors
         reason = str(error).strip().split("\n", 1)[0]
         raise DataError(
             f"the tokenizer 'neox' could not be had from {_NEOX_REPOSITORY} on huggingface.co ({reason}); "

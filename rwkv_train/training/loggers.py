@@ -64,9 +64,10 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     """Return the rows of a metrics file; none where there is no file."""
     if not path.exists():
         return []
-    # A process that was killed while it wrote leaves a last row without its step, a power cut no text at all.
+    # A process that was killed while it wrote leaves a last row cut off, a power cut no text at all.
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
+        rows = csv.DictReader(file)
+        return [row for row in rows if (row.get("step") or "").isdigit() and None not in row.values()]
 
 
 def make_loggers(config: TrainConfig, columns: Sequence[str], start_step: int) -> list[Logger]:
