@@ -4,6 +4,7 @@ from pydantic import Field
 
 from rwkv_train.config.base import Config
 from rwkv_train.config.data import DataConfig
+from rwkv_train.config.guard import GuardConfig
 from rwkv_train.config.model import ModelConfig
 from rwkv_train.config.optim import OptimConfig
 from rwkv_train.config.trainer import CheckpointConfig, TrainerConfig
@@ -22,3 +23,5 @@ class TrainConfig(Config):
     """The run."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """What is kept."""
+    guard: GuardConfig = Field(default_factory=GuardConfig)
+    """What happens to a bad step."""

@@ -7,6 +7,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from rwkv_train.config.base import Config
 
+Strategy = Literal["auto", "ddp", "fsdp2", "deepspeed_1", "deepspeed_2", "deepspeed_3"]
+
 _NO_RUN_IS_THAT_LONG = 10**15  # steps or tokens; beyond it, counts of samples leave 64 bits
 
 
@@ -27,18 +29,30 @@ class TrainerConfig(Config):
     """Samples that one device computes at once; global_batch_size is reached by accumulation."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device: "auto" takes a GPU where there is one."""
-    strategy: Literal["auto", "ddp"] = "auto"
-    """How devices share the work: "auto" is one process, or DDP where there are several."""
+    strategy: Strategy = "auto"
+    """How devices share the work: "auto" (one process, or DDP), "ddp", "fsdp2", "deepspeed_1", "_2" or "_3"."""
+    offload: Literal["none", "optimizer", "optimizer_and_parameters"] = "none"
+    """What lies in the CPU's memory: DeepSpeed's optimizer states, with stage 3 the parameters too."""
+    deepspeed_config: str | None = None
+    """A JSON file of DeepSpeed's own settings, merged over ours; what our settings decide must not be in it."""
     devices: PositiveInt = 1
     """Devices (processes) on each node."""
     num_nodes: PositiveInt = 1
     """Machines that train together."""
-    precision: Literal["fp32", "bf16-autocast"] = "fp32"
-    """"fp32", or "bf16-autocast": float32 parameters, matrix products in bfloat16; validation is always fp32."""
+    precision: Literal["fp32", "bf16-autocast", "bf16-params"] = "fp32"
+    """"fp32"; "bf16-autocast": matrix products in bfloat16; "bf16-params": the forward sees bfloat16 parameters."""
+    compile: bool = False
+    """Compile each block with torch.compile: a slower start, then faster steps."""
+    grad_checkpointing: bool = False
+    """Keep only the inputs of each block and compute it again in the backward: less memory, a third more time."""
     wkv_backend: str = "auto"
     """Backend of the recurrence: "auto" (the fastest that fits), "torch", "cpp" or "reference"."""
     seed: Annotated[NonNegativeInt, Field(lt=1 << 63)] = 42
-    """Seed of the initial values and of the order of the data."""
+    """Seed of the initial values, of the order of the data and of dropout."""
+    hang_timeout_seconds: PositiveFloat = 600.0
+    """Time without progress after which a run of several processes ends and names the one that hangs."""
+    grace_seconds: PositiveFloat = 60.0
+    """Time that a run asked to stop may take for its step and its save; then it stops without."""
     log_every_n_steps: PositiveInt = 10
     """Steps between two rows of metrics."""
     val_every_n_steps: PositiveInt = 500
@@ -72,6 +86,29 @@ class TrainerConfig(Config):
                 f"micro_batch_size ({self.micro_batch_size}) x devices ({self.devices}) x num_nodes ({self.num_nodes})"
             )
         return self
+
+    @model_validator(mode="after")
+    def _deepspeed_settings_need_deepspeed(self) -> Self:
+        if self.zero_stage is None:
+            if self.deepspeed_config is not None:
+                raise ValueError(
+                    f"deepspeed_config needs strategy deepspeed_1, _2 or _3, not {self.strategy!r}; set it to null"
+                )
+            if self.offload != "none":
+                raise ValueError(
+                    f"offload {self.offload!r} needs strategy deepspeed_1, _2 or _3, not {self.strategy!r}"
+                )
+        if self.offload == "optimizer_and_parameters" and self.zero_stage != 3:
+            raise ValueError(
+                f"offload {self.offload!r} needs strategy 'deepspeed_3', not {self.strategy!r}; "
+                "set offload to 'optimizer'"
+            )
+        return self
+
+    @property
+    def zero_stage(self) -> int | None:
+        """DeepSpeed's ZeRO stage; ``None`` under other strategies."""
+        return int(self.strategy.removeprefix("deepspeed_")) if "deepspeed" in self.strategy else None
 
     @property
     def run_folder(self) -> Path:
