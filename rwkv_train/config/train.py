@@ -3,11 +3,12 @@
 from pydantic import Field
 
 from rwkv_train.config.base import Config
+from rwkv_train.config.checkpoint import CheckpointConfig
 from rwkv_train.config.data import DataConfig
 from rwkv_train.config.guard import GuardConfig
 from rwkv_train.config.model import ModelConfig
 from rwkv_train.config.optim import OptimConfig
-from rwkv_train.config.trainer import CheckpointConfig, TrainerConfig
+from rwkv_train.config.trainer import TrainerConfig
 
 
 class TrainConfig(Config):

@@ -124,12 +124,3 @@ class TrainerConfig(Config):
     def accumulation(self) -> int:
         """Micro-batches that each device accumulates for one optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * self.world_size)
-
-
-class CheckpointConfig(Config):
-    """When checkpoints are written and which are kept."""
-
-    every_n_steps: PositiveInt = 500
-    """Steps between two checkpoints; one more follows the last step."""
-    keep_last: PositiveInt = 2
-    """How many of the newest are kept; the one with the best validation loss is kept besides."""
