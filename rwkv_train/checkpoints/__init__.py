@@ -3,14 +3,17 @@
 from rwkv_train.checkpoints.convert import Conversion, convert
 from rwkv_train.checkpoints.describe import Description, describe_checkpoint
 from rwkv_train.checkpoints.infer import infer_config
+from rwkv_train.checkpoints.io import require_space
+from rwkv_train.checkpoints.manifest import decode_random_state, encode_random_state
+from rwkv_train.checkpoints.retention import prune_training_checkpoints
+from rwkv_train.checkpoints.run_folder import list_training_checkpoints, newest_valid_checkpoint
 from rwkv_train.checkpoints.training_state import (
+    ParameterState,
+    TrainingCheckpoint,
     TrainingState,
-    decode_random_state,
-    encode_random_state,
-    list_training_checkpoints,
+    checkpoint_bytes,
     load_training_checkpoint,
-    newest_valid_checkpoint,
-    prune_training_checkpoints,
+    open_training_checkpoint,
     save_training_checkpoint,
 )
 from rwkv_train.checkpoints.weights import (
@@ -25,8 +28,11 @@ from rwkv_train.checkpoints.weights import (
 __all__ = [
     "Conversion",
     "Description",
+    "ParameterState",
+    "TrainingCheckpoint",
     "TrainingState",
     "Weights",
+    "checkpoint_bytes",
     "convert",
     "decode_random_state",
     "describe_checkpoint",
@@ -37,8 +43,10 @@ __all__ = [
     "load_training_checkpoint",
     "locate_checkpoint",
     "newest_valid_checkpoint",
+    "open_training_checkpoint",
     "prune_training_checkpoints",
     "read_weights",
+    "require_space",
     "save_training_checkpoint",
     "write_pth",
     "write_safetensors",

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rwkv_train.checkpoints.formats import Format
+from rwkv_train.checkpoints.manifest import read_manifest
 from rwkv_train.checkpoints.tensors import dtype_name
-from rwkv_train.checkpoints.training_state import read_manifest
 from rwkv_train.checkpoints.weights import locate_checkpoint, read_weights
 from rwkv_train.config.model import Rwkv7Config
 from rwkv_train.config.save import to_tree

@@ -25,10 +25,29 @@ def read_json(path: Path) -> Json:
     Raises:
         CheckpointError: it is missing, or not that.
     """
+    return parse_json(path, read_bytes(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file as it is.
+
+    Raises:
+        CheckpointError: the operating system refuses.
+    """
     try:
-        content = json.loads(path.read_bytes())
+        return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def parse_json(path: Path, raw: bytes) -> Json:
+    """Turn what was read from ``path`` into one JSON object.
+
+    Raises:
+        CheckpointError: it is not that.
+    """
+    try:
+        content = json.loads(raw)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
     if not isinstance(content, dict):
@@ -38,9 +57,12 @@ def read_json(path: Path) -> Json:
 
 def write_json(path: Path, content: Json) -> None:
     """Write one JSON object, for people to read too; NaN and infinity are refused (``ValueError``)."""
-    path.write_text(
-        json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    path.write_text(json_text(content), encoding="utf-8", newline="\n")
+
+
+def json_text(content: Json) -> str:
+    """Return one JSON object as text, for people to read too; NaN and infinity are refused (``ValueError``)."""
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def find_problem(content: Json, kinds: Kinds) -> str | None:

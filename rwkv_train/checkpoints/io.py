@@ -117,6 +117,27 @@ def new_folder(folder: Path, n_bytes: int) -> Iterator[Path]:
         shutil.rmtree(_set_aside_name(folder), ignore_errors=True)
 
 
+def require_space(path: str | Path, n_bytes: int) -> None:
+    """Refuse to start what the disk has no room for.
+
+    Args:
+        path: where it would be written; it need not be there yet.
+        n_bytes: size that it will have, roughly.
+
+    Raises:
+        CheckpointError: the disk is too full (it says how much is needed and free), or cannot be asked.
+    """
+    path = Path(path).expanduser()
+    there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), path)
+    with os_errors_as_sentences(path, "written"):
+        free_bytes = shutil.disk_usage(there).free
+    if free_bytes < n_bytes + SPARE_BYTES:
+        raise CheckpointError(
+            f"{path} cannot be written: it needs {(n_bytes + SPARE_BYTES) / 1e6:,.0f} MB and its disk has "
+            f"{free_bytes / 1e6:,.0f} MB free; free some space or choose another disk"
+        )
+
+
 def remove_folder(folder: Path) -> None:
     """Delete a folder so that it is never seen half deleted under its own name.
 
@@ -164,12 +185,7 @@ def _set_aside_name(folder: Path) -> Path:
 def _prepare(target: Path, n_bytes: int) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target.parent, lambda name: name == target.name)
-    free_bytes = shutil.disk_usage(target.parent).free
-    if free_bytes < n_bytes + SPARE_BYTES:
-        raise CheckpointError(
-            f"{target} cannot be written: it needs {(n_bytes + SPARE_BYTES) / 1e6:,.0f} MB and its disk has "
-            f"{free_bytes / 1e6:,.0f} MB free; free some space or choose another disk"
-        )
+    require_space(target, n_bytes)
 
 
 def _take_name(temporary: Path, folder: Path) -> None:

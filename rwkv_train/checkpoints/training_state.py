@@ -1,74 +1,95 @@
 """Training checkpoints: all that the next step needs, in a folder that any number of processes can read.
 
 ``OUT_DIR/checkpoints/step-00000500/`` holds ``model.safetensors`` (float32 weights under the official
-names), ``optimizer.safetensors`` (``exp_avg.NAME`` and ``exp_avg_sq.NAME``, float32) and ``manifest.json``
-(everything else, and the SHA-256 of both). Nothing in it is a pickle.
+names), ``optimizer.safetensors`` (``exp_avg.NAME`` and ``exp_avg_sq.NAME``, float32), each in several files where
+it is large, and ``manifest.json`` (everything else, and the SHA-256 of each file). Nothing in it is a pickle.
 """
 
-import base64
-import binascii
-import logging
-import re
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rwkv_train.checkpoints.descriptions import (
-    Json,
-    find_problem,
-    parse_model,
-    parse_tokenizer,
-    read_json,
-    verify_files,
-    write_json,
-)
-from rwkv_train.checkpoints.formats import CHECKPOINTS_FOLDER, FORMAT_VERSION, MANIFEST_FILE, WEIGHTS_FILE
-from rwkv_train.checkpoints.infer import check_tensors
+from rwkv_train.checkpoints.descriptions import Json, find_problem, parse_model
+from rwkv_train.checkpoints.formats import FORMAT_VERSION, MANIFEST_FILE
+from rwkv_train.checkpoints.infer import check_tensors, expected_shapes
 from rwkv_train.checkpoints.io import (
-    OLD_PREFIX,
     new_folder,
     os_errors_as_sentences,
-    remove_folder,
     remove_leftovers,
     resolve_target,
     sha256_of,
 )
-from rwkv_train.checkpoints.safetensors_file import read_safetensors, save_safetensors
-from rwkv_train.checkpoints.tensors import size_in_bytes
+from rwkv_train.checkpoints.manifest import (
+    GIVEN_KEYS,
+    OPTIMIZER,
+    WEIGHTS,
+    decode_random_state,
+    encode_random_state,
+    read_manifest,
+    tensor_files,
+    verify_checkpoint,
+    write_manifest,
+)
+from rwkv_train.checkpoints.retention import prune_training_checkpoints
+from rwkv_train.checkpoints.run_folder import (
+    checkpoint_folder,
+    is_checkpoint_name,
+    list_training_checkpoints,
+    newest_valid_checkpoint,
+    next_save_number,
+)
+from rwkv_train.checkpoints.safetensors_file import table_size
+from rwkv_train.checkpoints.tensor_files import TensorFiles, TensorFilesWriter
+from rwkv_train.config.model import ModelConfig
 from rwkv_train.errors import CheckpointError
 
-logger = logging.getLogger(__name__)
+# Until all import these from where they are now.
+__all__ = [
+    "TENSOR_FILES",
+    "ParameterState",
+    "TrainingCheckpoint",
+    "TrainingState",
+    "checkpoint_bytes",
+    "decode_random_state",
+    "encode_random_state",
+    "list_training_checkpoints",
+    "load_training_checkpoint",
+    "newest_valid_checkpoint",
+    "open_training_checkpoint",
+    "prune_training_checkpoints",
+    "read_manifest",
+    "save_training_checkpoint",
+]
+TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
 
-OPTIMIZER_FILE = "optimizer.safetensors"
-"""Name of Adam's moments in a training checkpoint."""
+MAX_FILE_BYTES = 4_000_000_000
+"""Size above which tensors go to several files, where nothing else is asked for."""
 
-TENSOR_FILES = (WEIGHTS_FILE, OPTIMIZER_FILE)
-"""The files that a manifest has hashes of."""
+_BYTES_OF_A_WEIGHT = 12
+"""A float32 weight and its two moments."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
-_GIVEN_KEYS: dict[str, tuple[type, ...]] = {
-    "step": (int,),
-    "tokens": (int,),
-    "config": (dict,),
-    "tokenizer": (dict, type(None)),
-    "arch_config": (dict,),
-    "random": (dict,),
-    "data": (dict,),
-}
-"""What the caller of :func:`save_training_checkpoint` puts into a manifest; other keys are kept too."""
 
-_ALL_KEYS = {**_GIVEN_KEYS, "files": (dict,), "save_number": (int,)}
-"""What a manifest on disk has. ``save_number`` counts a run's saves, those of abandoned branches too."""
+class ParameterState(NamedTuple):
+    """One parameter as a checkpoint holds it, in float32."""
 
-_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+    name: str
+    """The official name."""
+    weight: Tensor
+    exp_avg: Tensor | None
+    """Adam's first moment, of the weight's shape; ``None``: the parameter is never updated."""
+    exp_avg_sq: Tensor | None
+    """The second moment; ``None`` where the first one is."""
 
 
 class TrainingState(NamedTuple):
-    """A moment of a run, independent of the number of processes and of how they shared the work."""
+    """A moment of a run in memory, independent of the number of processes and of how they shared the work."""
 
     weights: dict[str, Tensor]
     """Official name -> float32 weight."""
@@ -80,119 +101,140 @@ class TrainingState(NamedTuple):
     """``step``, ``tokens``, ``config``, ``tokenizer``, ``arch_config``, ``random``, ``data``
     and what else a run needs."""
 
+    def parameters(self) -> Iterator[ParameterState]:
+        """Give out the parameters as :func:`save_training_checkpoint` takes them.
 
-def save_training_checkpoint(out_dir: str | Path, state: TrainingState) -> Path:
+        Raises:
+            ValueError: there is a moment of no weight.
+        """
+        for kind, moments in zip(_MOMENTS, (self.exp_avg, self.exp_avg_sq), strict=True):
+            for name in moments:
+                if name not in self.weights:
+                    raise ValueError(f"tensor '{kind}.{name}' has no weight to go with it")
+        for name, weight in self.weights.items():
+            yield ParameterState(name, weight, self.exp_avg.get(name), self.exp_avg_sq.get(name))
+
+
+class TrainingCheckpoint:
+    """A training checkpoint on disk, whose names, shapes and dtypes fit its architecture.
+
+    Args:
+        folder: its folder.
+        manifest: its manifest.
+
+    Raises:
+        CheckpointError: a file cannot be read, or tensors do not fit ``arch_config``.
+    """
+
+    def __init__(self, folder: Path, manifest: Json) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._weights = TensorFiles(folder, tensor_files(folder, manifest, WEIGHTS))
+        self._moments = TensorFiles(folder, tensor_files(folder, manifest, OPTIMIZER))
+        config = parse_model(folder / MANIFEST_FILE, manifest["arch_config"])
+        _check_state(folder, config, self._weights.headers, self._moments.headers)
+        self.names = tuple(name for name in expected_shapes(config) if name in self._weights.headers)
+        """Names of the parameters, in the order of the model; unused ones may be absent."""
+
+    def parameter(self, name: str) -> ParameterState:
+        """Read one parameter from the disk, into memory of its own.
+
+        Raises:
+            CheckpointError: the file is damaged.
+            KeyError: there is no such parameter.
+        """
+        exp_avg, exp_avg_sq = (
+            self._moments.read(moment).clone() if moment in self._moments.headers else None
+            for moment in (f"{kind}.{name}" for kind in _MOMENTS)
+        )
+        return ParameterState(name, self._weights.read(name).clone(), exp_avg, exp_avg_sq)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Read all weights from the disk, into memory of their own."""
+        return {name: self._weights.read(name).clone() for name in self.names}
+
+
+def checkpoint_bytes(config: ModelConfig) -> int:
+    """Return the size in bytes that a training checkpoint of a model has at most, but for names and JSON."""
+    return _BYTES_OF_A_WEIGHT * sum(math.prod(shape) for shape in expected_shapes(config).values())
+
+
+def save_training_checkpoint(
+    out_dir: str | Path,
+    manifest: Json | TrainingState,
+    parameters: Iterable[ParameterState] = (),
+    *,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> Path:
     """Write a checkpoint of a run; it appears whole or not at all.
 
     A checkpoint of the same step is replaced. What a killed save left is cleared away. In a run of several
-    processes one of them calls this.
+    processes one of them calls this. One parameter at a time is taken, moved to the CPU and written. Where that
+    fails, ``parameters`` is left where it was, neither closed nor read to its end.
 
     Args:
         out_dir: folder of the run.
-        state: tensors and manifest; ``format``, ``files`` and ``save_number`` are added to the manifest here.
+        manifest: ``step``, ``tokens``, ``config``, ``tokenizer``, ``arch_config``, ``random``, ``data`` and what
+            else a run needs; ``format``, ``files``, ``save_number``, ``saved_at`` and ``sha256`` are added here.
+        parameters: every parameter of the model, in any order, on any device; dtypes narrower than float32
+            are widened.
+        max_file_bytes: size above which tensors of a kind go to several files.
 
     Returns:
         The folder of the checkpoint.
 
     Raises:
         CheckpointError: the disk is full, or the operating system refuses; older checkpoints are untouched.
-        ValueError: the manifest lacks a key, or tensors are not float32 or do not fit ``arch_config``.
+        ValueError: the manifest lacks a key, or parameters do not fit ``arch_config``.
     """
-    manifest: Json = {"format": FORMAT_VERSION, **state.manifest}
-    problem = find_problem(manifest, _GIVEN_KEYS)
-    if problem is not None:
+    if isinstance(manifest, TrainingState):
+        parameters = manifest.parameters()
+        manifest = manifest.manifest
+    if problem := find_problem({**manifest, "format": FORMAT_VERSION}, GIVEN_KEYS):
         raise ValueError(f"the manifest cannot be saved: {problem}")
-    folder = _checkpoints_folder(resolve_target(out_dir)) / f"step-{manifest['step']:08d}"
-    moments = {
-        f"{kind}.{name}": tensor
-        for kind, tensors in zip(_MOMENTS, (state.exp_avg, state.exp_avg_sq), strict=True)
-        for name, tensor in tensors.items()
-    }
+    folder = checkpoint_folder(resolve_target(out_dir), manifest["step"])
     try:
-        _check_state(folder, manifest, state.weights, moments)
+        config = parse_model(folder / MANIFEST_FILE, manifest["arch_config"])
     except CheckpointError as error:
         raise ValueError(str(error)) from error
 
     with os_errors_as_sentences(folder, "written"):
         if folder.parent.exists():
-            remove_leftovers(folder.parent, lambda name: _STEP_FOLDER.fullmatch(name) is not None)
-    with new_folder(folder, size_in_bytes(state.weights) + size_in_bytes(moments)) as new:
-        save_safetensors(new / WEIGHTS_FILE, state.weights)
-        save_safetensors(new / OPTIMIZER_FILE, moments)
-        manifest["files"] = {name: sha256_of(new / name) for name in TENSOR_FILES}
-        manifest["save_number"] = 1 + max(
-            (read_manifest(saved)["save_number"] for saved in list_training_checkpoints(out_dir)), default=0
-        )
+            remove_leftovers(folder.parent, is_checkpoint_name)
+    with new_folder(folder, checkpoint_bytes(config)) as new:
+        _write_tensors(new, folder, config, parameters, max_file_bytes)
+        content = {
+            **manifest,
+            "files": {path.name: sha256_of(path) for path in sorted(new.iterdir())},
+            "save_number": next_save_number(out_dir),
+            "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
         # Last, so that a folder with a manifest is a finished one.
-        write_json(new / MANIFEST_FILE, manifest)
+        write_manifest(new, content)
     return folder
 
 
-def list_training_checkpoints(out_dir: str | Path) -> list[Path]:
-    """Return the folders of a run's complete checkpoints, lowest step first.
-
-    Complete means: the manifest can be read and its files are there. Their hashes are not compared.
-    """
-    return [folder for _, folder in sorted(_step_folders(Path(out_dir)).items()) if _is_complete(folder)]
-
-
-def newest_valid_checkpoint(out_dir: str | Path, *, files: Sequence[str] = TENSOR_FILES) -> Path | None:
-    """Return the checkpoint that was saved last, of those that are undamaged.
-
-    A damaged one is passed over with a warning that names the file. After a run went back to an older
-    checkpoint, what it saved since counts as newer than the higher steps of the abandoned branch.
+def open_training_checkpoint(folder: str | Path, *, verify: bool = True) -> TrainingCheckpoint:
+    """Open a training checkpoint; its tensors are read when they are asked for.
 
     Args:
-        out_dir: folder of the run.
-        files: which files must be undamaged.
-
-    Returns:
-        Its folder, or ``None`` where the run has saved nothing yet.
+        folder: its folder.
+        verify: compare each file with its hash. Not needed after :func:`newest_valid_checkpoint`, which has
+            done so, nor by more than one of the processes that read the same disk.
 
     Raises:
-        CheckpointError: there are checkpoints, and all are damaged.
+        CheckpointError: a file is missing or damaged, or tensors do not fit ``arch_config``.
     """
-    numbered: list[tuple[int, int, Path]] = []
-    n_damaged = 0
-    for step, folder in sorted(_step_folders(Path(out_dir)).items()):
-        try:
-            numbered.append((read_manifest(folder)["save_number"], step, folder))
-        except CheckpointError as error:
-            n_damaged += 1
-            logger.warning("passed over a damaged checkpoint: %s", error)
-    for _, _, folder in sorted(numbered, reverse=True):
-        try:
-            verify_files(folder / MANIFEST_FILE, read_manifest(folder)["files"], files)
-        except CheckpointError as error:
-            n_damaged += 1
-            logger.warning("passed over a damaged checkpoint: %s", error)
-        else:
-            return folder
-    if n_damaged:
-        raise CheckpointError(
-            f"{_checkpoints_folder(Path(out_dir))}: every checkpoint in it is damaged ({n_damaged}); restore "
-            "one from a copy, or start a run in another out_dir"
-        )
-    return None
+    folder = Path(folder).expanduser()
+    return TrainingCheckpoint(folder, verify_checkpoint(folder) if verify else read_manifest(folder))
 
 
-def read_manifest(folder: str | Path) -> Json:
-    """Return the manifest of a training checkpoint.
+def load_training_checkpoint(folder: str | Path, *, verify: bool = True) -> TrainingState:
+    """Read a training checkpoint whole.
 
-    Raises:
-        CheckpointError: it is missing or damaged, or a key is missing or has the wrong type.
-    """
-    path = Path(folder) / MANIFEST_FILE
-    manifest = read_json(path)
-    problem = find_problem(manifest, _ALL_KEYS)
-    if problem is not None:
-        raise CheckpointError(f"{path} cannot be used: {problem}")
-    parse_tokenizer(path, manifest["tokenizer"])
-    return manifest
-
-
-def load_training_checkpoint(folder: str | Path) -> TrainingState:
-    """Read a training checkpoint, having compared the hash of each file.
+    Args:
+        folder: its folder.
+        verify: as in :func:`open_training_checkpoint`.
 
     Returns:
         Tensors on the CPU, in memory of their own.
@@ -200,114 +242,72 @@ def load_training_checkpoint(folder: str | Path) -> TrainingState:
     Raises:
         CheckpointError: a file is missing or damaged, or tensors do not fit ``arch_config``.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    verify_files(folder / MANIFEST_FILE, manifest["files"], TENSOR_FILES)
-    weights, moments = (read_safetensors(folder / name) for name in TENSOR_FILES)
-    _check_state(folder, manifest, weights, moments)
-    exp_avg, exp_avg_sq = (
-        {
-            name.removeprefix(f"{kind}."): tensor.clone()
-            for name, tensor in moments.items()
-            if name.startswith(f"{kind}.")
-        }
-        for kind in _MOMENTS
+    checkpoint = open_training_checkpoint(folder, verify=verify)
+    state = TrainingState({}, {}, {}, checkpoint.manifest)
+    for name in checkpoint.names:
+        parameter = checkpoint.parameter(name)
+        state.weights[name] = parameter.weight
+        if parameter.exp_avg is not None and parameter.exp_avg_sq is not None:
+            state.exp_avg[name], state.exp_avg_sq[name] = parameter.exp_avg, parameter.exp_avg_sq
+    return state
+
+
+def _write_tensors(
+    new: Path, folder: Path, config: ModelConfig, parameters: Iterable[ParameterState], max_file_bytes: int
+) -> None:
+    """Write the files of ``folder`` into ``new``."""
+    shapes = expected_shapes(config)
+    weight_table = table_size(shapes.items())
+    moment_table = table_size(
+        (f"{kind}.{name}", shape) for kind in _MOMENTS for name, shape in shapes.items()
     )
-    return TrainingState(
-        {name: tensor.clone() for name, tensor in weights.items()}, exp_avg, exp_avg_sq, manifest
-    )
+    with (
+        TensorFilesWriter(new, WEIGHTS, weight_table, max_file_bytes) as weights,
+        TensorFilesWriter(new, OPTIMIZER, moment_table, max_file_bytes) as moments,
+    ):
+        for name, weight, *both_moments in parameters:
+            if name not in shapes:
+                raise ValueError(
+                    f"tensor '{name}' {list(weight.shape)} is extra; the model has no such tensor"
+                )
+            weights.add(name, _as_stored(name, weight))
+            for kind, moment in zip(_MOMENTS, both_moments, strict=True):
+                if moment is not None:
+                    moments.add(f"{kind}.{name}", _as_stored(f"{kind}.{name}", moment))
+        try:
+            _check_state(folder, config, weights.headers, moments.headers)
+        except CheckpointError as error:
+            raise ValueError(str(error)) from error
 
 
-def prune_training_checkpoints(out_dir: str | Path, keep_last: int, keep: set[Path]) -> None:
-    """Remove a run's complete checkpoints, but for those saved last and those named.
-
-    Args:
-        out_dir: folder of the run.
-        keep_last: how many of those saved last stay, at least 1.
-        keep: folders that stay besides, such as that of the best validation loss.
-
-    Raises:
-        CheckpointError: a folder cannot be removed.
-        ValueError: ``keep_last`` is below 1.
-    """
-    if keep_last < 1:
-        raise ValueError(f"keep_last ({keep_last}) must be at least 1")
-    kept = {folder.resolve() for folder in keep}
-    newest_first = sorted(
-        list_training_checkpoints(out_dir),
-        key=lambda folder: read_manifest(folder)["save_number"],
-        reverse=True,
-    )
-    for folder in newest_first[keep_last:]:
-        if folder.resolve() not in kept:
-            remove_folder(folder)
-
-
-def encode_random_state(state: Tensor) -> str:
-    """Return the state of a PyTorch generator (uint8, one dimension) as text for a manifest."""
-    return base64.b64encode(bytes(state.tolist())).decode("ascii")
-
-
-def decode_random_state(text: str) -> Tensor:
-    """Return what :func:`encode_random_state` was given.
-
-    Raises:
-        CheckpointError: the text is damaged.
-    """
-    try:
-        return torch.tensor(list(base64.b64decode(text, validate=True)), dtype=torch.uint8)
-    except (binascii.Error, ValueError, TypeError) as error:
-        raise CheckpointError(f"the random state of a {MANIFEST_FILE} is damaged: {error}") from error
-
-
-def _checkpoints_folder(out_dir: Path) -> Path:
-    return out_dir.expanduser() / CHECKPOINTS_FOLDER
-
-
-def _step_folders(out_dir: Path) -> dict[int, Path]:
-    """Step -> folder, whatever its condition; one lost between the two renames of replacing it counts."""
-    parent = _checkpoints_folder(out_dir)
-    if not parent.is_dir():
-        return {}
-    with os_errors_as_sentences(parent, "read"):
-        entries = sorted(parent.iterdir(), key=lambda entry: entry.name.startswith(OLD_PREFIX))
-    found: dict[int, Path] = {}
-    for entry in entries:
-        match = _STEP_FOLDER.fullmatch(entry.name.removeprefix(OLD_PREFIX))
-        if match is not None:
-            found.setdefault(int(match[1]), entry)
-    return found
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        files = read_manifest(folder)["files"]
-    except CheckpointError:
-        return False
-    return all(name in files and (folder / name).is_file() for name in TENSOR_FILES)
+def _as_stored(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point() or tensor.element_size() > torch.float32.itemsize:
+        raise ValueError(f"tensor '{name}' is {tensor.dtype}; a checkpoint holds torch.float32")
+    return tensor.detach().to("cpu", torch.float32).contiguous()
 
 
 def _check_state(
-    folder: Path, manifest: Json, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+    folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]
 ) -> None:
-    """Refuse tensors that the architecture does not have, moments without their pair, and other dtypes."""
-    config = parse_model(folder / MANIFEST_FILE, manifest["arch_config"])
-    check_tensors(config, weights, source=str(folder / WEIGHTS_FILE))
-    for file, tensors in ((WEIGHTS_FILE, weights), (OPTIMIZER_FILE, moments)):
+    """Refuse tensors that the architecture does not have, moments without their pair, and other dtypes.
+
+    Of the tensors only the shapes and dtypes are looked at.
+    """
+    sources = [str(folder / f"{stem}.safetensors") for stem in (WEIGHTS, OPTIMIZER)]
+    check_tensors(config, weights, source=sources[0])
+    for source, tensors in zip(sources, (weights, moments), strict=True):
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32:
-                raise CheckpointError(
-                    f"{folder / file}: tensor '{name}' is {tensor.dtype}, expected torch.float32"
-                )
+                raise CheckpointError(f"{source}: tensor '{name}' is {tensor.dtype}, expected torch.float32")
     for name, tensor in moments.items():
         kind, _, parameter = name.partition(".")
         pair = _MOMENTS[1 - _MOMENTS.index(kind)] if kind in _MOMENTS else None
         if parameter not in weights or pair is None or f"{pair}.{parameter}" not in moments:
             raise CheckpointError(
-                f"{folder / OPTIMIZER_FILE}: tensor '{name}' has no weight or no second moment to go with it"
+                f"{sources[1]}: tensor '{name}' has no weight or no second moment to go with it"
             )
         if tensor.shape != weights[parameter].shape:
             raise CheckpointError(
-                f"{folder / OPTIMIZER_FILE}: tensor '{name}' has shape {list(tensor.shape)}, expected "
+                f"{sources[1]}: tensor '{name}' has shape {list(tensor.shape)}, expected "
                 f"{list(weights[parameter].shape)}"
             )

@@ -26,8 +26,11 @@ from rwkv_train.checkpoints.formats import (
 from rwkv_train.checkpoints.hub import resolve_path
 from rwkv_train.checkpoints.infer import check_tensors, fill_unused, infer_config, make_explicit
 from rwkv_train.checkpoints.io import new_file, new_folder, resolve_target, sha256_of
+from rwkv_train.checkpoints.manifest import WEIGHTS, tensor_files, verify_checkpoint
 from rwkv_train.checkpoints.pth import read_pth, save_pth
+from rwkv_train.checkpoints.run_folder import newest_valid_checkpoint
 from rwkv_train.checkpoints.safetensors_file import read_safetensors, save_safetensors
+from rwkv_train.checkpoints.tensor_files import TensorFiles
 from rwkv_train.checkpoints.tensors import (
     DTYPES,
     cast,
@@ -37,7 +40,6 @@ from rwkv_train.checkpoints.tensors import (
     size_in_bytes,
     strip_wrappers,
 )
-from rwkv_train.checkpoints.training_state import newest_valid_checkpoint, read_manifest
 from rwkv_train.config.model import ModelConfig
 from rwkv_train.config.save import to_tree
 from rwkv_train.errors import CheckpointError
@@ -92,7 +94,7 @@ def locate_checkpoint(path: str | Path) -> Location:
     if kind is not Format.RUN:
         return Location(local, kind)
     # The optimizer is not needed here, so it need not be whole.
-    newest = newest_valid_checkpoint(local, files=(WEIGHTS_FILE,))
+    newest = newest_valid_checkpoint(local, with_optimizer=False)
     if newest is None:
         raise CheckpointError(f"{local} holds no training checkpoint yet")
     return Location(newest, Format.TRAINING_CHECKPOINT)
@@ -287,21 +289,22 @@ def _read_safetensors_folder(folder: Path) -> Weights:
         raise CheckpointError(f"{path} cannot be used: {problem}")
     verify_files(path, description["files"], [WEIGHTS_FILE])
     config = make_explicit(parse_model(path, description["model"]))
-    tensors = _checked_tensors(folder / WEIGHTS_FILE, config)
+    tensors = _checked_tensors(folder / WEIGHTS_FILE, config, read_safetensors(folder / WEIGHTS_FILE))
     return Weights(config, tensors, parse_tokenizer(path, description["tokenizer"]), description["step"])
 
 
 def _read_training_checkpoint(folder: Path) -> Weights:
     path = folder / MANIFEST_FILE
-    manifest = read_manifest(folder)
-    verify_files(path, manifest["files"], [WEIGHTS_FILE])
+    manifest = verify_checkpoint(folder, with_optimizer=False)
     config = make_explicit(parse_model(path, manifest["arch_config"]))
-    tensors = _checked_tensors(folder / WEIGHTS_FILE, config)
+    files = TensorFiles(folder, tensor_files(folder, manifest, WEIGHTS))
+    tensors = _checked_tensors(
+        folder / WEIGHTS_FILE, config, {name: files.read(name) for name in files.headers}
+    )
     return Weights(config, tensors, parse_tokenizer(path, manifest["tokenizer"]), manifest["step"])
 
 
-def _checked_tensors(path: Path, config: ModelConfig) -> dict[str, Tensor]:
-    tensors = read_safetensors(path)
+def _checked_tensors(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     check_dense_floats(path, tensors)
     check_tensors(config, tensors, source=str(path))
     return fill_unused(config, tensors)

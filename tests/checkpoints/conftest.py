@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.checkpoints import TrainingState, safetensors_file
+from rwkv_train.checkpoints.safetensors_file import SafetensorsWriter
 from rwkv_train.config.model import LoraRanks, ModelConfig, Rwkv4Config, Rwkv7Config
 from rwkv_train.config.save import to_tree
 
@@ -196,6 +197,7 @@ def die_after(monkeypatch) -> Callable[[int], object]:
             )
             wrap(shutil, "rmtree", _remove_one_file)
             wrap(safetensors_file, "save_file", _write_half)
+            wrap(SafetensorsWriter, "_write_table")
             wrap(torch, "save", lambda save, content, file: _write_half(save, content, Path(file.name)))
             wrap(os, "fsync")
             yield

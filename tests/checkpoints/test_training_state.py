@@ -17,6 +17,7 @@ from rwkv_train.checkpoints import (
     save_training_checkpoint,
 )
 from rwkv_train.checkpoints.io import NEW_PREFIX, OLD_PREFIX
+from rwkv_train.checkpoints.manifest import write_manifest
 from rwkv_train.errors import CheckpointError
 
 FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors"]
@@ -35,8 +36,9 @@ def assert_same_state(read, written):
 
 
 def edit_json(path, **changes):
+    """Change a manifest, its own hash with it."""
     content = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in content.items() if value != "absent"}))
+    write_manifest(path.parent, {key: value for key, value in content.items() if value != "absent"})
 
 
 def rehash(folder):
@@ -173,7 +175,6 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(run):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"format": "rwkv-train/0"}, "format is 'rwkv-train/0'"),
         ({"step": "absent"}, r"it has no 'step' \(int\)"),
         ({"step": 1.5}, "'step' is 1.5, not of type int"),
         ({"tokens": -1}, "'tokens' is -1, which must not be negative"),
@@ -181,7 +182,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(run):
         ({"random": None}, "'random' is null, not of type dict"),
         ({"data": "absent"}, "it has no 'data'"),
         ({"tokenizer": {"name": 3}}, "'tokenizer' is"),
-        ({"files": {"model.safetensors": "0"}}, "model.safetensors is damaged"),
+        ({"files": {"model.safetensors": "0", "optimizer.safetensors": "0"}}, "model.safetensors is damaged"),
         ({"files": {}}, "'files' does not name model.safetensors"),
         ({"save_number": "1"}, "'save_number' is '1'"),
         ({"arch_config": {"arch": "rwkv4", "n_layer": 2, "n_embd": 32, "vocab_size": 60}}, "is missing"),
@@ -303,19 +304,25 @@ def test_a_linked_out_dir_is_saved_to_and_read_from(tmp_path, training_state):
     ("change", "sentence"),
     [
         (lambda state: state.manifest.pop("tokens"), "it has no 'tokens'"),
-        (lambda state: state.weights.pop("head.weight"), "'head.weight' is missing"),
+        (lambda state: [part.pop("head.weight") for part in state[:3]], "'head.weight' is missing"),
+        (lambda state: state.weights.update({"head.weight": torch.zeros(60, 31)}), r"shape \[60, 31\]"),
         (lambda state: state.exp_avg.pop("head.weight"), "'exp_avg_sq.head.weight' has no weight or no"),
+        (lambda state: state.exp_avg.update(a=torch.zeros(1)), "'exp_avg.a' has no weight"),
         (lambda state: state.weights.update(a=torch.zeros(1)), "'a' .* is extra"),
-        (lambda state: state.exp_avg.update({"emb.weight": torch.zeros(60, 32).half()}), "is torch.float16"),
+        (
+            lambda state: state.exp_avg.update({"emb.weight": torch.zeros(60, 32).double()}),
+            "is torch.float64",
+        ),
+        (lambda state: state.exp_avg.update({"emb.weight": torch.zeros(60, 32).long()}), "is torch.int64"),
     ],
-    ids=["manifest", "weight", "moment", "extra", "dtype"],
+    ids=["manifest", "weight", "shape", "half-a-pair", "moment", "extra", "too-wide", "integer"],
 )
 def test_what_could_not_be_loaded_is_not_saved(tmp_path, training_state, change, sentence):
     state = training_state(5)
     change(state)
     with pytest.raises(ValueError, match=sentence):
         save_training_checkpoint(tmp_path, state)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("checkpoints/*"))
 
 
 def test_nan_in_a_manifest_is_refused_and_leaves_nothing(run, training_state):
@@ -335,10 +342,10 @@ def test_pruning_keeps_the_last_ones_and_the_named_ones(run, training_state, tmp
 
 
 def test_pruning_removes_nothing_else(run):
-    (run / "checkpoints" / "best.json").touch()
+    (run / "checkpoints" / "notes.txt").touch()
     (run / "checkpoints" / "step-00000001").mkdir()
     prune_training_checkpoints(run, keep_last=1, keep=set())
-    assert names_in(run / "checkpoints") == ["best.json", "step-00000001", "step-00000015"]
+    assert names_in(run / "checkpoints") == ["notes.txt", "step-00000001", "step-00000015"]
 
 
 def test_an_incomplete_checkpoint_does_not_count_as_kept(run, folder):

@@ -1,0 +1,178 @@
+"""Tensors of one kind in one safetensors file, or in several of a bounded size with an index.
+
+``model.safetensors`` while they are few, else ``model-00001-of-00003.safetensors`` and so on beside
+``model.safetensors.index.json``, the layout in which large models are published: ``weight_map`` says which file
+holds a tensor, ``metadata.total_size`` how many bytes all values take.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import safetensors
+import torch
+from torch import Tensor
+
+from rwkv_train.checkpoints.descriptions import write_json
+from rwkv_train.checkpoints.safetensors_file import SafetensorsWriter
+from rwkv_train.errors import CheckpointError
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What safetensors calls the dtypes that weights may have, and one that they may be mistaken for."""
+
+
+class TensorFilesWriter:
+    """Writes tensors as they come, and holds none of them; see :class:`SafetensorsWriter`.
+
+    Args:
+        folder: where the files go.
+        stem: the beginning of their names: ``"model"``, ``"optimizer"``.
+        table_bytes: room for the table of a file that holds all tensors.
+        max_file_bytes: a tensor with which a file would be larger goes to a new one.
+    """
+
+    def __init__(self, folder: Path, stem: str, table_bytes: int, max_file_bytes: int) -> None:
+        self.headers: dict[str, Tensor] = {}
+        """Name -> a tensor of the shape that was written, without values."""
+        self._folder = folder
+        self._stem = stem
+        self._table_bytes = table_bytes
+        self._max_file_bytes = max_file_bytes
+        self._unnamed: list[Path] = []  # how many there are, and so their names, is known at the end
+        self._file_of: dict[str, int] = {}
+        self._total_bytes = 0
+        self._current: SafetensorsWriter
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._next_file()
+        return self
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append a contiguous float32 tensor on the CPU.
+
+        Raises:
+            ValueError: a tensor of that name is already there.
+        """
+        if name in self._file_of:
+            raise ValueError(f"there are two tensors '{name}'")
+        if self._current.n_bytes and self._current.n_bytes + tensor.nbytes > self._max_file_bytes:
+            self._stack.close()
+            self._next_file()
+        self._current.add(name, tensor)
+        self.headers[name] = torch.empty(tensor.shape, device="meta")
+        self._file_of[name] = len(self._unnamed)
+        self._total_bytes += tensor.nbytes
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+        if error is None:
+            self._give_names()
+
+    def _next_file(self) -> None:
+        path = self._folder / f"{self._stem}-{len(self._unnamed) + 1:05d}.unfinished"
+        self._unnamed.append(path)
+        self._current = self._stack.enter_context(SafetensorsWriter(path, self._table_bytes))
+
+    def _give_names(self) -> None:
+        n_files = len(self._unnamed)
+        names = [_name(self._stem, number, n_files) for number in range(1, n_files + 1)]
+        for path, name in zip(self._unnamed, names, strict=True):
+            path.rename(self._folder / name)
+        if n_files > 1:
+            index = {
+                "metadata": {"total_size": self._total_bytes},
+                "weight_map": {tensor: names[number - 1] for tensor, number in self._file_of.items()},
+            }
+            write_json(self._folder / index_name(self._stem), index)
+
+
+class TensorFiles:
+    """The tensors of several safetensors files, read one by one.
+
+    Args:
+        folder: where the files lie.
+        names: their names.
+
+    Raises:
+        CheckpointError: a file is missing, or no safetensors file, or holds a tensor that another one holds.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self.headers: dict[str, Tensor] = {}
+        """Name -> a tensor of its shape and dtype, without values."""
+        self._files: dict[Path, Any] = {}
+        self._path_of: dict[str, Path] = {}
+        for path in (folder / name for name in names):
+            for name, header in self._open(path).items():
+                if name in self.headers:
+                    raise CheckpointError(f"{path}: tensor '{name}' is in {self._path_of[name].name} too")
+                self.headers[name] = header
+                self._path_of[name] = path
+
+    def path_of(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
+        return self._path_of[name]
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor, mapped from the disk: copy before you change it.
+
+        Raises:
+            CheckpointError: its file is damaged.
+        """
+        path = self._path_of[name]
+        try:
+            tensor: Tensor = self._files[path].get_tensor(name)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is truncated or damaged: {' '.join(str(error).split())}"
+            ) from error
+        return tensor
+
+    def _open(self, path: Path) -> Mapping[str, Tensor]:
+        try:
+            file: Any = safetensors.safe_open(path, framework="pt")
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} cannot be read: No such file or directory") from error
+        except Exception as error:  # bytes that someone made up can raise anything
+            raise CheckpointError(
+                f"{path} is truncated or damaged: {' '.join(str(error).split())}"
+            ) from error
+        self._files[path] = file
+        for name, found in slices.items():
+            if found.get_dtype() not in _DTYPES:
+                raise CheckpointError(f"{path}: tensor '{name}' is {found.get_dtype()}, which no weight is")
+        return {
+            name: torch.empty(found.get_shape(), dtype=_DTYPES[found.get_dtype()], device="meta")
+            for name, found in slices.items()
+        }
+
+
+def tensor_file_names(stem: str, listed: Collection[str]) -> list[str]:
+    """Return the names that the files of one kind must have.
+
+    Args:
+        stem: the beginning of their names.
+        listed: names of files; one of several that belong together tells how many there are.
+    """
+    pattern = re.compile(re.escape(stem) + r"-\d{5,}-of-(\d{5,})\.safetensors")
+    for name in sorted(listed):
+        if match := pattern.fullmatch(name):
+            n_files = int(match[1])
+            return [_name(stem, number, n_files) for number in range(1, n_files + 1)]
+    return [_name(stem, 1, 1)]
+
+
+def index_name(stem: str) -> str:
+    """Return the name of the index beside several files."""
+    return f"{stem}.safetensors.index.json"
+
+
+def _name(stem: str, number: int, n_files: int) -> str:
+    return f"{stem}.safetensors" if n_files == 1 else f"{stem}-{number:05d}-of-{n_files:05d}.safetensors"
