@@ -32,6 +32,8 @@ class Rwkv4Config(RwkvConfig):
     arch: Literal["rwkv4"] = "rwkv4"
     embedding_scale: PositiveFloat = 6e-4
     """Initial embeddings are uniform within plus and minus this; published: the learning rate."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Part of the residual stream that training sets to zero, after the embedding and both mixes of each block."""
 
     @property
     def ffn_width(self) -> int:

@@ -1,16 +1,18 @@
 """Which part of the corpus a training sample reads: a pure function, so a run can resume anywhere.
 
 The corpus is cut into slots of ``ctx_len`` tokens. In each epoch every slot is read exactly once, in an order
-that is computed, not stored: a Feistel network enciphers the position within the epoch. All arithmetic is on
-64-bit integers, so the order is the same on every machine.
+that is computed, not stored. ``"shuffled"``: a Feistel network enciphers the position within the epoch.
+``"official"``: the order of RWKV-LM, cubes modulo a prime, the same in every epoch and for every seed. All
+arithmetic is on integers, so an order is the same on every machine.
 """
 
+import math
 from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
-ORDERS = ("shuffled", "sequential")
+ORDERS = ("shuffled", "sequential", "official")
 """Names of the orders."""
 
 _N_ROUNDS = 8
@@ -18,6 +20,40 @@ _MIN_HALF_BITS = 4  # below, eight rounds on so few values mix badly
 _MASK64 = (1 << 64) - 1
 
 _Number = Any  # an int, or an array of uint64; the same formula serves both
+
+_LEAST_USED_PART = 0.9  # of a corpus, by the official order: the published trainer's own limit
+
+
+def n_slots(n_tokens: int, ctx_len: int, order: str) -> int:
+    """Return how many samples of ``ctx_len`` tokens (and one more to predict) an epoch reads.
+
+    That is all that a corpus holds, but under ``"official"`` the largest prime p below their number with
+    p mod 3 = 2 (RWKV-LM's "magic prime"), since only then no two of 1, 2, ..., p have the same cube modulo p.
+
+    Args:
+        n_tokens: tokens in the corpus.
+        ctx_len: tokens in a sample.
+        order: a name from ``ORDERS``.
+
+    Raises:
+        ValueError: the corpus is so small that the official order would leave out a tenth of it or more, or the
+            order is unknown.
+
+    Source:
+        RWKV-LM, ``RWKV-v5/compute_magic_prime.py``.
+    """
+    _check_order(order)
+    if order != "official":
+        return max(0, (n_tokens - 1) // ctx_len)
+    n_whole = n_tokens // ctx_len
+    prime = next((n for n in range(n_whole - 1, 1, -1) if n % 3 == 2 and _is_prime(n)), 0)
+    if prime <= _LEAST_USED_PART * n_whole:
+        raise ValueError(
+            f"the order 'official' would read {prime} of the {n_whole} samples in {n_tokens:,} tokens (the largest "
+            "prime below that is 2 modulo 3), and it must be over nine in ten; use more tokens, a smaller ctx_len, "
+            "or data.order 'shuffled'"
+        )
+    return prime
 
 
 @overload
@@ -32,16 +68,19 @@ def slot_of_sample(
     """Return the slot that a sample reads.
 
     Sample s is position ``s % n_slots`` of epoch ``s // n_slots``. ``"shuffled"`` permutes the positions of
-    each epoch by seed and epoch; ``"sequential"`` reads them as they lie.
+    each epoch by seed and epoch; ``"sequential"`` reads them as they lie; ``"official"`` knows no seed.
 
     With ``mix`` the finalizer of SplitMix64, ``key = mix(mix(seed) + epoch)`` and the position as two halves
     of h bits, each of 8 rounds i maps ``(left, right)`` to ``(right, left ^ (mix(key + 2**32 * (i + 1) +
     right) % 2**h))``. The domain ``2**(2h)`` is the smallest that holds ``n_slots`` (h >= 4); a result
     beyond ``n_slots`` is enciphered again until it is below (cycle walking).
 
+    Official: with the prime ``p = n_slots`` and ``f = int(p (sqrt(5) - 1) / 2)`` in float64, the slot is
+    ``f (s + 1)**3 mod p``.
+
     Args:
         sample: number of the sample from 0, or an array of numbers.
-        n_slots: slots in the corpus.
+        n_slots: slots in an epoch, from :func:`n_slots`.
         seed: any integer; its lowest 64 bits count.
         order: a name from ``ORDERS``.
 
@@ -49,18 +88,22 @@ def slot_of_sample(
         The slot, in ``[0, n_slots)``, of the type of ``sample``.
 
     Raises:
-        ValueError: a sample is negative, there is no slot, or the order is unknown.
+        ValueError: a sample is negative, there is no slot, the order is unknown, or ``n_slots`` cannot be the
+            prime of the official order.
 
     Source:
         Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains" (Feistel network, cycle walking);
-        Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators" (SplitMix64).
+        Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators" (SplitMix64); RWKV-LM,
+        ``RWKV-v7/train_temp/src/dataset.py`` (official).
     """
     if n_slots < 1 or np.min(sample, initial=0) < 0:
         raise ValueError(f"sample numbers must be >= 0 and n_slots >= 1, got n_slots {n_slots}")
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+    _check_order(order)
     if order == "sequential":
         return sample % n_slots
+    if order == "official":
+        official: int | npt.NDArray[np.int64] = _official_slot(sample, n_slots)
+        return official
     half_bits = max(_MIN_HALF_BITS, -(-(n_slots - 1).bit_length() // 2))
     seed_key = _mix(seed & _MASK64)
     if isinstance(sample, np.ndarray):
@@ -77,6 +120,28 @@ def slot_of_sample(
     while slot >= n_slots:
         slot = _encipher(slot, key, half_bits)
     return slot
+
+
+def _check_order(order: str) -> None:
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+
+
+def _official_slot(sample: _Number, prime: int) -> _Number:
+    """RWKV-LM's order. No primality test here, in the inner loop; :func:`n_slots` gives the prime."""
+    if prime % 3 != 2:
+        raise ValueError(f"n_slots must be a prime p with p % 3 == 2 for the order 'official', got {prime}")
+    factor = int(prime * (math.sqrt(5) - 1) / 2)
+    if not isinstance(sample, np.ndarray):
+        return factor * (int(sample) + 1) ** 3 % prime
+    # Products of two numbers below 2**32 fit 64 bits; Python's own integers, much slower, have no limit.
+    x = (sample.astype(np.uint64 if prime < 1 << 32 else object) + 1) % prime
+    return (x * x % prime * x % prime * factor % prime).astype(np.int64)
+
+
+def _is_prime(n: int) -> bool:
+    """Trial division: a few milliseconds for any corpus there is."""
+    return n > 1 and bool(np.all(n % np.arange(2, math.isqrt(n) + 1)))
 
 
 def _encipher(value: _Number, key: _Number, half_bits: int) -> _Number:

@@ -41,9 +41,12 @@ class Block(nn.Module):
         is_first: the first block also normalizes the embeddings, with its ``ln0``.
         att: the version's time mix.
         ffn: the version's channel mix.
+        dropout: part of the residual stream that is set to zero in training, after each of the two mixes.
     """
 
-    def __init__(self, n_embd: int, *, is_first: bool, att: TimeMix, ffn: ChannelMix) -> None:
+    def __init__(
+        self, n_embd: int, *, is_first: bool, att: TimeMix, ffn: ChannelMix, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.ln0 = nn.LayerNorm(n_embd, eps=LAYER_NORM_EPS) if is_first else nn.Identity()
         self.ln1 = nn.LayerNorm(n_embd, eps=LAYER_NORM_EPS)
@@ -51,6 +54,7 @@ class Block(nn.Module):
         self.n_embd = n_embd  # the shapes of parameters tell nothing while ZeRO-3 holds them in shards
         self.att = att
         self.ffn = ffn
+        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self, x: Tensor, state: LayerState, v_first: Tensor | None, context: SequenceContext
@@ -68,9 +72,9 @@ class Block(nn.Module):
         """
         x = self.ln0(x)
         mixed, state, v_first = self.att(self.ln1(x), state, v_first, context)
-        x = x + mixed
+        x = self.dropout(x + mixed)  # the sum, not the mix alone: as published
         mixed, state = self.ffn(self.ln2(x), state, context)
-        return x + mixed, state, v_first
+        return self.dropout(x + mixed), state, v_first
 
     def zero_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> LayerState:
         """Return the state before any token; ``dtype`` is that of the activations."""

@@ -1,17 +1,22 @@
 """The language model: embedding, blocks, head. It serves every version and does not know which one it has."""
 
 from collections.abc import Iterable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from rwkv_train.config.model import ModelConfig
 from rwkv_train.models.block import LAYER_NORM_EPS, Block
 from rwkv_train.models.layers import at_least_float32
 from rwkv_train.models.state import LayerState, ModelState
 from rwkv_train.ops.context import PLAIN, SequenceContext
+
+NO_TARGET = -100
+"""Stands for a target that is not to be predicted: PyTorch's own value."""
 
 
 class LmOutput(NamedTuple):
@@ -23,6 +28,8 @@ class LmOutput(NamedTuple):
     """Loss of each target, ``[B, T]`` float32 in nats; ``None`` without targets."""
     state: ModelState
     """State after the last token."""
+    penalties: Tensor | None = None
+    """Half the square of each token's largest logit, ``[B, T]`` float32; ``None`` where not asked for."""
 
 
 class Head(nn.Module):
@@ -36,22 +43,63 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, n_embd))
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, targets: Tensor | None = None, with_penalty: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Return logits, or losses where ``targets`` are given.
 
         Args:
             x: output of the last layer, normalized, ``[B, T, C]``.
-            targets: ids of the tokens to predict, ``[B, T]``; -100 has loss 0.
+            targets: ids of the tokens to predict, ``[B, T]``; -100 has loss and penalty 0.
+            with_penalty: also return the penalties of L2Wrap; needs targets.
 
         Returns:
-            Logits ``[B, T, V]``; or the negative log-likelihood of each target in nats, ``[B, T]`` float32.
+            Logits ``[B, T, V]`` and ``None``; or the negative log-likelihood of each target in nats and half the
+            square of the largest logit, or ``None``, both ``[B, T]`` float32.
         """
         logits = F.linear(x, self.weight)
         if targets is None:
-            return logits
+            return logits, None
         # A bfloat16 softmax over tens of thousands of tokens would lose the small differences it is about.
         scores = at_least_float32(logits).flatten(0, 1)
-        return F.cross_entropy(scores, targets.flatten(), reduction="none").view_as(targets)
+        if with_penalty:
+            losses, penalties = _LossesAndPenalties.apply(scores, targets.flatten())  # type: ignore[no-untyped-call]
+            return losses.view_as(targets), penalties.view_as(targets)
+        losses = F.cross_entropy(scores, targets.flatten(), ignore_index=NO_TARGET, reduction="none")
+        return losses.view_as(targets), None
+
+
+class _LossesAndPenalties(torch.autograd.Function):
+    """Cross entropy and L2Wrap's penalty of each row, with one gradient of the size of the logits for both.
+
+    The penalty of a row with the largest logit m is m^2 / 2, whose gradient is m at that logit and 0 elsewhere.
+    Published is only this gradient, times factor / (B T): that of ``factor * penalties.mean()``.
+
+    Source:
+        RWKV-LM, ``RWKV-v4neo/src/model.py`` (L2Wrap).
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return losses and penalties ``[R]`` of ``scores`` ``[R, V]`` and ``targets`` ``[R]``."""
+        masked = (targets == NO_TARGET).unsqueeze(1)
+        index = targets.unsqueeze(1).masked_fill(masked, 0)
+        largest, where = scores.max(dim=1, keepdim=True)
+        log_likelihoods = torch.log_softmax(scores, dim=1)
+        losses = -log_likelihoods.gather(1, index)
+        ctx.save_for_backward(log_likelihoods, index, largest, where, masked)
+        penalties = largest.square() / 2
+        return losses.masked_fill_(masked, 0).squeeze(1), penalties.masked_fill_(masked, 0).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, d_losses: Tensor, d_penalties: Tensor) -> tuple[Tensor, None]:
+        log_likelihoods, index, largest, where, masked = ctx.saved_tensors
+        d_loss = d_losses.unsqueeze(1).masked_fill(masked, 0)
+        d_penalty = d_penalties.unsqueeze(1).masked_fill(masked, 0)
+        d_scores: Tensor = log_likelihoods.exp().mul_(d_loss)
+        d_scores.scatter_add_(1, index, -d_loss)
+        d_scores.scatter_add_(1, where, largest * d_penalty)
+        return d_scores, None
 
 
 class LanguageModel(nn.Module):
@@ -60,12 +108,18 @@ class LanguageModel(nn.Module):
     Args:
         config: the settings of the model.
         blocks: its ``n_layer`` blocks, first to last.
+        dropout: part of the embeddings that is set to zero in training.
     """
 
-    def __init__(self, config: ModelConfig, blocks: Iterable[Block]) -> None:
+    recompute_blocks: bool
+    """Whether a backward computes each block again from its input instead of keeping what is inside it."""
+
+    def __init__(self, config: ModelConfig, blocks: Iterable[Block], dropout: float = 0.0) -> None:
         super().__init__()
         self.config = config
+        self.recompute_blocks = False
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
         self.ln_out = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.head = Head(config.n_embd, config.vocab_size)
@@ -76,6 +130,7 @@ class LanguageModel(nn.Module):
         state: ModelState | None = None,
         targets: Tensor | None = None,
         context: SequenceContext = PLAIN,
+        with_penalty: bool = False,
     ) -> LmOutput:
         """Read tokens.
 
@@ -84,19 +139,31 @@ class LanguageModel(nn.Module):
             state: what the model keeps of the tokens before these; ``None`` at the start of a text.
             targets: the tokens that follow, ``[B, T]``, where their losses are wanted instead of logits.
             context: how the batch is cut into sequences.
+            with_penalty: beside the losses also return the penalties of L2Wrap.
         """
         if state is None:
             state = self.zero_state(tokens.shape[0], device=tokens.device)
-        x = self.emb(tokens)  # [B, T, C]
+        x = self.dropout(self.emb(tokens))  # [B, T, C]
         v_first: Tensor | None = None
         after: list[LayerState] = []
         for block, before in zip(self.blocks, state, strict=True):
-            x, layer_state, v_first = block(x, before, v_first, context)
+            if self.recompute_blocks and torch.is_grad_enabled():
+                x, layer_state, v_first = checkpoint(
+                    block,
+                    x,
+                    before,
+                    v_first,
+                    context,
+                    use_reentrant=False,
+                    preserve_rng_state=self.dropout.p > 0,  # else no block draws random numbers
+                )
+            else:
+                x, layer_state, v_first = block(x, before, v_first, context)
             after.append(layer_state)
-        scores = self.head(self.ln_out(x), targets)
+        scores, penalties = self.head(self.ln_out(x), targets, with_penalty)
         if targets is None:
             return LmOutput(logits=scores, losses=None, state=tuple(after))
-        return LmOutput(logits=None, losses=scores, state=tuple(after))
+        return LmOutput(logits=None, losses=scores, state=tuple(after), penalties=penalties)
 
     def zero_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -31,6 +31,8 @@ class Architecture(Generic[ConfigT]):
     """Gives the initial values of one layer's mixes, float32, by name within the block."""
     embedding_scale: Callable[[ConfigT], float]
     """Gives the bound of the uniform initial embeddings."""
+    dropout: Callable[[ConfigT], float]
+    """Gives the part of the residual stream that training sets to zero; only older versions were so trained."""
     learning_rate_factors: Mapping[str, float]
     """End of a parameter's name -> factor of its learning rate."""
     unused_parameters: frozenset[str]
@@ -45,6 +47,7 @@ ARCHITECTURES: Mapping[str, Architecture[Any]] = {
         rwkv4.ChannelMix,
         rwkv4.initial_values,
         rwkv4.embedding_scale,
+        lambda config: config.dropout,
         rwkv4.LEARNING_RATE_FACTORS,
         rwkv4.UNUSED_PARAMETERS,
         lambda config: ("wkv4", None),
@@ -54,6 +57,7 @@ ARCHITECTURES: Mapping[str, Architecture[Any]] = {
         rwkv7.ChannelMix,
         rwkv7.initial_values,
         rwkv7.embedding_scale,
+        lambda config: 0.0,
         rwkv7.LEARNING_RATE_FACTORS,
         rwkv7.UNUSED_PARAMETERS,
         lambda config: ("wkv7", config.head_size),
@@ -72,6 +76,7 @@ def build_model(
         device: where it lies; ``"meta"`` gives shapes without memory.
     """
     architecture = ARCHITECTURES[config.arch]
+    dropout = architecture.dropout(config)
     # Made without memory first: the constructors of PyTorch would fill it with random numbers nobody wants.
     with torch.device("meta"):
         model = LanguageModel(
@@ -82,9 +87,11 @@ def build_model(
                     is_first=layer_index == 0,
                     att=architecture.time_mix(config, layer_index, wkv_backend),
                     ffn=architecture.channel_mix(config),
+                    dropout=dropout,
                 )
                 for layer_index in range(config.n_layer)
             ),
+            dropout=dropout,
         )
     model.to_empty(device=device)
     with torch.no_grad():
@@ -151,9 +158,10 @@ def recurrence_of(config: ModelConfig) -> tuple[str, int | None]:
     return ARCHITECTURES[config.arch].recurrence(config)
 
 
-def has_weight_decay(name: str, parameter: Tensor) -> bool:
+def has_weight_decay(name: str) -> bool:
     """Tell whether a parameter decays: in every version the matrices of linear layers and of the embedding.
 
-    Vectors do not, though some are stored as ``[1, 1, C]``, nor do low-rank pairs and ``r_k``.
+    Norms do not, nor vectors, low-rank pairs and ``r_k``. The name tells, since under ZeRO-3 a shape does not.
     """
-    return ".weight" in name and parameter.squeeze().ndim >= 2
+    *_, module, kind = name.split(".")
+    return kind == "weight" and not module.startswith("ln")

@@ -18,17 +18,27 @@ def parameter_groups(model: nn.Module, arch: str, optim: OptimConfig) -> list[di
         optim: learning rate and weight decay.
 
     Returns:
-        Groups with ``params``, ``lr``, ``weight_decay`` and ``names``; together they hold each parameter once.
+        Groups with ``params`` and their ``names``, ``lr`` and ``weight_decay`` to start with, and what a schedule
+        needs to change these: ``lr_factor``, by which it multiplies its learning rate, and ``has_weight_decay``.
+        Together they hold each trained parameter once.
     """
     factors = learning_rate_factors(arch)
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         factor = _factor_of(name, factors)
-        decay = optim.weight_decay if has_weight_decay(name, parameter) else 0.0
+        decays = has_weight_decay(name)
         group = groups.setdefault(
-            (factor, decay), {"params": [], "names": [], "lr": optim.lr * factor, "weight_decay": decay}
+            (factor, decays),
+            {
+                "params": [],
+                "names": [],
+                "lr": optim.lr * factor,
+                "weight_decay": optim.weight_decay if decays else 0.0,
+                "lr_factor": factor,
+                "has_weight_decay": decays,
+            },
         )
         group["params"].append(parameter)
         group["names"].append(name)

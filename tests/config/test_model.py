@@ -1,6 +1,9 @@
 import pytest
+from pydantic import ValidationError
 
-from rwkv_train.config.model import Rwkv7Config, lora_ranks_by_rule
+from rwkv_train.config.load import check_model
+from rwkv_train.config.model import Rwkv4Config, Rwkv7Config, lora_ranks_by_rule
+from rwkv_train.errors import ConfigError
 
 # The table of published ranks (w, a, v, g) by width, as the two trainers print them.
 PUBLISHED = {
@@ -30,3 +33,16 @@ def test_a_rule_and_explicit_ranks_both_give_ranks():
         {"n_layer": 1, "n_embd": 768, "lora_ranks": {"w": 64, "a": 64, "v": 32, "g": 128}}
     )
     assert by_rule.ranks == explicit.ranks
+
+
+def test_dropout_is_a_setting_of_rwkv4_alone():
+    section = {"arch": "rwkv4", "n_layer": 1, "n_embd": 64, "dropout": 0.1}
+    assert check_model(section).dropout == 0.1
+    with pytest.raises(ConfigError, match=r"model\.dropout: no such setting; only rwkv4 has it"):
+        check_model(section | {"arch": "rwkv7"})
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0])
+def test_dropout_leaves_something(dropout):
+    with pytest.raises(ValidationError, match="dropout"):
+        Rwkv4Config(n_layer=1, n_embd=64, dropout=dropout)

@@ -1,9 +1,12 @@
 """The order of samples: a permutation in each epoch, the same on every machine and for ever."""
 
+from math import isqrt
+
 import numpy as np
 import pytest
+from sympy import isprime
 
-from rwkv_train.data.sampler import slot_of_sample
+from rwkv_train.data.sampler import n_slots, slot_of_sample
 
 MASK64 = (1 << 64) - 1
 
@@ -102,9 +105,94 @@ def test_the_order_looks_random(n_slots):
 
 @pytest.mark.parametrize(
     ("sample", "n_slots", "order"),
-    [(-1, 10, "shuffled"), (0, 0, "shuffled"), (0, 10, "random")],
-    ids=["negative sample", "no slots", "unknown order"],
+    [(-1, 10, "shuffled"), (0, 0, "shuffled"), (0, 10, "random"), (0, 7, "official")],
+    ids=["negative sample", "no slots", "unknown order", "a prime that is 1 modulo 3"],
 )
 def test_impossible_requests_are_refused(sample, n_slots, order):
     with pytest.raises(ValueError, match="must be"):
         slot_of_sample(sample, n_slots, seed=1, order=order)
+
+
+MINIPILE, PILE = 1_498_226_207, 332_115_325_534  # tokens
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "ctx_len", "prime"),
+    [
+        (MINIPILE, 512, 2_926_181),
+        (MINIPILE, 4096, 365_759),
+        (PILE, 1024, 324_331_313),
+        (PILE, 2048, 162_165_671),
+        (PILE, 4096, 81_082_817),
+        (PILE, 8192, 40_541_399),
+    ],
+)
+def test_the_slots_of_the_official_order_are_the_published_magic_primes(n_tokens, ctx_len, prime):
+    assert n_slots(n_tokens, ctx_len, "official") == prime
+
+
+@pytest.mark.parametrize("n_whole", [18, 228, 1000, 50_021, 2**40])
+def test_the_magic_prime_is_the_largest_of_its_kind(n_whole):
+    prime = n_slots(n_whole * 10 + 3, 10, "official")
+    later = [n for n in range(prime, n_whole) if n % 3 == 2 and isprime(n)]
+    assert later == [prime]
+
+
+@pytest.mark.parametrize("prime", [365_759, 2_926_181])
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_the_official_order_reads_every_slot_once(prime, epoch):
+    samples = np.arange(epoch * prime, (epoch + 1) * prime)
+    slots = slot_of_sample(samples, prime, seed=42, order="official")
+    assert np.array_equal(np.sort(slots), np.arange(prime))
+
+
+@pytest.mark.parametrize(
+    ("prime", "first"),
+    [  # f, 8 f, 27 f, 64 f, 125 f modulo p, worked out in whole numbers
+        (365_759, [226_051, 345_372, 251_233, 202_663, 92_932]),
+        (2_926_181, [1_808_479, 2_763_108, 2_010_037, 1_621_597, 743_938]),
+        (81_082_817, [50_111_936, 76_564_220, 55_697_200, 44_934_041, 20_615_091]),
+    ],
+)
+def test_the_official_order_begins_with_these_slots(prime, first):
+    assert slot_of_sample(np.arange(5), prime, 0, "official").tolist() == first
+
+
+@pytest.mark.parametrize("prime", [2, 365_759, 324_331_313, 4_294_967_291, 195_312_499_973])
+def test_the_official_order_is_exact_for_arrays_and_single_samples(prime):
+    factor = (isqrt(5 * prime * prime) - prime) // 2  # the golden section without float64
+    samples = [0, 1, 7, prime - 1, prime, 5 * prime + prime // 3, 10**15]
+    expected = [factor * (sample + 1) ** 3 % prime for sample in samples]
+
+    slots = slot_of_sample(np.array(samples), prime, seed=1, order="official")
+
+    assert slots.dtype == np.int64
+    assert slots.tolist() == expected
+    assert [slot_of_sample(sample, prime, 1, "official") for sample in samples] == expected
+    assert slot_of_sample(np.int64(7), prime, 1, "official") == expected[2]
+
+
+def test_the_official_order_knows_no_seed_and_no_epoch():
+    first = slot_of_sample(np.arange(101), 101, seed=1, order="official")
+    assert np.array_equal(first, slot_of_sample(np.arange(101), 101, seed=2, order="official"))
+    assert np.array_equal(first, slot_of_sample(np.arange(101, 202), 101, seed=1, order="official"))
+
+
+@pytest.mark.parametrize("order", ["shuffled", "sequential"])
+@pytest.mark.parametrize(("n_tokens", "slots"), [(401, 4), (400, 3), (100, 0), (101, 1), (0, 0)])
+def test_every_sample_has_a_token_after_its_last(order, n_tokens, slots):
+    assert n_slots(n_tokens, 100, order) == slots
+
+
+@pytest.mark.parametrize("n_whole", [0, 1, 2, 3, 17, 227])
+def test_a_corpus_too_small_for_a_magic_prime_is_refused(n_whole):
+    # 227 is 2 modulo 3 and prime, but a prime must lie below the number; the next, 197, is under nine tenths.
+    with pytest.raises(
+        ValueError, match=rf"would read \d+ of the {n_whole} samples in .* ctx_len, or data.order"
+    ):
+        n_slots(n_whole * 100, 100, "official")
+
+
+def test_the_slots_of_an_unknown_order_are_refused():
+    with pytest.raises(ValueError, match="order must be one of"):
+        n_slots(1000, 10, "random")

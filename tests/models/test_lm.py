@@ -74,6 +74,14 @@ def test_losses_of_a_bfloat16_model_are_computed_in_float32(config, perturbed_mo
     torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=0)
 
 
+def test_penalties_come_where_they_are_asked_for(config, perturbed_model, tokens):
+    model = perturbed_model(config)
+    output = model(tokens, targets=tokens, with_penalty=True)
+    torch.testing.assert_close(output.penalties, model(tokens).logits.amax(-1) ** 2 / 2)
+    assert torch.equal(output.losses, model(tokens, targets=tokens).losses)
+    assert model(tokens, targets=tokens).penalties is None
+
+
 def test_a_masked_target_has_no_loss(config, perturbed_model, tokens):
     targets = tokens.clone()
     targets[0, 3] = -100

@@ -8,14 +8,15 @@ from rwkv_train.config.load import load_train_config
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.models.registry import count_parameters
 
-# name -> layers, width, learning rate at the start and at the end (arXiv 2305.13048, appendix G)
+# name -> layers, width, learning rate at the start and at the end, "mini-epochs" (of 8,043) before it falls
+# (arXiv 2305.13048, appendix G)
 RWKV4 = {
-    "rwkv4-169m": (12, 768, 6e-4, 1e-5),
-    "rwkv4-430m": (24, 1024, 4e-4, 1e-5),
-    "rwkv4-1b5": (24, 2048, 3e-4, 1e-5),
-    "rwkv4-3b": (32, 2560, 1.5e-4, 1e-5),
-    "rwkv4-7b": (32, 4096, 1.5e-4, 1e-5),
-    "rwkv4-14b": (40, 5120, 1e-4, 7e-6),
+    "rwkv4-169m": (12, 768, 6e-4, 1e-5, 361),
+    "rwkv4-430m": (24, 1024, 4e-4, 1e-5, 411),
+    "rwkv4-1b5": (24, 2048, 3e-4, 1e-5, 443),
+    "rwkv4-3b": (32, 2560, 1.5e-4, 1e-5, 451),
+    "rwkv4-7b": (32, 4096, 1.5e-4, 1e-5, 465),
+    "rwkv4-14b": (40, 5120, 1e-4, 7e-6, 544),
 }
 # name -> layers, width, ranks of w, a, v, g
 RWKV7 = {
@@ -64,12 +65,14 @@ def test_a_preset_spreads_over_more_devices(name, devices):
 
 @pytest.mark.parametrize("name", RWKV4)
 def test_rwkv4_presets_have_the_published_sizes_and_recipe(name):
-    L, C, lr, lr_final = RWKV4[name]
+    L, C, lr, lr_final, mini_epochs = RWKV4[name]
     settings = load_train_config(name)
     model, optim = settings.model, settings.optim
     assert (model.arch, model.n_layer, model.n_embd) == ("rwkv4", L, C)
     assert (model.vocab_size, model.ctx_len, settings.data.tokenizer) == (50_277, 1024, "neox")
     assert (optim.lr, optim.lr_final, optim.weight_decay) == (lr, lr_final, 0)
+    assert (optim.schedule, optim.wsd_decay, optim.warmup_start) == ("wsd", "exponential", 0.2)
+    assert optim.wsd_decay_fraction == pytest.approx(1 - mini_epochs / 8043, abs=1e-6)
     assert model.embedding_scale == optim.lr
     assert count_parameters(model) == rwkv4_parameters(L, C)
 
