@@ -1,13 +1,17 @@
 """What a user can repair.
 
-Every error here is shown as one sentence on stderr and ends the program with exit code 2: it says the
-name of what is wrong, the value that was found and the value that would be right. A mistake in a call from
+Every error here is shown as one sentence on stderr and ends the program with its exit code, 2 as a rule: it says
+the name of what is wrong, the value that was found and the value that would be right. A mistake in a call from
 Python (shapes that disagree, say) is a plain ``ValueError``; a broken promise of ours is an ``assert``.
 """
 
 
 class RwkvTrainError(Exception):
     """A problem that the user can repair; the message names the fix."""
+
+    exit_code: int = 2
+    is_reported_elsewhere: bool = False
+    """Set on an error that all processes of a run raise and another one of them prints."""
 
 
 class ConfigError(RwkvTrainError):
@@ -28,3 +32,10 @@ class BackendError(RwkvTrainError):
 
 class TrainingError(RwkvTrainError):
     """A run cannot go on: the loss or a tensor of the model is no longer finite."""
+
+
+class LostProcessError(RwkvTrainError):
+    """A process of the run ended, hangs or cannot be reached; nothing is to repair in the settings."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: the same command may be started again, and goes on from the last checkpoint."""
