@@ -3,7 +3,9 @@
 from enum import Enum
 from pathlib import Path
 
-from rwkv_train.checkpoints.pth import LEGACY_MAGIC, ZIP_MAGIC
+from rwkv_train.checkpoints.deepspeed_files import is_deepspeed_folder
+from rwkv_train.checkpoints.lightning_ckpt import VERSION_KEY
+from rwkv_train.checkpoints.pth import LEGACY_MAGIC, ZIP_MAGIC, mentions
 from rwkv_train.errors import CheckpointError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -31,6 +33,8 @@ class Format(Enum):
     SAFETENSORS_FOLDER = "safetensors folder"
     TRAINING_CHECKPOINT = "training checkpoint"
     RUN = "out_dir of a run"
+    DEEPSPEED_FOLDER = "DeepSpeed checkpoint folder"
+    LIGHTNING_CKPT = "Lightning .ckpt"
 
 
 _FIRST_BYTES = {
@@ -74,6 +78,8 @@ def _of_folder(folder: Path) -> Format:
     for entry, kind in _FOLDER_MARKS.items():
         if (folder / entry).exists():
             return kind
+    if is_deepspeed_folder(folder):
+        return Format.DEEPSPEED_FOLDER
     if (folder / CONFIG_FILE).exists():
         raise CheckpointError(
             f"{folder} has a {CONFIG_FILE} but no {WEIGHTS_FILE}; its weights are missing or foreign"
@@ -91,7 +97,7 @@ def _of_file(path: Path) -> Format:
         raise CheckpointError(f"{path} is empty")
     for magic, kind in _FIRST_BYTES.items():
         if start.startswith(magic):
-            return kind
+            return _of_torch_save(path) if kind is Format.PTH else kind
     # A safetensors file starts with the length of a JSON object (8 bytes, of any value) and that object.
     if start[8:10] == b'{"':
         return Format.SAFETENSORS_FILE
@@ -101,3 +107,12 @@ def _of_file(path: Path) -> Format:
     raise CheckpointError(
         f"{path} is not a checkpoint (a .pth or .safetensors file), or its beginning is damaged"
     )
+
+
+def _of_torch_save(path: Path) -> Format:
+    """What a zip file of torch.save is, told by keys that only one program writes."""
+    if mentions(path, "ds_version"):
+        raise CheckpointError(
+            f"{path} is one of the files of a DeepSpeed checkpoint; give its folder {path.parent}"
+        )
+    return Format.LIGHTNING_CKPT if mentions(path, VERSION_KEY) else Format.PTH

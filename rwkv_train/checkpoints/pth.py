@@ -6,8 +6,10 @@ file carries.
 """
 
 import re
+import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +24,9 @@ ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 """First bytes of what torch.save wrote before: a number, pickled by protocol 2."""
 
+_ZIP_ERRORS = (zipfile.BadZipFile, struct.error, OSError, EOFError, ValueError, ArithmeticError, RuntimeError)
+"""What the standard library raises for a zip file that is damaged."""
+
 
 def read_pth(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a ``.pth`` file, with the names they have in it.
@@ -32,14 +37,44 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is damaged, or holds more than a dictionary of tensors.
     """
-    with path.open("rb") as file:
-        is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+    return named_tensors(path, read_pickle(path))
+
+
+def read_pickle(path: Path, stand_ins: Mapping[str, Callable[..., object]] | None = None) -> object:
+    """Read what ``torch.save`` wrote: dictionaries, lists, strings, numbers and tensors, of any nesting.
+
+    Args:
+        path: the file.
+        stand_ins: further names that it may ask for -> what is called in their place. No other name is looked
+            up, let alone imported, whatever this process has allowed PyTorch elsewhere.
+
+    Returns:
+        The content; tensors of a zip file are mapped from the disk: copy before you change them.
+
+    Raises:
+        CheckpointError: the file is damaged, or asks for a name that is not allowed.
+    """
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if is_zip:
         _check_records(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with _allowing_only(stand_ins or {}):
+            content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # bytes that someone made up can raise anything
-        raise CheckpointError(f"{path} cannot be read as a .pth file: {_reason(error)}") from error
+        raise CheckpointError(f"{path} cannot be read as a file of torch.save: {_reason(error)}") from error
+    return content
+
+
+def named_tensors(path: Path, content: object) -> dict[str, Tensor]:
+    """Return ``content``, which was read from ``path``, having checked that it is names and tensors alone.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     for name, value in content.items():
@@ -49,6 +84,26 @@ def read_pth(path: Path) -> dict[str, Tensor]:
                 "tensors"
             )
     return {name: value.detach() for name, value in content.items()}
+
+
+def mentions(path: Path, text: str) -> bool:
+    """Tell whether a zip file of ``torch.save`` holds a string, without unpickling anything.
+
+    Args:
+        path: the file.
+        text: the whole string, such as the key of a dictionary.
+
+    Returns:
+        False too where the file is damaged: who reads it will say so.
+    """
+    encoded = text.encode()
+    pickled = b"X" + len(encoded).to_bytes(4, "little") + encoded  # as protocol 2 writes a string
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = [r for r in archive.infolist() if r.filename.endswith("/data.pkl")]
+            return any(r.compress_type == zipfile.ZIP_STORED and pickled in archive.read(r) for r in records)
+    except _ZIP_ERRORS:
+        return False
 
 
 def save_pth(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -66,6 +121,22 @@ def save_pth(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"{path.parent}: the .pth file cannot be written: {_reason(error)}") from error
 
 
+@contextmanager
+def _allowing_only(stand_ins: Mapping[str, Callable[..., object]]) -> Iterator[None]:
+    """Let PyTorch's careful unpickler know these names, for as long as the block runs, and none beside its own.
+
+    Its list is one of the process, and a name that a library put there would be imported and called.
+    """
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        torch.serialization.add_safe_globals([(made, name) for name, made in stand_ins.items()])
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
+
+
 def _check_records(path: Path) -> None:
     """Refuse a zip file with a record that is damaged, or compressed: torch.save never compresses."""
     try:
@@ -73,7 +144,7 @@ def _check_records(path: Path) -> None:
             for record in archive.infolist():
                 if record.compress_type != zipfile.ZIP_STORED:
                     raise CheckpointError(
-                        f"{path} is not a .pth file: its record '{record.filename}' is compressed"
+                        f"{path} is not a file of torch.save: its record '{record.filename}' is compressed"
                     )
                 if record.CRC == 0:
                     continue  # written without checksums, as torch.save can be told to
@@ -82,7 +153,7 @@ def _check_records(path: Path) -> None:
                         pass
     except CheckpointError:
         raise
-    except Exception as error:  # as in read_pth
+    except Exception as error:  # as in read_pickle
         raise CheckpointError(f"{path} is truncated or damaged: {_reason(error)}") from error
 
 

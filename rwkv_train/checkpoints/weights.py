@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_train.checkpoints.deepspeed_folder import read_deepspeed_folder
 from rwkv_train.checkpoints.descriptions import (
     find_problem,
     parse_model,
@@ -26,6 +27,7 @@ from rwkv_train.checkpoints.formats import (
 from rwkv_train.checkpoints.hub import resolve_path
 from rwkv_train.checkpoints.infer import check_tensors, fill_unused, infer_config, make_explicit
 from rwkv_train.checkpoints.io import new_file, new_folder, resolve_target, sha256_of
+from rwkv_train.checkpoints.lightning_ckpt import read_lightning_ckpt
 from rwkv_train.checkpoints.manifest import WEIGHTS, tensor_files, verify_checkpoint
 from rwkv_train.checkpoints.pth import read_pth, save_pth
 from rwkv_train.checkpoints.run_folder import newest_valid_checkpoint
@@ -310,10 +312,24 @@ def _checked_tensors(path: Path, config: ModelConfig, tensors: Mapping[str, Tens
     return fill_unused(config, tensors)
 
 
+def _read_foreign_weights(
+    read: Callable[[Path], tuple[dict[str, Tensor], int | None]],
+) -> Callable[[Path], Weights]:
+    """Weights with a step, of a program that knows nothing of our settings."""
+
+    def read_weights_of(path: Path) -> Weights:
+        tensors, step = read(path)
+        return _bare_weights(path, tensors)._replace(step=step)
+
+    return read_weights_of
+
+
 _READERS: Mapping[Format, Callable[[Path], Weights]] = {
     Format.PTH: _read_pth_weights,
     Format.LEGACY_PTH: _read_pth_weights,
     Format.SAFETENSORS_FILE: _read_safetensors_weights,
     Format.SAFETENSORS_FOLDER: _read_safetensors_folder,
     Format.TRAINING_CHECKPOINT: _read_training_checkpoint,
+    Format.DEEPSPEED_FOLDER: _read_foreign_weights(read_deepspeed_folder),
+    Format.LIGHTNING_CKPT: _read_foreign_weights(read_lightning_ckpt),
 }

@@ -19,7 +19,8 @@ class _Unused(StrEnum):
     DROP = "drop"
 
 
-Source = Annotated[str, typer.Argument(metavar="SRC", help=CHECKPOINT_HELP)]
+_SOURCE_HELP = f"{CHECKPOINT_HELP} Also a checkpoint folder of DeepSpeed or a .ckpt of Lightning."
+Source = Annotated[str, typer.Argument(metavar="SRC", help=_SOURCE_HELP)]
 Destination = Annotated[
     Path, typer.Argument(metavar="DST", help="What to write: a file for pth, a folder for safetensors.")
 ]
