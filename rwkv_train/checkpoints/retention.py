@@ -6,8 +6,14 @@ from typing import NamedTuple
 
 from rwkv_train.checkpoints.descriptions import read_json, write_json
 from rwkv_train.checkpoints.io import new_file, remove_folder
+from rwkv_train.checkpoints.lock import hold_run_folder
 from rwkv_train.checkpoints.manifest import read_manifest
-from rwkv_train.checkpoints.run_folder import checkpoints_folder, list_training_checkpoints
+from rwkv_train.checkpoints.run_folder import (
+    checkpoints_folder,
+    list_training_checkpoints,
+    newest_valid_checkpoint,
+    require_run_folder,
+)
 from rwkv_train.errors import CheckpointError
 
 BEST_FILE = "best.json"
@@ -94,3 +100,33 @@ def prune_training_checkpoints(
         for folder in doomed:
             remove_folder(folder)
     return doomed
+
+
+def prune_run(
+    out_dir: str | Path, keep_last: int, *, keep_every_n_steps: int | None = None, dry_run: bool = False
+) -> list[Path]:
+    """Do by hand what a run does after each save; what the run would go on from stays besides.
+
+    Args:
+        out_dir: folder of a run that is not running.
+        keep_last: as in :func:`prune_training_checkpoints`.
+        keep_every_n_steps: as in :func:`prune_training_checkpoints`.
+        dry_run: remove nothing.
+
+    Returns:
+        What was removed, or would be; lowest step first.
+
+    Raises:
+        CheckpointError: there is no checkpoint, all are damaged, or one cannot be removed.
+        ConfigError: the run is going on.
+    """
+    out_dir = require_run_folder(out_dir)
+    with hold_run_folder(out_dir):
+        newest = newest_valid_checkpoint(out_dir)
+        return prune_training_checkpoints(
+            out_dir,
+            keep_last,
+            () if newest is None else (newest,),
+            keep_every_n_steps=keep_every_n_steps,
+            dry_run=dry_run,
+        )

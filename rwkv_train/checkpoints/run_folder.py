@@ -55,6 +55,20 @@ def list_checkpoint_folders(out_dir: str | Path) -> list[Path]:
     return [folder for _, folder in sorted(found.items())]
 
 
+def require_run_folder(path: str | Path) -> Path:
+    """Return the out_dir of a run that has saved something.
+
+    Raises:
+        CheckpointError: it holds no checkpoint, whatever its condition.
+    """
+    out_dir = Path(path).expanduser()
+    if not list_checkpoint_folders(out_dir):
+        raise CheckpointError(
+            f"{out_dir} holds no training checkpoint; give the out_dir of a run, which has {CHECKPOINTS_FOLDER}/"
+        )
+    return out_dir
+
+
 def newest_valid_checkpoint(out_dir: str | Path, *, with_optimizer: bool = True) -> Path | None:
     """Return the checkpoint that was saved last, of those that are undamaged.
 

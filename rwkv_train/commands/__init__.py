@@ -16,6 +16,7 @@ import typer
 from rwkv_train import __version__
 from rwkv_train.commands.bench import bench
 from rwkv_train.commands.chat import chat
+from rwkv_train.commands.checkpoints import checkpoints
 from rwkv_train.commands.convert_checkpoint import convert_checkpoint
 from rwkv_train.commands.eval_ppl import eval_ppl
 from rwkv_train.commands.generate import generate
@@ -60,6 +61,7 @@ _COMMANDS = (
 )
 for _command in _COMMANDS:
     app.command(name=_command.__name__.replace("_", "-"))(_command)
+app.add_typer(checkpoints, name="checkpoints")
 
 
 def _print_version(wanted: bool) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rwkv_train.checkpoints import TrainingState, safetensors_file
+from rwkv_train.checkpoints import TrainingState, safetensors_file, save_training_checkpoint
 from rwkv_train.checkpoints.safetensors_file import SafetensorsWriter
 from rwkv_train.config.model import LoraRanks, ModelConfig, Rwkv4Config, Rwkv7Config
 from rwkv_train.config.save import to_tree
@@ -154,6 +154,21 @@ def training_state(tensors_of) -> Callable[..., TrainingState]:
         )
 
     return make
+
+
+@pytest.fixture
+def run(tmp_path, training_state) -> Path:
+    """The out_dir of a run with three checkpoints."""
+    for step in (5, 10, 15):
+        state = training_state(step)
+        save_training_checkpoint(tmp_path, state.manifest, state.parameters())
+    return tmp_path
+
+
+@pytest.fixture
+def folder(run) -> Path:
+    """The newest checkpoint of that run."""
+    return run / "checkpoints" / "step-00000015"
 
 
 class Killed(BaseException):

@@ -17,6 +17,7 @@ COMMANDS = [
     "chat",
     "inspect",
     "init-weights",
+    "checkpoints",
     "bench",
 ]
 
