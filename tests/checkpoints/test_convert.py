@@ -67,7 +67,7 @@ def test_unused_tensors_are_written_or_left_out_as_asked(tmp_path, tensors_of, h
 
 def test_a_training_checkpoint_becomes_an_official_file(tmp_path, training_state):
     state = training_state(5)
-    save_training_checkpoint(tmp_path / "run", state)
+    save_training_checkpoint(tmp_path / "run", state.manifest, state.parameters())
     convert(tmp_path / "run", tmp_path / "x.pth", "pth", dtype=torch.bfloat16)
     read = torch.load(tmp_path / "x.pth", weights_only=True)
     assert_same_bits({n: read[n] for n in state.weights}, {n: t.bfloat16() for n, t in state.weights.items()})

@@ -26,6 +26,10 @@ from rwkv_train.errors import CheckpointError
 FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors"]
 
 
+def save(out_dir, state):
+    return save_training_checkpoint(out_dir, state.manifest, state.parameters())
+
+
 def names_in(folder):
     return sorted(entry.name for entry in folder.iterdir())
 
@@ -61,7 +65,7 @@ def damage(path, position=0.5):
 
 @pytest.mark.parametrize("arch", ["rwkv4", "rwkv7"])
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path, training_state, arch):
-    folder = save_training_checkpoint(tmp_path, training_state(500, arch))
+    folder = save(tmp_path, training_state(500, arch))
     assert folder == tmp_path / "checkpoints" / "step-00000500"
     assert names_in(folder) == FILES
     assert_same_state(load_training_checkpoint(folder), training_state(500, arch))
@@ -80,7 +84,7 @@ def test_tensors_are_named_as_documented(folder, training_state):
 def test_keys_that_the_caller_adds_are_kept(tmp_path, training_state):
     state = training_state(5)
     state.manifest["validation"] = {"loss": 1.25, "text": "ünïcode"}
-    folder = save_training_checkpoint(tmp_path, state)
+    folder = save(tmp_path, state)
     assert load_training_checkpoint(folder).manifest["validation"] == {"loss": 1.25, "text": "ünïcode"}
 
 
@@ -93,7 +97,7 @@ def test_loaded_tensors_can_be_changed_without_changing_the_file(folder):
 
 
 def test_checkpoints_are_listed_by_step(run, training_state):
-    save_training_checkpoint(run, training_state(123_456_789))
+    save(run, training_state(123_456_789))
     listed = [folder.name for folder in list_training_checkpoints(run)]
     assert listed == ["step-00000005", "step-00000010", "step-00000015", "step-123456789"]
 
@@ -217,7 +221,7 @@ def test_tensors_that_do_not_fit_are_refused_though_their_hash_is_right(folder, 
 def test_a_checkpoint_of_the_same_step_is_replaced(run, training_state):
     other = training_state(15)
     other.manifest["tokens"] = 7
-    save_training_checkpoint(run, other)
+    save(run, other)
     assert load_training_checkpoint(run / "checkpoints" / "step-00000015").manifest["tokens"] == 7
     assert names_in(run / "checkpoints") == ["step-00000005", "step-00000010", "step-00000015"]
 
@@ -226,12 +230,12 @@ def test_a_checkpoint_of_the_same_step_is_replaced(run, training_state):
 def test_a_save_killed_at_any_moment_loses_nothing(tmp_path, training_state, die_after, killed, step):
     for n in range(60):
         out_dir = tmp_path / str(n)
-        save_training_checkpoint(out_dir, training_state(15))
+        save(out_dir, training_state(15))
         new = training_state(step)
         new.manifest["tokens"] = 7
         try:
             with die_after(n):
-                save_training_checkpoint(out_dir, new)
+                save(out_dir, new)
         except killed:
             newest = newest_valid_checkpoint(out_dir)
             assert newest == list_training_checkpoints(out_dir)[-1]
@@ -239,7 +243,7 @@ def test_a_save_killed_at_any_moment_loses_nothing(tmp_path, training_state, die
             is_new = state.manifest["tokens"] == 7
             assert_same_state(state, new if is_new else training_state(15))
             # The next save clears away what the killed one left, and puts back what it had set aside.
-            save_training_checkpoint(out_dir, training_state(25))
+            save(out_dir, training_state(25))
             assert not [name for name in names_in(out_dir / "checkpoints") if name.startswith(".")]
             assert len(list_training_checkpoints(out_dir)) == len({15, 25} | ({step} if is_new else set()))
         else:
@@ -254,7 +258,7 @@ def test_a_save_killed_at_any_moment_loses_nothing(tmp_path, training_state, die
 def test_leftovers_of_killed_saves_are_removed_by_the_next_one(run, folder, training_state, name):
     shutil.copytree(folder, folder.with_name(name))
     assert len(list_training_checkpoints(run)) == 3
-    save_training_checkpoint(run, training_state(25))
+    save(run, training_state(25))
     assert len(names_in(run / "checkpoints")) == 4
     assert name not in names_in(run / "checkpoints")
 
@@ -265,20 +269,20 @@ def test_a_failed_save_leaves_older_checkpoints_and_nothing_else(run, training_s
 
     monkeypatch.setattr("pathlib.Path.write_text", refuse)
     with pytest.raises(CheckpointError, match="step-00000020 cannot be written: No space left on device"):
-        save_training_checkpoint(run, training_state(20))
+        save(run, training_state(20))
     assert names_in(run / "checkpoints") == ["step-00000005", "step-00000010", "step-00000015"]
 
 
 def test_a_file_where_the_checkpoints_belong_is_refused(tmp_path, training_state):
     (tmp_path / "checkpoints").touch()
     with pytest.raises(CheckpointError, match="cannot be written"):
-        save_training_checkpoint(tmp_path, training_state(5))
+        save(tmp_path, training_state(5))
 
 
 def test_a_linked_out_dir_is_saved_to_and_read_from(tmp_path, training_state):
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "disk")
-    save_training_checkpoint(tmp_path / "run", training_state(5))
+    save(tmp_path / "run", training_state(5))
     assert newest_valid_checkpoint(tmp_path / "run").resolve() == tmp_path / "disk/checkpoints/step-00000005"
 
 
@@ -303,7 +307,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, training_state, change,
     state = training_state(5)
     change(state)
     with pytest.raises(ValueError, match=sentence):
-        save_training_checkpoint(tmp_path, state)
+        save(tmp_path, state)
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
@@ -311,12 +315,12 @@ def test_nan_in_a_manifest_is_refused_and_leaves_nothing(run, training_state):
     state = training_state(20)
     state.manifest["loss"] = float("nan")
     with pytest.raises(ValueError, match="not JSON compliant"):
-        save_training_checkpoint(run, state)
+        save(run, state)
     assert names_in(run / "checkpoints") == ["step-00000005", "step-00000010", "step-00000015"]
 
 
 def test_after_going_back_by_hand_the_new_branch_is_resumed(run, training_state):
-    save_training_checkpoint(run, training_state(7))
+    save(run, training_state(7))
     assert newest_valid_checkpoint(run).name == "step-00000007"
 
 

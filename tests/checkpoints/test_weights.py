@@ -16,6 +16,10 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 BYTES = TokenizerIdentity("bytes", "cd" * 32)
 
 
+def save(out_dir, state):
+    return save_training_checkpoint(out_dir, state.manifest, state.parameters())
+
+
 def assert_same(read, written):
     assert read.keys() == written.keys()
     for name, tensor in written.items():
@@ -71,7 +75,7 @@ def test_a_training_checkpoint_gives_its_weights_tokenizer_step_and_sizes(
     tmp_path, training_state, config_of
 ):
     state = training_state(5)
-    weights = read_weights(save_training_checkpoint(tmp_path, state))
+    weights = read_weights(save(tmp_path, state))
     assert_same(weights.tensors, state.weights)
     assert weights.config == config_of("rwkv7")
     assert (weights.tokenizer, weights.step) == (TokenizerIdentity("bytes", "ab" * 32), 5)
@@ -79,14 +83,14 @@ def test_a_training_checkpoint_gives_its_weights_tokenizer_step_and_sizes(
 
 def test_an_out_dir_gives_its_newest_checkpoint(tmp_path, training_state):
     for step in (5, 10):
-        save_training_checkpoint(tmp_path, training_state(step))
+        save(tmp_path, training_state(step))
     assert read_weights(tmp_path).step == 10
     assert read_weights(tmp_path / "checkpoints" / "step-00000005").step == 5
 
 
 def test_damage_to_the_optimizer_does_not_hide_the_weights(tmp_path, training_state):
-    save_training_checkpoint(tmp_path, training_state(5))
-    (save_training_checkpoint(tmp_path, training_state(10)) / "optimizer.safetensors").write_bytes(b"")
+    save(tmp_path, training_state(5))
+    (save(tmp_path, training_state(10)) / "optimizer.safetensors").write_bytes(b"")
     assert read_weights(tmp_path).step == 10
 
 

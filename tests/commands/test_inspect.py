@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from rwkv_train.checkpoints import TrainingState, Weights, save_training_checkpoint, write_safetensors
+from rwkv_train.checkpoints import ParameterState, Weights, save_training_checkpoint, write_safetensors
 from rwkv_train.commands import main
 from rwkv_train.config.model import LoraRanks, Rwkv4Config, Rwkv7Config
 from rwkv_train.config.save import to_tree
@@ -54,7 +54,8 @@ def test_a_training_checkpoint_is_described_to_a_machine(tmp_path, command):
         "random": {},
         "data": {},
     }
-    save_training_checkpoint(tmp_path, TrainingState(weights_of(RWKV7), {}, {}, manifest))
+    parameters = [ParameterState(name, weight, None, None) for name, weight in weights_of(RWKV7).items()]
+    save_training_checkpoint(tmp_path, manifest, parameters)
     code, out, err = command(tmp_path, "--json")
     assert (code, err) == (0, "")
     C, F, V, H = 64, 256, 257, 4

@@ -3,11 +3,10 @@
 import shutil
 
 import pytest
-import torch
 import yaml
 
 from rwkv_train.checkpoints.infer import make_explicit
-from rwkv_train.checkpoints.training_state import TrainingState, save_training_checkpoint
+from rwkv_train.checkpoints.training_state import ParameterState, save_training_checkpoint
 from rwkv_train.checkpoints.weights import write_pth
 from rwkv_train.config.save import to_tree
 from rwkv_train.errors import CheckpointError, ConfigError
@@ -41,7 +40,6 @@ def test_a_size_that_differs_from_the_weights_is_refused(started):
 def test_a_run_goes_on_without_the_weights_that_it_started_from(started, weights, tmp_path):
     file, path = started
     settings = load_settings(str(file), [])
-    moments = {name: torch.zeros_like(tensor) for name, tensor in weights.tensors.items()}
     manifest = {
         "step": 1,
         "tokens": 16,
@@ -51,8 +49,8 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(started, weights
         "random": {},
         "data": {},
     }
-    tensors = {name: tensor.float() for name, tensor in weights.tensors.items()}
-    save_training_checkpoint(tmp_path / "run", TrainingState(tensors, moments, moments, manifest))
+    parameters = [ParameterState(name, tensor, None, None) for name, tensor in weights.tensors.items()]
+    save_training_checkpoint(tmp_path / "run", manifest, parameters)
     path.unlink()
 
     assert load_settings(str(file), []) == settings
