@@ -1,7 +1,8 @@
 """The command line: one file a command, each parses, calls one library function and prints.
 
 Results go to stdout, progress and warnings to stderr. Exit code 0: done; 2: the user can repair it, one line
-says how; 130 and 143: interrupted; 1: our mistake, with a traceback.
+says how; 75: a process of the run was lost, start it again; 128 + n: ended by signal n; 1: our mistake, with a
+traceback.
 """
 
 import errno
@@ -85,15 +86,21 @@ def main() -> None:
     # shared two cores so took 10 s a step, with 20,000 rounds 1.5 s (alone 0.4 s with either; sleeping at once
     # costs 40 % there). Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # torch's C++ parts print a stack trace when a process of the run is lost; we say which one it was.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Not at once: what is being written is cleared away, as after Ctrl-C. Training takes the signal over.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     try:
         app()
     except RwkvTrainError as error:
-        _leave(str(error), USER_CAN_REPAIR)
+        if error.is_reported_elsewhere:
+            sys.exit(error.exit_code)
+        _leave(str(error), error.exit_code)
     except OSError as error:
         if error.errno not in _DISK_PROBLEMS:
             raise
+        if getattr(error, "is_reported_elsewhere", False):
+            sys.exit(USER_CAN_REPAIR)
         place = error.filename or "a file could not be written or read"
         _leave(f"{place}: {error.strerror}; {_DISK_PROBLEMS[error.errno]}", USER_CAN_REPAIR)
     except (MemoryError, RuntimeError) as error:
@@ -107,6 +114,8 @@ def main() -> None:
             USER_CAN_REPAIR,
         )
     except KeyboardInterrupt:
+        if _rank():
+            sys.exit(INTERRUPTED)
         _leave("interrupted", INTERRUPTED)
 
 
@@ -116,6 +125,16 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or is_gpu or "can't allocate memory" in str(error)
 
 
+def _rank() -> int:
+    """Return the number of this process among those of a run."""
+    from rwkv_train.training.world import rank_of
+
+    return rank_of(os.environ)
+
+
 def _leave(message: str, code: int) -> None:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    rank = _rank()
+    # What only one of several processes has; what is the same for all, rank 0 says.
+    who = f"rank {rank}: " if rank and not message.startswith("rank") else ""
+    typer.echo(f"error: {who}{' '.join(message.split())}", err=True)
     sys.exit(code)

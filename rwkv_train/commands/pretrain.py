@@ -1,5 +1,8 @@
 """``rwkv-train pretrain``: train a model from scratch or go on with a run."""
 
+import logging
+import os
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,46 +39,68 @@ def pretrain(
     config: ConfigName, overrides: Overrides = None, resume: Resume = "auto", dry_run: DryRun = False
 ) -> None:
     """Train a model from scratch, or go on from the last checkpoint in out_dir."""
-    from rwkv_train.training.settings import load_settings
+    from rwkv_train.training.launch import launch, needs_launch
 
-    settings = load_settings(config, overrides or [])
+    settings = _load_settings(config, overrides or [])
+    if not dry_run and needs_launch(settings.trainer):
+        _log_lines()
+        raise typer.Exit(launch(settings.trainer, sys.orig_argv))
     _log_to_stderr()
     if dry_run:
         _print_plan(settings)
         return
     from rwkv_train.training.run import run_pretraining
-    from rwkv_train.training.strategy import process_rank
+    from rwkv_train.training.world import rank_of
 
     summary = run_pretraining(settings, resume)
-    if process_rank() == 0:
+    if rank_of(os.environ) == 0:
         _print_summary(summary)
     if summary.signal is not None:
         raise typer.Exit(128 + summary.signal)
 
 
-def _log_to_stderr() -> None:
-    import logging
+def _load_settings(config: str, overrides: list[str]) -> "TrainConfig":
+    from rwkv_train.training.settings import load_settings
 
+    try:
+        return load_settings(config, overrides)
+    except RwkvTrainError as error:
+        # Processes of one machine read the same files, and have not met yet: the first of them says it.
+        error.is_reported_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
+        raise
+
+
+def _log_to_stderr() -> None:
     from rich.logging import RichHandler
 
     from rwkv_train.training.progress import stderr_console
-    from rwkv_train.training.strategy import process_rank
 
-    handler: logging.Handler
     if stderr_console().is_terminal:
         handler = RichHandler(
             console=stderr_console(), show_level=False, show_path=False, markup=False, highlighter=None
         )
-    else:  # one line a message, whatever its length
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    handler.setLevel(logging.INFO if process_rank() == 0 else logging.WARNING)
-    package = logging.getLogger("rwkv_train")
-    package.setLevel(logging.INFO)
-    package.addHandler(handler)
+        _log_to(handler)
+    else:
+        _log_lines()
     # "GPU available: False", tips and the like; what we chose we say ourselves.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _log_lines() -> None:
+    """Log one line a message, whatever its length."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    _log_to(handler)
+
+
+def _log_to(handler: logging.Handler) -> None:
+    from rwkv_train.training.world import rank_of
+
+    handler.setLevel(logging.INFO if rank_of(os.environ) == 0 else logging.WARNING)
+    package = logging.getLogger("rwkv_train")
+    package.setLevel(logging.INFO)
+    package.addHandler(handler)
 
 
 def _print_plan(settings: "TrainConfig") -> None:

@@ -46,6 +46,12 @@ def is_launched(environment: Mapping[str, str]) -> bool:
     return "RANK" in environment or "TORCHELASTIC_RUN_ID" in environment or _is_slurm_task(environment)
 
 
+def rank_of(environment: Mapping[str, str]) -> int:
+    """Return the number of this process, before anything was checked: for what it says, not for what it does."""
+    given = environment.get("RANK", environment.get("SLURM_PROCID", "0"))
+    return int(given) if given.isdigit() else 0
+
+
 def read_world(environment: Mapping[str, str]) -> World | None:
     """Return what the environment says, or None if this process was started alone.
 
