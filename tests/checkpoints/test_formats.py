@@ -26,6 +26,10 @@ def test_a_file_is_recognized_whatever_its_name(tmp_path, name):
         (["model.safetensors", "config.json"], Format.SAFETENSORS_FOLDER),
         (["model.safetensors", "optimizer.safetensors", "manifest.json"], Format.TRAINING_CHECKPOINT),
         (["checkpoints", "metrics.csv"], Format.RUN),
+        (["latest", "zero_to_fp32.py"], Format.DEEPSPEED_FOLDER),
+        (["mp_rank_00_model_states.pt"], Format.DEEPSPEED_FOLDER),
+        (["bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt"], Format.DEEPSPEED_FOLDER),
+        (["latest", "model.safetensors"], Format.SAFETENSORS_FOLDER),
     ],
     ids=lambda value: value.name if isinstance(value, Format) else "",
 )
@@ -51,6 +55,15 @@ def test_a_foreign_file_is_refused_by_what_it_is(tmp_path, content, sentence):
     (tmp_path / "model.pth").write_bytes(content)
     with pytest.raises(CheckpointError, match=sentence):
         recognize_format(tmp_path / "model.pth")
+
+
+def test_files_of_torch_save_are_told_apart_by_their_keys(tmp_path):
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2"}, tmp_path / "x")
+    assert recognize_format(tmp_path / "x") is Format.LIGHTNING_CKPT
+    # Lightning's strategy writes both keys.
+    torch.save({"module": {}, "pytorch-lightning_version": "2", "ds_version": "0.19"}, tmp_path / "x")
+    with pytest.raises(CheckpointError, match=rf"one of the files of a DeepSpeed .* folder {tmp_path}$"):
+        recognize_format(tmp_path / "x")
 
 
 def test_a_folder_without_anything_is_refused(tmp_path):

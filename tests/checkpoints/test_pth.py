@@ -1,11 +1,13 @@
 import pickle
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
-from rwkv_train.checkpoints.pth import read_pth, save_pth
+from rwkv_train.checkpoints.pth import mentions, read_pickle, read_pth, save_pth
+from rwkv_train.checkpoints.stand_ins import StandIn
 from rwkv_train.errors import CheckpointError
 
 
@@ -74,6 +76,14 @@ def test_a_bare_pickle_with_a_program_is_refused_and_does_not_run(tmp_path):
     assert not (tmp_path / "created").exists()
 
 
+def test_what_another_library_has_allowed_is_refused_and_stays_allowed_for_it(tmp_path):
+    torch.save({"settings": Namespace(lr=0.1)}, tmp_path / "x")
+    with torch.serialization.safe_globals([Namespace]):
+        with pytest.raises(CheckpointError, match=r"more than tensors \(argparse.Namespace\)"):
+            read_pth(tmp_path / "x")
+        assert torch.load(tmp_path / "x", weights_only=True) == {"settings": Namespace(lr=0.1)}
+
+
 def test_a_saved_module_is_refused_by_its_name(tmp_path):
     torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "x")
     with pytest.raises(CheckpointError, match=r"more than tensors \(torch.nn.modules.linear.Linear\)"):
@@ -94,6 +104,32 @@ def test_anything_but_named_tensors_is_refused(tmp_path, content, sentence):
     torch.save(content, tmp_path / "x")
     with pytest.raises(CheckpointError, match=sentence):
         read_pth(tmp_path / "x")
+
+
+@pytest.mark.parametrize("make", [torch.tensor, lambda _: Path("x")], ids=["tensor", "object"])
+def test_only_names_that_are_given_get_a_stand_in(tmp_path, make):
+    torch.save({"x": make([1.0])}, tmp_path / "x")
+    read = read_pickle(tmp_path / "x", {"pathlib.PosixPath": StandIn})
+    assert type(read["x"]) is (torch.Tensor if make is torch.tensor else StandIn)
+    torch.save({"x": Namespace()}, tmp_path / "y")
+    with pytest.raises(CheckpointError, match=r"\(argparse.Namespace\), which is refused"):
+        read_pickle(tmp_path / "y", {"pathlib.PosixPath": StandIn})
+
+
+@pytest.mark.parametrize("save", [torch.save, save_legacy], ids=["zip", "legacy"])
+def test_a_key_is_found_without_unpickling(tmp_path, save):
+    save({"ds_version": "1", "attack": Attack(tmp_path / "created")}, tmp_path / "x")
+    assert mentions(tmp_path / "x", "ds_version") is (save is torch.save)
+    assert not mentions(tmp_path / "x", "ds_versio")
+    assert not (tmp_path / "created").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", [b"PK\x03\x04", b"PK\x03\x04" + bytes(100), b""], ids=["cut", "zeros", "empty"]
+)
+def test_nothing_is_found_in_a_damaged_file(tmp_path, damage):
+    (tmp_path / "x").write_bytes(damage)
+    assert not mentions(tmp_path / "x", "ds_version")
 
 
 @pytest.mark.parametrize("save", [torch.save, save_legacy], ids=["zip", "legacy"])
