@@ -53,13 +53,20 @@ def needs_launch(settings: TrainerConfig, environment: Mapping[str, str] | None 
     return True
 
 
-def launch(settings: TrainerConfig, argv: Sequence[str], patience_seconds: float = PATIENCE_SECONDS) -> int:
+def launch(
+    settings: TrainerConfig,
+    argv: Sequence[str],
+    *,
+    patience_seconds: float = PATIENCE_SECONDS,
+    last_seconds: float = LAST_SECONDS,
+) -> int:
     """Run ``settings.devices`` copies of a command until all have ended.
 
     Args:
         settings: number of processes, grace time after a signal, limit of a hang.
         argv: the command line of this process, interpreter included, as in ``sys.orig_argv``.
         patience_seconds: what the others have to end by themselves when one has failed.
+        last_seconds: from SIGTERM after that to SIGKILL.
 
     Returns:
         The exit code: 0, or that of the first process that failed; 128 + n after signal n.
@@ -78,7 +85,7 @@ def launch(settings: TrainerConfig, argv: Sequence[str], patience_seconds: float
     )
     inbox = _Inbox()
     inbox.open()
-    family = _Family(settings, patience_seconds)
+    family = _Family(settings, patience_seconds, last_seconds)
     try:
         for rank in range(settings.devices):
             family.start([sys.executable, *argv[1:]], environment | _ranks(rank))
@@ -110,10 +117,11 @@ class _Inbox:
 class _Family:
     """The children, by rank, and what has become of them."""
 
-    def __init__(self, settings: TrainerConfig, patience_seconds: float) -> None:
+    def __init__(self, settings: TrainerConfig, patience_seconds: float, last_seconds: float) -> None:
         self._grace_seconds = settings.grace_seconds
         self._hang_seconds = settings.hang_timeout_seconds
         self._patience_seconds = patience_seconds
+        self._last_seconds = last_seconds
         self._children: list[subprocess.Popen[bytes]] = []
         self._passed_on: list[int] = []
         self._ended: dict[int, int] = {}
@@ -185,7 +193,7 @@ class _Family:
         for rank in self._unwilling:
             logger.warning("rank %d (process %d) does not end; ending it", rank, self._children[rank].pid)
             self._children[rank].terminate()
-        self._deadline = time.monotonic() + LAST_SECONDS
+        self._deadline = time.monotonic() + self._last_seconds
 
     def _is_as_asked(self, code: int) -> bool:
         """Tell whether a process ended because of a signal that was passed on."""

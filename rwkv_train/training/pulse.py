@@ -82,6 +82,7 @@ class Pulse:
         self._signs: dict[int, Sign] = {}
         self._last_answer = 0.0
         self._is_cut_off = False
+        self._looking = threading.Lock()
         self._wake = threading.Event()
         self._ends = threading.Event()
         self._store: Store | None = None
@@ -126,21 +127,24 @@ class Pulse:
 
     def look(self) -> dict[int, Seen] | None:
         """Return how all processes do, or None if the store does not answer; takes a few seconds."""
-        start = time.monotonic()
-        self._counts = {rank: set() for rank in range(self.world.world_size)}
-        self._wake.set()
-        while time.monotonic() < start + SILENCE_SECONDS and not self._is_cut_off and self.verdict is None:
-            time.sleep(INTERVAL_SECONDS / 5)
-            if any(sign.left for sign in list(self._signs.values())):
-                break
-        counts, self._counts = self._counts, None
-        signs = dict(self._signs)
-        if self._is_cut_off or self._last_answer < start or len(signs) < self.world.world_size:
+        with self._looking:  # the main thread, after a broken collective, and the watchdog
+            start = time.monotonic()
+            counts: dict[int, set[int]] = {rank: set() for rank in range(self.world.world_size)}
+            self._signs = {}
+            self._counts = counts
+            self._wake.set()
+            while (
+                time.monotonic() < start + SILENCE_SECONDS and not self._is_cut_off and self.verdict is None
+            ):
+                time.sleep(INTERVAL_SECONDS / 5)
+                if any(sign.left for sign in list(self._signs.values())):
+                    break
+            self._counts = None
+            signs = dict(self._signs)
+        if self._is_cut_off or len(signs) < self.world.world_size:
             return None
-        return {
-            rank: Seen(signs[rank], len(counts[rank]) > 1 or rank == self.world.rank)
-            for rank in sorted(signs)
-        }
+        me = self.world.rank
+        return {rank: Seen(signs[rank], len(counts[rank]) > 1 or rank == me) for rank in sorted(signs)}
 
     def declare(self, sentence: str) -> Verdict:
         """Make this the verdict of all processes, unless another one was declared before; return the one."""

@@ -64,9 +64,9 @@ class Watchdog:
 
     def _end(self, seen: Mapping[int, Seen] | None) -> None:
         assert self._pulse is not None
-        verdict = self._pulse.verdict
-        if verdict is None:
-            verdict = self._pulse.declare(after_no_progress(self._pulse.world, seen, self._timeout_seconds))
+        if self._pulse.verdict is not None:
+            return
+        verdict = self._pulse.declare(after_no_progress(self._pulse.world, seen, self._timeout_seconds))
         if verdict.by == self._rank:
             say(verdict.sentence)
             logger.debug(verdict.sentence)  # for the log file: the terminal has it
