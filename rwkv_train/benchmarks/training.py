@@ -12,7 +12,7 @@ from rwkv_train.config.model import ModelConfig, Rwkv4Config, Rwkv7Config
 from rwkv_train.config.optim import OptimConfig
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.models.registry import build_model, initialize
-from rwkv_train.training.module import make_optimizer
+from rwkv_train.training.engine import make_optimizer
 
 
 class StepTimes(NamedTuple):

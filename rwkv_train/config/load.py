@@ -34,7 +34,7 @@ _TAGS: dict[str, type[Config] | None] = {**_ARCHITECTURES, "ranks": None, "rule"
 _LENGTHS = ("trainer.max_steps", "trainer.max_tokens", "trainer.max_epochs")
 """Settings of which a run has exactly one."""
 
-NOT_IN_WEIGHTS = frozenset({"ctx_len", "init_from", "embedding_scale", "initialization"})
+NOT_IN_WEIGHTS = frozenset({"ctx_len", "init_from", "embedding_scale", "initialization", "dropout"})
 """Settings of the model that no file of weights holds."""
 
 

@@ -111,6 +111,11 @@ class TrainerConfig(Config):
         return int(self.strategy.removeprefix("deepspeed_")) if "deepspeed" in self.strategy else None
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether a process holds parts of parameters, so that all must call the model equally often."""
+        return self.strategy in {"fsdp2", "deepspeed_3"}
+
+    @property
     def run_folder(self) -> Path:
         """``out_dir`` as a path, with ``~`` resolved."""
         return Path(self.out_dir).expanduser()

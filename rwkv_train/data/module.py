@@ -1,4 +1,6 @@
-"""Training samples for Lightning: which sample a process reads when is a pure function of the step."""
+"""Training batches for Lightning: which sample a process reads when is a pure function of the step."""
+
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -7,63 +9,57 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rwkv_train.config.train import TrainConfig
+from rwkv_train.data import sampler
 from rwkv_train.data.sampler import slot_of_sample
 from rwkv_train.data.stored import Corpus
 from rwkv_train.errors import DataError
 
-Sample = tuple[Tensor, Tensor]
-"""Tokens and the tokens to predict, both ``[T]`` int64."""
+
+class MicroBatch(NamedTuple):
+    """What a process computes at once."""
+
+    tokens: Tensor
+    """``[B, T]`` int64."""
+    targets: Tensor
+    """The tokens to predict, ``[B, T]`` int64; -100 where none is."""
+    step_targets: int
+    """Tokens to predict in the whole step, over all processes and accumulated micro-batches."""
+    first_sample: int
+    """Number of its first sample in the run."""
 
 
-def n_slots(corpus: Corpus, ctx_len: int) -> int:
-    """Return how many samples of ``ctx_len`` tokens (and one more to predict) a corpus holds."""
-    return (corpus.tokens.n_tokens - 1) // ctx_len
+class Samples(Protocol):
+    """Training samples by their number in a run."""
+
+    def read(self, sample: int) -> tuple[Tensor, Tensor]:
+        """Return tokens and targets of a sample, both ``[T]`` int64."""
+        ...
+
+    def n_targets(self, first: int, count: int) -> int:
+        """Return how many targets, those of -100 aside, ``count`` samples from ``first`` on have together."""
+        ...
 
 
-def sample_number(position: int, rank: int, config: TrainConfig, start_step: int) -> int:
-    """Return the global number of the sample that a process reads at ``position``.
-
-    Step s takes the samples ``s * global_batch_size`` and following, whatever the number of processes.
-
-    Args:
-        position: number of the sample among those that this process reads, from 0 at ``start_step``.
-        rank: number of the process.
-        config: the settings of the run.
-        start_step: steps that are done.
-    """
-    trainer = config.trainer
-    micro_batch, lane = divmod(position, trainer.micro_batch_size)
-    first = start_step * trainer.global_batch_size
-    return first + (micro_batch * trainer.world_size + rank) * trainer.micro_batch_size + lane
-
-
-class TokenSamples(Dataset[Sample]):
-    """The samples that one process reads from ``start_step`` to the end of the run.
+class CorpusSamples:
+    """Windows of ``ctx_len`` tokens of a corpus.
 
     Args:
         corpus: the tokens, memory-mapped.
         config: the settings of the run.
-        rank: number of this process.
-        start_step: steps that are done.
-        n_steps: steps of the whole run.
+
+    Raises:
+        DataError: the corpus is too small for the order.
     """
 
-    def __init__(self, corpus: Corpus, config: TrainConfig, rank: int, start_step: int, n_steps: int) -> None:
+    def __init__(self, corpus: Corpus, config: TrainConfig) -> None:
         self._tokens = corpus.tokens.tokens
         self._prefix = corpus.prefix
-        self._n_slots = n_slots(corpus, config.model.ctx_len)
+        self._n_slots = n_slots(corpus, config)
         self._config = config
-        self._rank = rank
-        self._start_step = start_step
-        trainer = config.trainer
-        self._length = (n_steps - start_step) * trainer.accumulation * trainer.micro_batch_size
 
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, position: int) -> Sample:
+    def read(self, sample: int) -> tuple[Tensor, Tensor]:
+        """Return tokens and targets of a sample, both ``[T]`` int64."""
         config = self._config
-        sample = sample_number(position, self._rank, config, self._start_step)
         slot = int(slot_of_sample(sample, self._n_slots, config.trainer.seed, config.data.order))
         start = slot * config.model.ctx_len
         window = self._tokens[start : start + config.model.ctx_len + 1].astype(np.int64)
@@ -76,22 +72,87 @@ class TokenSamples(Dataset[Sample]):
         tokens = torch.from_numpy(window)
         return tokens[:-1], tokens[1:]
 
+    def n_targets(self, first: int, count: int) -> int:
+        """Return the targets of ``count`` samples: every token has one."""
+        return count * self._config.model.ctx_len
+
+
+class Position(NamedTuple):
+    """Where a run stands in its data."""
+
+    step: int
+    """Steps that are done."""
+    skipped: int = 0
+    """Samples that were passed over, when the run went back to a checkpoint and on with other data."""
+
+    def first_sample(self, config: TrainConfig) -> int:
+        """Return the number of the first sample of the next step."""
+        return self.skipped + self.step * config.trainer.global_batch_size
+
+
+def n_slots(corpus: Corpus, config: TrainConfig) -> int:
+    """Return how many samples one pass over a corpus has.
+
+    Raises:
+        DataError: the corpus is too small for the order.
+    """
+    try:
+        return sampler.n_slots(corpus.tokens.n_tokens, config.model.ctx_len, config.data.order)
+    except ValueError as error:
+        raise DataError(f"{corpus.prefix}: {error}") from error
+
+
+class MicroBatches(Dataset[MicroBatch]):
+    """The micro-batches that one process computes from a position to the end of the run.
+
+    Step s takes ``global_batch_size`` samples in a row, whatever the number of processes.
+
+    Args:
+        samples: where they come from.
+        config: the settings of the run.
+        rank: number of this process.
+        start: where the run stands.
+        n_steps: steps of the whole run.
+    """
+
+    def __init__(
+        self, samples: Samples, config: TrainConfig, rank: int, start: Position, n_steps: int
+    ) -> None:
+        self._samples = samples
+        self._trainer = config.trainer
+        self._rank = rank
+        self._first_sample = start.first_sample(config)
+        self._length = (n_steps - start.step) * config.trainer.accumulation
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        trainer = self._trainer
+        step, micro_batch = divmod(index, trainer.accumulation)
+        step_first = self._first_sample + step * trainer.global_batch_size
+        first = step_first + (micro_batch * trainer.world_size + self._rank) * trainer.micro_batch_size
+        pairs = [self._samples.read(sample) for sample in range(first, first + trainer.micro_batch_size)]
+        tokens, targets = (torch.stack(part) for part in zip(*pairs, strict=True))
+        step_targets = self._samples.n_targets(step_first, trainer.global_batch_size)
+        return MicroBatch(tokens, targets, step_targets, first)
+
 
 class PretrainData(LightningDataModule):
-    """The training samples of a run; Lightning's own distributed sampler stays off."""
+    """The training batches of a run; Lightning's own distributed sampler stays off."""
 
-    def __init__(self, corpus: Corpus, config: TrainConfig, start_step: int, n_steps: int) -> None:
+    def __init__(self, samples: Samples, config: TrainConfig, start: Position, n_steps: int) -> None:
         super().__init__()
-        self._corpus = corpus
+        self._samples = samples
         self._config = config
-        self._start_step = start_step
+        self._start = start
         self._n_steps = n_steps
 
-    def train_dataloader(self) -> DataLoader[Sample]:
+    def train_dataloader(self) -> DataLoader[MicroBatch]:
         """Return this process' micro-batches in order."""
         assert self.trainer is not None
-        samples = TokenSamples(
-            self._corpus, self._config, self.trainer.global_rank, self._start_step, self._n_steps
+        batches = MicroBatches(
+            self._samples, self._config, self.trainer.global_rank, self._start, self._n_steps
         )
-        # No workers: reading a memory-mapped slice takes microseconds.
-        return DataLoader(samples, batch_size=self._config.trainer.micro_batch_size)
+        # No workers: reading a memory-mapped slice takes microseconds. An item is a whole batch.
+        return DataLoader(batches, batch_size=None)

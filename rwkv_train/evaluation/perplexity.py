@@ -76,7 +76,7 @@ def evaluate_documents(
     return report
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: FSDP keeps what it gathers here for the training that goes on
 def evaluate_tokens(
     model: LanguageModel,
     documents: Iterable[TokenDocument],

@@ -142,7 +142,7 @@ def generate(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: FSDP keeps what it gathers here for the training that goes on
 def read_tokens(model: LanguageModel, tokens: Sequence[int], state: ModelState) -> tuple[Tensor, ModelState]:
     """Let the model read ``tokens``, one at least, in chunks of ``PROMPT_CHUNK``.
 
@@ -160,5 +160,6 @@ def read_tokens(model: LanguageModel, tokens: Sequence[int], state: ModelState) 
     device = next(model.parameters()).device
     for start in range(0, len(tokens), PROMPT_CHUNK):
         chunk = torch.tensor([tokens[start : start + PROMPT_CHUNK]], device=device)
-        logits, _, state = model(chunk, state)
-    return logits[0, -1].to("cpu", torch.float32), state
+        output = model(chunk, state)
+        state = output.state
+    return output.logits[0, -1].to("cpu", torch.float32), state

@@ -12,7 +12,7 @@ from rwkv_train.models.registry import count_parameters
 from rwkv_train.planning.memory import MemoryEstimate, estimate_memory
 from rwkv_train.training.backend import choose_wkv_backend
 from rwkv_train.training.run import open_corpora
-from rwkv_train.training.schedule import total_steps
+from rwkv_train.training.schedule import run_length
 from rwkv_train.training.strategy import device_of
 
 
@@ -96,5 +96,5 @@ def make_plan(config: TrainConfig) -> Plan:
 def _steps(config: TrainConfig, train: Corpus | None) -> int | None:
     if train is None and config.trainer.max_epochs is not None:
         return None
-    slots = 0 if train is None else n_slots(train, config.model.ctx_len)
-    return total_steps(config.trainer, config.model.ctx_len, slots)
+    slots = 0 if train is None else n_slots(train, config)
+    return run_length(config.trainer, config.model.ctx_len, slots).n_steps

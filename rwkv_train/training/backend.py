@@ -6,9 +6,7 @@ from rwkv_train.config.train import TrainConfig
 from rwkv_train.models.registry import recurrence_of
 from rwkv_train.ops.backends import Problem, ResolvedBackend
 from rwkv_train.ops.prepare import prepare_backend
-
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16-autocast": torch.bfloat16}
-"""Dtype of the activations under each precision."""
+from rwkv_train.training.precision import COMPUTE_DTYPES
 
 
 def choose_wkv_backend(config: TrainConfig, device: torch.device) -> ResolvedBackend:

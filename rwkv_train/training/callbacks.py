@@ -1,21 +1,23 @@
 """What happens around an optimizer step, in one place and one order."""
 
 import logging
-import signal
-from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.core import LightningModule
 
+from rwkv_train.config.guard import GuardConfig
+from rwkv_train.errors import TrainingError
+from rwkv_train.training.diagnosis import where_it_went_wrong
+from rwkv_train.training.guard import RollBack
 from rwkv_train.training.keeper import CheckpointKeeper
 from rwkv_train.training.meter import Meter
-from rwkv_train.training.module import PretrainModule
+from rwkv_train.training.module import PretrainModule, StepResult
+from rwkv_train.training.processes import Processes
 from rwkv_train.training.progress import Display
-from rwkv_train.training.schedule import learning_rate_factor
+from rwkv_train.training.signals import StopSignal
 from rwkv_train.training.validation import Validation, Validator
+from rwkv_train.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -24,40 +26,62 @@ class RunCallback(Callback):
     """Measures, validates, logs, saves and stops: each when it is due, in this order.
 
     Args:
+        processes: the processes of the run.
         meter: loss, gradient and speed between two log rows.
         validator: the held-out loss; ``None`` without validation data.
         keeper: writes and prunes checkpoints.
         display: the progress bar.
+        stop: signals to stop.
+        watchdog: ends the run where it hangs.
     """
 
     def __init__(
-        self, meter: Meter, validator: Validator | None, keeper: CheckpointKeeper, display: Display
+        self,
+        processes: Processes,
+        meter: Meter,
+        validator: Validator | None,
+        keeper: CheckpointKeeper,
+        display: Display,
+        stop: StopSignal,
+        watchdog: Watchdog,
     ) -> None:
+        self.processes = processes
         self.meter = meter
         self.validator = validator
         self.keeper = keeper
         self.display = display
-        self.stop = StopSignal()
+        self.stop = stop
+        self.watchdog = watchdog
         self._seen_steps = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bind the engine to what the strategy has placed, and restore what the run goes on from."""
+        assert isinstance(pl_module, PretrainModule)
+        pl_module.engine.bind(trainer)
+        if self.keeper.resumed is not None:
+            pl_module.engine.restore(self.keeper.resumed)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals, once Lightning has set its own handlers, and the terminal; score a new run."""
         self.stop.listen()
         self.display.open()
+        self.watchdog.start()
         assert isinstance(pl_module, PretrainModule)
-        if self.validator is not None and pl_module.start_step == 0:
-            _log(trainer, self.validator.run(pl_module.model, 0).as_metrics(), 0)
+        if self.validator is not None and pl_module.start.step == 0:
+            _log(trainer, self._validate(self.validator, pl_module, 0).as_metrics(), 0)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Start the clock."""
+        self.watchdog.beat()
         self.meter.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop the clock; do what is due if this micro-batch ended a step."""
+        self.watchdog.beat()
         self.meter.pause()
         if trainer.global_step > self._seen_steps:
             self._seen_steps = trainer.global_step
@@ -73,44 +97,92 @@ class RunCallback(Callback):
         self._release()
 
     def _after_step(self, trainer: Trainer, module: PretrainModule) -> None:
-        settings = module.config.trainer
         step = module.completed_steps
-        is_last = step == module.n_steps
-        self.meter.add(module.loss_sum / settings.accumulation, module.grad_norm)
-        module.loss_sum = torch.zeros_like(module.loss_sum)
-        self.display.advance(step)
-
-        row: dict[str, float] = {}
-        if is_last or step % settings.log_every_n_steps == 0:
-            metrics = self.meter.read(settings.world_size)
-            optim = module.config.optim
-            # Lightning has set the next step's rate already.
-            learning_rate = optim.lr * learning_rate_factor(step - 1, module.n_steps, optim)
-            self.display.report(step, metrics, learning_rate)
-            row |= {
-                "tokens": step * settings.global_batch_size * module.config.model.ctx_len,
-                "seconds": round(self.meter.seconds, 3),
-                "learning_rate": learning_rate,
-                **metrics._asdict(),
-            }
+        is_last = step == module.length.n_steps
+        result = module.finish_step()
+        if result.problem is not None:
+            self._answer(module, step, result.problem)
+        row = self._report(module, step, result, is_last)
         validation: Validation | None = None
-        if self.validator is not None and (is_last or step % settings.val_every_n_steps == 0):
-            validation = self.validator.run(module.model, step)
+        if self.validator is not None and (is_last or step % module.config.trainer.val_every_n_steps == 0):
+            validation = self._validate(self.validator, module, step)
             row |= validation.as_metrics()
         if row:
             _log(trainer, row, step)
 
-        wants_stop = trainer.strategy.reduce_boolean_decision(self.stop.is_set, all=False)
+        # One small exchange a step: signals and clocks differ between processes, decisions must not.
+        wants_stop, is_time = self.processes.any_of(self.stop.is_set, self.keeper.is_time())
         is_best = validation is not None and self.keeper.is_best(validation)
-        if is_last or is_best or wants_stop or self.keeper.is_due(step):
-            self.keeper.save(module, trainer.optimizers[0], self.meter.seconds, validation)
+        if is_last or is_best or wants_stop or is_time or self.keeper.is_due(step):
+            self.watchdog.beat()
+            self.keeper.save(module, self.meter.seconds, validation)
         if wants_stop and not is_last:
-            logger.info(
-                "stopping after step %d of %d; the same command goes on from here", step, module.n_steps
-            )
+            n_steps = module.length.n_steps
+            logger.info("stopping after step %d of %d; the same command goes on from here", step, n_steps)
             trainer.should_stop = True
 
+    def _report(
+        self, module: PretrainModule, step: int, result: StepResult, is_last: bool
+    ) -> dict[str, float]:
+        """Show the step; return the metrics of the steps since the last row if one is due."""
+        settings = module.config.trainer
+        if result.problem is None:  # the means are over steps that were taken
+            self.meter.add(result.loss, result.grad_norm)
+        self.display.advance(step)
+        if not self.meter.has_steps or not (is_last or step % settings.log_every_n_steps == 0):
+            return {}
+        metrics = self.meter.read(settings.world_size)
+        rate = module.learning_rate_of(step - 1)
+        self.display.report(step, metrics, rate)
+        return {
+            "tokens": step * module.length.tokens_per_step,
+            "seconds": round(self.meter.seconds, 3),
+            "learning_rate": rate,
+            **metrics._asdict(),
+        }
+
+    def _validate(self, validator: Validator, module: PretrainModule, step: int) -> Validation:
+        with module.forward_context():
+            validation = validator.run(module.model, step)
+        module.engine.rest()
+        return validation
+
+    def _answer(self, module: PretrainModule, step: int, problem: str) -> None:
+        """Do about a bad step, which changed nothing, what the settings say.
+
+        Raises:
+            TrainingError: the run must not go on.
+            RollBack: it goes back.
+        """
+        guard: GuardConfig = module.config.guard
+        may_go_on = module.guard.note_bad(step)
+        place = where_it_went_wrong(module, self.processes)
+        if not may_go_on:
+            n_bad = len(module.guard.bad_steps)
+            bound = f" (bad step {n_bad} within {guard.window}, guard.max_bad_steps is {guard.max_bad_steps})"
+            others = "" if guard.action != "stop" else "set guard.action to 'skip' or 'rollback', or "
+            error = TrainingError(
+                f"step {step}: {problem}; {place}{'' if guard.action == 'stop' else bound}; nothing was saved over "
+                f"the last checkpoint; {others}start a new run (another trainer.out_dir) with a lower optim.lr or "
+                "optim.beta2, from the last checkpoint's weights (model.init_from)"
+            )
+            error.is_reported_elsewhere = not self.processes.is_first  # all come here together
+            raise error
+        if guard.action == "skip":
+            logger.warning("step %d: %s; %s; its batch is skipped", step, problem, place)
+            return
+        goal = self.keeper.newest
+        if goal is None:
+            logger.warning(
+                "step %d: %s; %s; its batch is skipped, as there is no checkpoint yet", step, problem, place
+            )
+            return
+        logger.warning("step %d: %s; %s; going back to %s", step, problem, place, goal.name)
+        next_sample = module.start._replace(step=step).first_sample(module.config)
+        raise RollBack(goal, next_sample, module.guard.bad_steps)
+
     def _release(self) -> None:
+        self.watchdog.stop()
         self.stop.ignore()
         self.display.close()
 
@@ -118,34 +190,3 @@ class RunCallback(Callback):
 def _log(trainer: Trainer, row: dict[str, float], step: int) -> None:
     for run_logger in trainer.loggers:
         run_logger.log_metrics(row, step=step)
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM, noted now and acted on at the end of the step. A second one stops at once."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
-
-    @property
-    def is_set(self) -> bool:
-        """Whether a signal has come."""
-        return self.received is not None
-
-    def listen(self) -> None:
-        """Take over the signals."""
-        for name in self.SIGNALS:
-            self._previous[name] = signal.signal(name, self._note)
-
-    def ignore(self) -> None:
-        """Give the signals back to whoever had them."""
-        for name, handler in self._previous.items():
-            signal.signal(name, handler)
-        self._previous = {}
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        logger.info("%s: saving after this step; once more stops at once", self.received.name)
-        signal.signal(number, signal.SIG_DFL)

@@ -1,31 +1,59 @@
-"""Where a loss that is not finite comes from."""
+"""Where a loss or gradient that is not finite comes from."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_train.models.lm import LanguageModel
+from rwkv_train.training.module import PretrainModule
+from rwkv_train.training.processes import Processes
 
 
-def first_bad_tensor(model: LanguageModel, tokens: Tensor, targets: Tensor) -> str:
+def where_it_went_wrong(module: PretrainModule, processes: Processes) -> str:
+    """Name the first bad tensor of the step just taken, on the first process that has one.
+
+    All processes call this together; its forward is one more for each of them.
+    """
+    assert module.last_batch is not None
+    tokens, targets = module.last_batch[:2]
+    with module.forward_context():
+        found = first_bad_tensor(module.model, tokens, targets, module.engine.full, module.engine.rest)
+    for rank, name in enumerate(processes.gather(found)):
+        if name is not None:
+            where = f" (on rank {rank})" if processes.world_size > 1 else ""
+            return f"the first bad tensor is {name}{where}"
+    return "its tensors are finite"
+
+
+def first_bad_tensor(
+    model: LanguageModel,
+    tokens: Tensor,
+    targets: Tensor,
+    full: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    rest: Callable[[], None] = lambda: None,
+) -> str | None:
     """Name the first tensor with a value that is not finite: a parameter, else an output, else a gradient.
 
     Args:
-        model: the model, with its gradients; a parameter's own gradient is looked at last.
+        model: the model, with its gradients where the strategy keeps them; they are looked at last.
         tokens: the batch that went wrong, ``[B, T]``.
         targets: the tokens to predict, ``[B, T]``.
+        full: gathers a parameter or gradient that is spread over processes.
+        rest: called after the forward, which has no backward.
     """
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        if not full(parameter.detach()).isfinite().all():
             return f"the parameter {name}"
     found = _first_bad_output(model, tokens, targets)
+    rest()
     if found is not None:
         return f"the output of {found}"
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
+        if parameter.grad is not None and not full(parameter.grad).isfinite().all():
             return f"the gradient of {name}"
-    return "the sum of the squared gradients (each is finite)"
+    return None
 
 
 def _first_bad_output(model: LanguageModel, tokens: Tensor, targets: Tensor) -> str | None:

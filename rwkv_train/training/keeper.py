@@ -1,20 +1,24 @@
 """Which checkpoints a run writes, which it keeps, and what is in them."""
 
 import logging
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rwkv_train.checkpoints.descriptions import read_json, write_json
-from rwkv_train.checkpoints.formats import CHECKPOINTS_FOLDER
 from rwkv_train.checkpoints.infer import make_explicit
-from rwkv_train.checkpoints.io import new_file
-from rwkv_train.checkpoints.training_state import (
-    TrainingState,
-    decode_random_state,
-    encode_random_state,
+from rwkv_train.checkpoints.manifest import decode_random_state, encode_random_state
+from rwkv_train.checkpoints.retention import (
+    BestCheckpoint,
     prune_training_checkpoints,
+    read_best,
+    write_best,
+)
+from rwkv_train.checkpoints.training_state import (
+    ParameterState,
+    TrainingCheckpoint,
     save_training_checkpoint,
 )
 from rwkv_train.config.save import to_tree
@@ -22,106 +26,123 @@ from rwkv_train.config.train import TrainConfig
 from rwkv_train.data.stored import Corpus
 from rwkv_train.errors import CheckpointError
 from rwkv_train.tokenizers import TokenizerIdentity
-from rwkv_train.training.module import PretrainModule, named_moments
+from rwkv_train.training.module import PretrainModule
+from rwkv_train.training.processes import Processes
 from rwkv_train.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
 
 class CheckpointKeeper:
-    """Writes checkpoints at an interval and keeps the newest few and the best one.
+    """Writes checkpoints at an interval and keeps the newest few, the best one and milestones.
 
     Args:
         config: the settings of the run, saved with each checkpoint.
         tokenizer: identity of the corpus' tokenizer.
         corpus: the training corpus.
-        is_writer: whether this process writes; exactly one does.
+        processes: the processes of the run; the first one writes what all of them hold.
+        resumed: the checkpoint that the run goes on from; ``None`` from scratch.
     """
 
     def __init__(
-        self, config: TrainConfig, tokenizer: TokenizerIdentity, corpus: Corpus, *, is_writer: bool
+        self,
+        config: TrainConfig,
+        tokenizer: TokenizerIdentity,
+        corpus: Corpus,
+        processes: Processes,
+        resumed: TrainingCheckpoint | None,
     ) -> None:
         self._config = config
         self._corpus = identify_corpus(corpus)
         self._tokenizer = tokenizer
-        self._is_writer = is_writer
+        self._processes = processes
         self._out_dir = config.trainer.run_folder
-        self._best = read_best(self._out_dir)
-        self.newest: Path | None = None
-        """The checkpoint written last by this process."""
+        self._best = processes.broadcast(read_best(self._out_dir) if processes.is_first else None)
+        self._saved_at = time.monotonic()
+        self.resumed = resumed
+        """The checkpoint that the run goes on from."""
+        self.newest: Path | None = None if resumed is None else resumed.folder
+        """The checkpoint that the run would go back to."""
+        self.save_seconds = 0.0
+        """Time that training has waited for saves."""
 
     def is_due(self, step: int) -> bool:
         """Return whether a checkpoint follows this step."""
-        return step % self._config.checkpoint.every_n_steps == 0
+        every = self._config.checkpoint.keep_every_n_steps
+        return step % self._config.checkpoint.every_n_steps == 0 or (every is not None and step % every == 0)
+
+    def is_time(self) -> bool:
+        """Return whether a checkpoint is due by the clock of this process."""
+        minutes = self._config.checkpoint.every_n_minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def is_best(self, validation: Validation) -> bool:
         """Return whether a validation is better than that of every checkpoint so far."""
-        return self._best is None or validation.loss < self._best["loss"]
+        return self._best is None or validation.loss < self._best.loss
 
-    def save(
-        self,
-        module: PretrainModule,
-        optimizer: torch.optim.Optimizer,
-        seconds: float,
-        validation: Validation | None,
-    ) -> None:
-        """Write a checkpoint, then remove those that are no longer kept.
+    def save(self, module: PretrainModule, seconds: float, validation: Validation | None) -> None:
+        """Write a checkpoint, then remove those that are no longer kept. All processes call this together.
 
         Args:
             module: holds the model and the step.
-            optimizer: holds Adam's moments.
             seconds: time spent in training steps since the very start of the run.
             validation: the result at this very step; ``None`` where it was not measured.
+
+        Raises:
+            CheckpointError: it cannot be written; on all processes.
         """
-        step = module.completed_steps
-        if not self._is_writer:
-            return
-        moments = named_moments(optimizer)
-        state = TrainingState(
-            weights={name: tensor.detach() for name, tensor in module.model.state_dict().items()},
-            exp_avg=moments["exp_avg"],
-            exp_avg_sq=moments["exp_avg_sq"],
-            manifest=self._manifest(step, seconds, validation),
+        started = time.monotonic()
+        manifest = self._manifest(module, seconds, validation)
+        parameters = module.engine.read()
+        with self._processes.failing_together():
+            try:
+                if self._processes.is_first:
+                    self._write(manifest, parameters, validation)
+            finally:
+                # Gathering takes all processes: each goes to the end, also where the first one could not write.
+                for _ in parameters:
+                    pass
+        self.newest = self._processes.broadcast(self.newest)
+        self._best = self._processes.broadcast(self._best)
+        self._saved_at = time.monotonic()
+        self.save_seconds += self._saved_at - started
+
+    def _write(
+        self, manifest: dict[str, Any], parameters: Iterator[ParameterState], validation: Validation | None
+    ) -> None:
+        settings = self._config.checkpoint
+        self.newest = save_training_checkpoint(
+            self._out_dir, manifest, parameters, max_file_bytes=settings.max_file_bytes
         )
-        self.newest = save_training_checkpoint(self._out_dir, state)
         logger.debug("wrote %s", self.newest)
         if validation is not None and self.is_best(validation):
-            self._best = {"checkpoint": self.newest.name, "step": step, "loss": validation.loss}
-            with new_file(_best_file(self._out_dir), n_bytes=0) as new:
-                write_json(new, self._best)
-        keep = {self.newest.parent / self._best["checkpoint"]} if self._best else set()
-        prune_training_checkpoints(self._out_dir, self._config.checkpoint.keep_last, keep)
+            self._best = BestCheckpoint(self.newest.name, manifest["step"], validation.loss)
+            write_best(self._out_dir, self._best)
+        prune_training_checkpoints(
+            self._out_dir, settings.keep_last, keep_every_n_steps=settings.keep_every_n_steps
+        )
 
-    def _manifest(self, step: int, seconds: float, validation: Validation | None) -> dict[str, Any]:
-        settings = self._config.trainer
+    def _manifest(
+        self, module: PretrainModule, seconds: float, validation: Validation | None
+    ) -> dict[str, Any]:
+        step = module.completed_steps
+        position = module.start._replace(step=step)
         return {
             "step": step,
-            "tokens": step * settings.global_batch_size * self._config.model.ctx_len,
+            "tokens": step * module.length.tokens_per_step,
             "config": to_tree(self._config),
             "arch_config": to_tree(make_explicit(self._config.model)),
             "tokenizer": self._tokenizer._asdict(),
-            "data": {"samples": step * settings.global_batch_size, "train": self._corpus},
+            "data": {
+                "samples": position.first_sample(self._config),
+                "skipped": position.skipped,
+                "train": self._corpus,
+            },
             "random": random_state(),
+            "guard": module.guard.to_json(),
             "train_seconds": seconds,
             "validation": None if validation is None else validation.to_json(),
         }
-
-
-def read_best(out_dir: Path) -> dict[str, Any] | None:
-    """Return the note of a run's best checkpoint: its name, step and validation loss."""
-    path = _best_file(out_dir)
-    if not path.exists():
-        return None
-    best = read_json(path)
-    if not isinstance(best.get("checkpoint"), str) or not isinstance(best.get("loss"), float):
-        raise CheckpointError(
-            f"{path} does not name the best checkpoint and its loss; remove it to go on without"
-        )
-    return best
-
-
-def _best_file(out_dir: Path) -> Path:
-    return out_dir / CHECKPOINTS_FOLDER / "best.json"
 
 
 def identify_corpus(corpus: Corpus) -> dict[str, Any]:

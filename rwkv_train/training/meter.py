@@ -42,6 +42,11 @@ class Meter:
         self.seconds += elapsed
         self._interval_seconds += elapsed
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether there is anything to read."""
+        return bool(self._losses)
+
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Note one finished optimizer step; both are scalars on the device."""
         self._losses.append(loss.detach())

@@ -1,131 +1,149 @@
 """The LightningModule: it joins the model, the loss and the optimizer and does nothing else."""
 
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Optimizer
 
-from rwkv_train.checkpoints.training_state import TrainingState
-from rwkv_train.config.optim import OptimConfig
 from rwkv_train.config.train import TrainConfig
-from rwkv_train.errors import TrainingError
+from rwkv_train.data.module import MicroBatch, Position
 from rwkv_train.models.lm import LanguageModel
-from rwkv_train.training.diagnosis import first_bad_tensor
-from rwkv_train.training.param_groups import parameter_groups
-from rwkv_train.training.schedule import learning_rate_factor
+from rwkv_train.training.engine import Engine
+from rwkv_train.training.guard import Guard
+from rwkv_train.training.meter import mean_over_ranks
+from rwkv_train.training.precision import autocast_of
+from rwkv_train.training.schedule import RunLength, learning_rate, weight_decay
 
-Batch = tuple[Tensor, Tensor]
-"""Tokens and the tokens to predict, both ``[B, T]`` int64."""
+
+class StepResult(NamedTuple):
+    """What one optimizer step came to."""
+
+    loss: Tensor
+    """Share of this process in the mean loss: its mean over the processes is that, in nats per token."""
+    grad_norm: Tensor
+    """Norm of the gradient over all processes, before clipping."""
+    problem: str | None
+    """What was wrong, so that the weights are still those of the step before; ``None`` if nothing was."""
 
 
 class PretrainModule(LightningModule):
-    """Next-token training of a language model, from step ``start_step`` on.
+    """Next-token training of a language model, from a position in the data on.
 
     Args:
         model: the model, with the weights to start from.
+        engine: how the strategy holds its parameters.
         config: the settings of the run.
-        n_steps: optimizer steps of the whole run.
-        resume: the state to go on from, whose weights the model already has; ``None`` from scratch.
+        length: length of the whole run.
+        start: where the run stands.
+        guard: tells bad steps.
     """
 
     def __init__(
-        self, model: LanguageModel, config: TrainConfig, n_steps: int, resume: TrainingState | None = None
+        self,
+        model: LanguageModel,
+        engine: Engine,
+        config: TrainConfig,
+        length: RunLength,
+        start: Position,
+        guard: Guard,
     ) -> None:
         super().__init__()
         self.model = model
+        self.engine = engine
         self.config = config
-        self.n_steps = n_steps
-        self.start_step = 0 if resume is None else int(resume.manifest["step"])
-        self.loss_sum = torch.zeros(())  # of the micro-batches since the last step, in nats per token
-        self.grad_norm = torch.zeros(())
-        self._resume = resume
-        self._batch: Batch | None = None
+        self.length = length
+        self.start = start
+        self.guard = guard
+        self.last_batch: MicroBatch | None = None
+        self._nats = torch.zeros(())  # of the micro-batches since the last step
+        self._grad_norm: Tensor | None = None
+        self._problem: str | None = None
+        self._ends_step = False
 
     @property
     def completed_steps(self) -> int:
         """Optimizer steps since the very start of the run, over all resumptions."""
-        return self.start_step + self.trainer.global_step
+        return self.start.step + self.trainer.global_step
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Return the mean loss of one micro-batch in nats per token."""
-        tokens, targets = batch
-        self._batch = batch
-        losses = self.model(tokens, targets=targets).losses
-        loss: Tensor = losses.mean()  # every sample is full, so the mean of means is the mean over tokens
-        self.loss_sum = self.loss_sum.to(loss.device) + loss.detach()
-        return loss
+    def learning_rate_of(self, step: int) -> float:
+        """Return the learning rate of a step, from 0, for parameters whose factor is 1."""
+        return learning_rate(step, self.length, self.config.optim)
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Return the context of precision in which the model computes, in training and in validation."""
+        return autocast_of(self.config.trainer.precision, self.device)
+
+    def configure_model(self) -> None:
+        """Let the engine spread the parameters; Lightning calls this once its processes stand."""
+        self.engine.shard(self.trainer)
+
+    def configure_optimizers(self) -> Optimizer:
+        """Build the optimizer here, not in ``__init__``: by now the strategy has placed the parameters."""
+        return self.engine.make_optimizer()
+
+    def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
+        """Set learning rate and weight decay, which depend on the number of the step alone."""
+        optim = self.config.optim
+        rate = self.learning_rate_of(self.completed_steps)
+        decay = weight_decay(self.completed_steps, self.length, optim)
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = rate * group["lr_factor"]
+            group["weight_decay"] = decay if group["has_weight_decay"] else 0.0
+
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
+        """Return the share of one micro-batch in the step's loss.
+
+        The loss of a step is the sum over its valid targets divided by their number over all processes and
+        accumulated micro-batches. Strategies average over processes and micro-batches, which is undone here.
+        """
+        settings = self.config.trainer
+        self.last_batch = batch
+        self._ends_step = (batch_idx + 1) % settings.accumulation == 0
+        # Dropout is a function of the sample, so a resumed run draws the same masks.
+        torch.manual_seed((settings.seed * 1_000_003 + batch.first_sample) % (1 << 63))
+        factor = self.config.optim.l2wrap
+        with self.forward_context():
+            output = self.model(batch.tokens, targets=batch.targets, with_penalty=factor > 0)
+        nats = output.losses.sum()
+        self._nats = self._nats.to(nats.device) + nats.detach()
+        if factor > 0:
+            nats = nats + factor * output.penalties.sum()
+        share: Tensor = nats * (settings.world_size * settings.accumulation / batch.step_targets)
+        return share
 
     def configure_gradient_clipping(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradient to ``optim.grad_clip`` and refuse to step on one that is not finite.
+        """Clip the gradient; leave out the step where the guard finds something wrong."""
+        if not self._ends_step:
+            return  # DeepSpeed comes here with every micro-batch
+        self._grad_norm = self.engine.clip()
+        loss = float(mean_over_ranks(self._loss(), self._world_size)) if self.guard.watches_loss else None
+        norm = 0.0 if self._grad_norm is None else float(self._grad_norm)
+        self._problem = self.guard.judge(norm, loss)
+        self.engine.skip_step(self._problem is not None)
 
-        Raises:
-            TrainingError: the norm of the gradient is not finite; the weights are still those of the last step.
-        """
-        gradients = [grad for parameter in self.model.parameters() if (grad := parameter.grad) is not None]
-        self.grad_norm = get_total_norm(gradients)
-        # Before clipping, which would spread one NaN over every gradient and so hide where it came from.
-        if not torch.isfinite(self.grad_norm):
-            assert self._batch is not None
-            with self.trainer.precision_plugin.forward_context():
-                bad_tensor = first_bad_tensor(self.model, *self._batch)
-            raise TrainingError(
-                f"step {self.completed_steps + 1}: the gradient is not finite (norm {self.grad_norm:g}); the "
-                f"first bad tensor is {bad_tensor}; nothing was saved over the "
-                "last checkpoint; start a new run (another trainer.out_dir) with a lower optim.lr or optim.beta2, from "
-                "the last checkpoint's weights (model.init_from)"
-            )
-        if self.config.optim.grad_clip:
-            clip_grads_with_norm_(self.model.parameters(), self.config.optim.grad_clip, self.grad_norm)
+    def finish_step(self) -> StepResult:
+        """Return what the step just taken came to, and start the sums anew."""
+        norm = self._grad_norm
+        if norm is None:
+            norm = self.engine.step_norm()
+            assert norm is not None
+            self._problem = self._problem or self.guard.judge(float(norm), None)
+        result = StepResult(self._loss(), norm, self._problem)
+        self._nats = torch.zeros_like(self._nats)
+        return result
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build AdamW here, not in ``__init__``: by now the strategy has placed the parameters."""
-        optim = self.config.optim
-        optimizer = make_optimizer(self.model, self.config.model.arch, optim)
-        if self._resume is not None:
-            restore_moments(optimizer, self._resume)
-            self._resume = None  # the moments are in the optimizer now; do not keep them twice
-        schedule = LambdaLR(
-            optimizer, lambda step: learning_rate_factor(self.start_step + step, self.n_steps, optim)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    @property
+    def _world_size(self) -> int:
+        return self.config.trainer.world_size
 
-
-def make_optimizer(model: LanguageModel, arch: str, optim: OptimConfig) -> AdamW:
-    """Build the optimizer: fused AdamW over the published parameter groups."""
-    groups = parameter_groups(model, arch, optim)
-    return AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
-
-
-def named_moments(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Return Adam's moments by parameter name: ``{"exp_avg": {name: tensor}, "exp_avg_sq": {...}}``.
-
-    A parameter that never had a gradient has moments of zero.
-    """
-    moments: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            state = optimizer.state.get(parameter, {})
-            for moment, tensors in moments.items():
-                tensors[name] = state[moment] if moment in state else torch.zeros_like(parameter)
-    return moments
-
-
-def restore_moments(optimizer: torch.optim.Optimizer, saved: TrainingState) -> None:
-    """Give ``optimizer`` the moments and the step count of a checkpoint."""
-    step = float(saved.manifest["step"])
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            state: dict[str, Any] = optimizer.state[parameter]
-            state["step"] = torch.tensor(step, dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = saved.exp_avg[name].to(parameter)
-            state["exp_avg_sq"] = saved.exp_avg_sq[name].to(parameter)
+    def _loss(self) -> Tensor:
+        assert self.last_batch is not None
+        return self._nats * (self._world_size / self.last_batch.step_targets)

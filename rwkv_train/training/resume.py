@@ -1,24 +1,25 @@
 """Where a run goes on from, and whether it may."""
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from rwkv_train.checkpoints.descriptions import Kinds, find_problem
 from rwkv_train.checkpoints.formats import FORMAT_VERSION, MANIFEST_FILE
-from rwkv_train.checkpoints.training_state import (
-    TENSOR_FILES,
-    TrainingState,
-    list_training_checkpoints,
-    load_training_checkpoint,
-    newest_valid_checkpoint,
-)
+from rwkv_train.checkpoints.manifest import verify_checkpoint
+from rwkv_train.checkpoints.run_folder import list_training_checkpoints, newest_valid_checkpoint
+from rwkv_train.checkpoints.training_state import TrainingCheckpoint, open_training_checkpoint
+from rwkv_train.config.checkpoint import CheckpointConfig
+from rwkv_train.config.guard import GuardConfig
+from rwkv_train.config.optim import OptimConfig
 from rwkv_train.config.save import to_tree
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.data.stored import Corpus
 from rwkv_train.errors import CheckpointError, ConfigError
 from rwkv_train.tokenizers import TokenizerIdentity
 from rwkv_train.training.keeper import identify_corpus
+from rwkv_train.training.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +36,15 @@ MAY_CHANGE = {
         "micro_batch_size",
         "accelerator",
         "strategy",
+        "offload",
+        "deepspeed_config",
         "devices",
         "num_nodes",
+        "compile",
+        "grad_checkpointing",
         "wkv_backend",
+        "hang_timeout_seconds",
+        "grace_seconds",
         "log_every_n_steps",
         "val_every_n_steps",
         "val_tokens",
@@ -46,15 +53,28 @@ MAY_CHANGE = {
         "tensorboard",
         "wandb_project",
     },
-    "checkpoint": {"every_n_steps", "keep_last"},
+    "checkpoint": set(CheckpointConfig.model_fields),
+    "guard": set(GuardConfig.model_fields),
 }
 """Settings that a resumed run may have otherwise than the run it goes on with, by section."""
 
+MAY_CHANGE_ON_REQUEST = {
+    "model": {"dropout"},
+    "optim": set(OptimConfig.model_fields),
+    "trainer": {"precision"},
+}
+"""Settings that it may have otherwise where the user names them, because they change what is learnt."""
 
-def find_resume_state(
-    resume: str, config: TrainConfig, tokenizer: TokenizerIdentity, corpus: Corpus
-) -> TrainingState | None:
-    """Return the state that a run starts from, or ``None`` for a run from scratch.
+
+def find_checkpoint(
+    resume: str,
+    config: TrainConfig,
+    tokenizer: TokenizerIdentity,
+    corpus: Corpus,
+    processes: Processes,
+    allow_change: Collection[str] = (),
+) -> TrainingCheckpoint | None:
+    """Return the checkpoint that a run starts from, or ``None`` for a run from scratch.
 
     Args:
         resume: ``"auto"`` (the newest checkpoint in ``out_dir``, if any), ``"none"``, or the path of a
@@ -62,13 +82,35 @@ def find_resume_state(
         config: the settings of the run.
         tokenizer: identity of its corpus' tokenizer.
         corpus: its training corpus.
+        processes: the processes of the run; the first one looks and verifies, all open what it has found.
+        allow_change: names of settings, such as ``"optim.lr"``, that may differ from the checkpoint's.
 
     Raises:
         CheckpointError: there is no valid checkpoint at the path, or ``out_dir`` holds a run that
             would be mixed with this one.
         ConfigError: a setting that must not change differs from the checkpoint's.
     """
-    out_dir = config.trainer.run_folder
+    folder: Path | None = None
+    with processes.failing_together():
+        _check_names(allow_change)
+        if processes.is_first:
+            folder = _choose(resume, config.trainer.run_folder)
+    folder = processes.broadcast(folder)
+    if folder is None:
+        return None
+    with processes.failing_together():
+        checkpoint = open_training_checkpoint(folder, verify=False)
+        _check_manifest(checkpoint.manifest, folder)
+        _check_same_settings(checkpoint.manifest, config, folder, allow_change)
+        _check_same_data(checkpoint.manifest, tokenizer, corpus, folder)
+    logger.info("going on from %s", folder)
+    return checkpoint
+
+
+def _choose(resume: str, out_dir: Path) -> Path | None:
+    """Find the checkpoint and compare its files with their hashes."""
+    if resume == AUTO:
+        return newest_valid_checkpoint(out_dir)
     existing = list_training_checkpoints(out_dir)
     if resume == NONE:
         if existing:
@@ -77,29 +119,29 @@ def find_resume_state(
                 "go on with it (--resume auto), or choose another trainer.out_dir"
             )
         return None
-    if resume == AUTO:
-        folder = newest_valid_checkpoint(out_dir)
-        if folder is None:
-            return None
-    else:
-        folder = _checkpoint_at(Path(resume).expanduser())
-        if existing and folder.resolve().parent != existing[-1].resolve().parent:
-            raise CheckpointError(
-                f"trainer.out_dir ({out_dir}) holds a run of its own ({existing[-1].name}); "
-                f"choose another trainer.out_dir to go on from {folder}"
-            )
-    state = load_training_checkpoint(folder)
-    _check_manifest(state.manifest, folder)
-    _check_same_settings(state.manifest, config, folder)
-    _check_same_data(state.manifest, tokenizer, corpus, folder)
-    logger.info("going on from %s", folder)
-    return state
+    folder = _checkpoint_at(Path(resume).expanduser())
+    if existing and folder.resolve().parent != existing[-1].resolve().parent:
+        raise CheckpointError(
+            f"trainer.out_dir ({out_dir}) holds a run of its own ({existing[-1].name}); "
+            f"choose another trainer.out_dir to go on from {folder}"
+        )
+    return folder
+
+
+def _check_names(allow_change: Collection[str]) -> None:
+    known = [
+        f"{section}.{name}" for section, names in MAY_CHANGE_ON_REQUEST.items() for name in sorted(names)
+    ]
+    for name in allow_change:
+        if name not in known:
+            raise ConfigError(f"--allow-change {name}: it is none of {', '.join(known)}")
 
 
 def _checkpoint_at(path: Path) -> Path:
-    if path.name in {MANIFEST_FILE, *TENSOR_FILES} and path.is_file():
+    if path.is_file() and (path.parent / MANIFEST_FILE).is_file():
         path = path.parent
     if (path / MANIFEST_FILE).is_file():
+        verify_checkpoint(path)
         return path
     newest = newest_valid_checkpoint(path) if path.is_dir() else None
     if newest is None:
@@ -124,15 +166,24 @@ def _check_manifest(manifest: dict[str, Any], folder: Path) -> None:
             raise CheckpointError(f"{folder / MANIFEST_FILE} cannot be used: {problem}")
 
 
-def _check_same_settings(manifest: dict[str, Any], config: TrainConfig, folder: Path) -> None:
+def _check_same_settings(
+    manifest: dict[str, Any], config: TrainConfig, folder: Path, allow_change: Collection[str]
+) -> None:
     now = to_tree(config)
     for section, saved in manifest["config"].items():
         for name, value in saved.items():
-            if name in MAY_CHANGE.get(section, set()) or now[section].get(name) == value:
+            found = now.get(section, {}).get(name)
+            if found == value or name in MAY_CHANGE.get(section, set()):
                 continue
+            full_name = f"{section}.{name}"
+            on_request = name in MAY_CHANGE_ON_REQUEST.get(section, set())
+            if on_request and full_name in allow_change:
+                logger.info("%s changes from %r to %r", full_name, value, found)
+                continue
+            way = f"set it back, pass --allow-change {full_name}" if on_request else "set it back"
             raise ConfigError(
-                f"{section}.{name} is {now[section].get(name)!r} but {value!r} in {folder}; set it back to go on "
-                "with that run, or choose another trainer.out_dir for a new one"
+                f"{full_name} is {found!r} but {value!r} in {folder}; {way} to go on with that run, or choose "
+                "another trainer.out_dir for a new one"
             )
 
 

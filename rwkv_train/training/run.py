@@ -2,19 +2,23 @@
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock, Timeout
+import torch
 from lightning.pytorch import Trainer
 
-from rwkv_train.checkpoints.training_state import TrainingState, list_training_checkpoints
+from rwkv_train.checkpoints.io import require_space
+from rwkv_train.checkpoints.lock import hold_run_folder
+from rwkv_train.checkpoints.run_folder import checkpoints_folder
+from rwkv_train.checkpoints.training_state import TrainingCheckpoint, checkpoint_bytes
 from rwkv_train.checkpoints.weights import read_weights
+from rwkv_train.config.save import to_tree
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.data.builtin import BUILTIN, ensure_builtin
-from rwkv_train.data.module import PretrainData, n_slots
+from rwkv_train.data.module import CorpusSamples, Position, PretrainData, n_slots
 from rwkv_train.data.stored import Corpus, load_corpus
 from rwkv_train.errors import ConfigError
 from rwkv_train.models.lm import LanguageModel
@@ -22,21 +26,26 @@ from rwkv_train.models.registry import build_model, initialize
 from rwkv_train.tokenizers import Tokenizer, TokenizerIdentity, load_tokenizer
 from rwkv_train.training.backend import choose_wkv_backend
 from rwkv_train.training.callbacks import RunCallback
+from rwkv_train.training.code_version import code_version
+from rwkv_train.training.guard import Guard, RollBack
 from rwkv_train.training.keeper import CheckpointKeeper, restore_random_state
 from rwkv_train.training.loggers import make_loggers
 from rwkv_train.training.meter import Meter, StepMetrics
 from rwkv_train.training.module import PretrainModule
 from rwkv_train.training.plot import plot_run
+from rwkv_train.training.precision import prepare_forward
+from rwkv_train.training.processes import Processes, join_processes, naming_lost_processes
 from rwkv_train.training.progress import Display
-from rwkv_train.training.resume import AUTO, find_resume_state
-from rwkv_train.training.schedule import total_steps
-from rwkv_train.training.strategy import device_of, make_trainer, process_rank
+from rwkv_train.training.resume import AUTO, find_checkpoint
+from rwkv_train.training.schedule import RunLength, run_length
+from rwkv_train.training.signals import StopSignal
+from rwkv_train.training.strategy import ENGINES, device_of, make_trainer
 from rwkv_train.training.validation import Validation, Validator, metric_columns
+from rwkv_train.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "train.log"
-LOCK_FILE = ".lock"
 
 
 class RunSummary(NamedTuple):
@@ -84,23 +93,50 @@ class Corpora(NamedTuple):
     tokenizer: Tokenizer
 
 
-def run_pretraining(config: TrainConfig, resume: str = AUTO) -> RunSummary:
+def run_pretraining(
+    config: TrainConfig, resume: str = AUTO, allow_change: Collection[str] = ()
+) -> RunSummary:
     """Train a model as the settings say, from scratch or from where an earlier process was stopped.
+
+    Where the settings ask for several processes, each of them calls this; what one refuses, all refuse.
 
     Args:
         config: the settings of the run.
-        resume: ``"auto"``, ``"none"`` or a path; see :func:`~rwkv_train.training.resume.find_resume_state`.
+        resume: ``"auto"``, ``"none"`` or a path; see :func:`~rwkv_train.training.resume.find_checkpoint`.
+        allow_change: names of settings that may differ from those of the checkpoint.
 
     Raises:
-        ConfigError: settings contradict the data, the checkpoint or this machine.
+        ConfigError: settings contradict the data, the checkpoint, this machine or another process.
         DataError: the corpus cannot be used.
         CheckpointError: weights or a checkpoint cannot be read or written.
-        TrainingError: the gradient is no longer finite.
+        TrainingError: the gradient is no longer finite, or the loss leapt.
+        LostProcessError: another process of the run ended or hangs.
     """
     out_dir = config.trainer.run_folder
-    _make_folder(out_dir)
-    with _only_run_in(out_dir), _log_file(out_dir / LOG_FILE):
-        return _run(config, resume, out_dir)
+    device = device_of(config.trainer)
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    needs_group = config.trainer.strategy not in {"auto", "ddp"}
+    with (
+        join_processes(config.trainer, backend=backend, always=needs_group) as processes,
+        naming_lost_processes(processes),
+        ExitStack() as held,
+    ):
+        with processes.failing_together():
+            _make_folder(out_dir)
+            if processes.is_first:
+                held.enter_context(hold_run_folder(out_dir))
+                held.enter_context(_log_file(out_dir / LOG_FILE))
+        processes.require_same(
+            {**to_tree(config), "code version": code_version(), "PyTorch": torch.__version__}
+        )
+        roll_back = None
+        while True:
+            try:
+                return _run(config, resume, allow_change, processes, roll_back)
+            except RollBack as bad:
+                roll_back = bad
+                is_own = bad.checkpoint.parent == checkpoints_folder(out_dir)
+                resume = AUTO if is_own else str(bad.checkpoint)
 
 
 def open_corpora(config: TrainConfig) -> Corpora:
@@ -129,66 +165,109 @@ def _open_corpus(config: TrainConfig, prefix: str, split: str, tokenizer: Tokeni
     return corpus
 
 
-def _run(config: TrainConfig, resume: str, out_dir: Path) -> RunSummary:
-    corpora = open_corpora(config)
-    n_steps = total_steps(config.trainer, config.model.ctx_len, n_slots(corpora.train, config.model.ctx_len))
-    state = find_resume_state(resume, config, corpora.tokenizer.identity, corpora.train)
-    start_step = 0 if state is None else int(state.manifest["step"])
-    if start_step > n_steps:
-        raise ConfigError(
-            f"the run is {n_steps} steps long but {start_step} are done; set trainer.max_steps (or max_tokens, "
-            "max_epochs) higher, or choose another trainer.out_dir"
-        )
-    device = device_of(config.trainer)
-    backend = choose_wkv_backend(config, device)
+def _run(
+    config: TrainConfig,
+    resume: str,
+    allow_change: Collection[str],
+    processes: Processes,
+    roll_back: RollBack | None,
+) -> RunSummary:
+    out_dir = config.trainer.run_folder
+    corpora = _open_corpora_together(config, processes)
+    samples = CorpusSamples(corpora.train, config)
+    length = run_length(config.trainer, config.model.ctx_len, n_slots(corpora.train, config))
+    saved = find_checkpoint(
+        resume, config, corpora.tokenizer.identity, corpora.train, processes, allow_change
+    )
+    start = _position(config, saved, roll_back)
+    with processes.failing_together():
+        if start.step > length.n_steps:
+            raise ConfigError(
+                f"the run is {length.n_steps} steps long but {start.step} are done; set trainer.max_steps (or "
+                "max_tokens, max_epochs) higher, or choose another trainer.out_dir"
+            )
+        if processes.is_first and start.step < length.n_steps:
+            require_space(out_dir, checkpoint_bytes(config.model))
+        guard = _make_guard(config, saved, roll_back)
+        backend = choose_wkv_backend(config, device_of(config.trainer))
+        model = _make_model(config, backend.name, saved, corpora.tokenizer.identity)
     logger.info("recurrence: %s", backend.reason)
-    model = _make_model(config, backend.name, state, corpora.tokenizer.identity)
-    seconds = 0.0 if state is None else float(state.manifest["train_seconds"])
-    module = PretrainModule(model, config, n_steps, state)
-    if state is not None:
-        restore_random_state(state.manifest["random"])
-    del state  # a second copy of the weights
+    engine = ENGINES[config.trainer.strategy](model, config)
+    module = PretrainModule(model, engine, config, length, start, guard)
+    if saved is not None:
+        restore_random_state(saved.manifest["random"])
 
-    rank = process_rank()
+    watchdog = Watchdog(processes, config.trainer.hang_timeout_seconds)
     validator = None
     if corpora.valid is not None:
-        validator = Validator(corpora.valid, corpora.tokenizer, config, rank, device)
+        validator = Validator(corpora.valid, corpora.tokenizer, config, processes, watchdog.beat)
     columns = ["tokens", "seconds", "learning_rate", *StepMetrics._fields]
     if validator is not None:
         columns += metric_columns(validator.domains)
     callback = RunCallback(
-        Meter(config.trainer.global_batch_size * config.model.ctx_len, seconds),
+        processes,
+        Meter(length.tokens_per_step, 0.0 if saved is None else float(saved.manifest["train_seconds"])),
         validator,
-        CheckpointKeeper(config, corpora.tokenizer.identity, corpora.train, is_writer=rank == 0),
-        Display(n_steps, start_step, is_shown=rank == 0),
+        CheckpointKeeper(config, corpora.tokenizer.identity, corpora.train, processes, saved),
+        Display(length.n_steps, start.step, is_shown=processes.is_first),
+        StopSignal(config.trainer.grace_seconds),
+        watchdog,
     )
-    loggers = make_loggers(config, columns, start_step) if rank == 0 else []
-    trainer = make_trainer(config.trainer, n_steps - start_step, [callback], loggers)
-    _announce(model, n_steps, start_step, config, trainer)
-    if start_step == n_steps:
-        logger.info("nothing to do: all %d steps are done", n_steps)
+    with processes.failing_together():
+        loggers = make_loggers(config, columns, start.step) if processes.is_first else []
+        trainer = make_trainer(config, length.n_steps - start.step, [callback], loggers)
+    _announce(model, length, start, config, trainer)
+    if start.step == length.n_steps:
+        logger.info("nothing to do: all %d steps are done", length.n_steps)
     else:
-        _fit(trainer, module, PretrainData(corpora.train, config, start_step, n_steps))
-    completed = start_step + trainer.global_step
+        _fit(trainer, module, PretrainData(samples, config, start, length.n_steps))
+    completed = start.step + trainer.global_step
     return RunSummary(
         out_dir=out_dir,
-        n_steps=n_steps,
+        n_steps=length.n_steps,
         completed_steps=completed,
-        tokens=completed * config.trainer.global_batch_size * config.model.ctx_len,
+        tokens=completed * length.tokens_per_step,
         train_seconds=callback.meter.seconds,
         validation=None if validator is None else validator.last,
-        checkpoint=callback.keeper.newest or next(reversed(list_training_checkpoints(out_dir)), None),
-        plot=plot_run(out_dir) if rank == 0 else None,
+        checkpoint=callback.keeper.newest,
+        plot=plot_run(out_dir) if processes.is_first else None,
         signal=callback.stop.received,
     )
 
 
+def _open_corpora_together(config: TrainConfig, processes: Processes) -> Corpora:
+    """Open the token files; the first process of each machine comes first, as it may have to make them."""
+    corpora = None
+    for is_turn in (processes.local_rank == 0, processes.local_rank != 0):
+        with processes.failing_together():
+            if is_turn:
+                corpora = open_corpora(config)
+    assert corpora is not None
+    return corpora
+
+
+def _position(config: TrainConfig, saved: TrainingCheckpoint | None, roll_back: RollBack | None) -> Position:
+    if saved is None:
+        return Position(0)
+    start = Position(saved.manifest["step"], saved.manifest["data"].get("skipped", 0))
+    if roll_back is not None:
+        start = start._replace(skipped=start.skipped + roll_back.next_sample - start.first_sample(config))
+    return start
+
+
+def _make_guard(config: TrainConfig, saved: TrainingCheckpoint | None, roll_back: RollBack | None) -> Guard:
+    memory = {} if saved is None else dict(saved.manifest.get("guard", {}))
+    if roll_back is not None:
+        memory["bad_steps"] = roll_back.bad_steps
+    return Guard(config.guard, memory or None)
+
+
 def _make_model(
-    config: TrainConfig, backend: str, state: TrainingState | None, tokenizer: TokenizerIdentity
+    config: TrainConfig, backend: str, saved: TrainingCheckpoint | None, tokenizer: TokenizerIdentity
 ) -> LanguageModel:
     model = build_model(config.model, wkv_backend=backend)
-    if state is not None:
-        model.load_state_dict(state.weights)
+    if saved is not None:
+        model.load_state_dict(saved.weights())
     elif config.model.init_from is not None:
         weights = read_weights(config.model.init_from)
         if weights.tokenizer is not None and not weights.tokenizer.matches(tokenizer):
@@ -200,6 +279,7 @@ def _make_model(
         logger.info("starting from the weights of %s", config.model.init_from)
     else:
         initialize(model, config.trainer.seed)
+    prepare_forward(model, config.trainer)
     return model
 
 
@@ -214,19 +294,20 @@ def _fit(trainer: Trainer, module: PretrainModule, data: PretrainData) -> None:
 
 
 def _announce(
-    model: LanguageModel, n_steps: int, start_step: int, config: TrainConfig, trainer: Trainer
+    model: LanguageModel, length: RunLength, start: Position, config: TrainConfig, trainer: Trainer
 ) -> None:
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    settings = config.trainer
     logger.info(
         "%s, %s parameters, steps %d to %d of %d samples x %d tokens, %s, %s",
         config.model.arch,
         f"{n_parameters:,}",
-        start_step,
-        n_steps,
-        config.trainer.global_batch_size,
+        start.step,
+        length.n_steps,
+        settings.global_batch_size,
         config.model.ctx_len,
-        config.trainer.precision,
-        f"{trainer.world_size} x {trainer.strategy.root_device}",
+        settings.precision,
+        f"{trainer.world_size} x {trainer.strategy.root_device.type}, strategy {settings.strategy}",
     )
 
 
@@ -242,25 +323,6 @@ def _make_folder(out_dir: Path) -> None:
         raise ConfigError(f"trainer.out_dir ({out_dir}) cannot be written to; choose another folder")
 
 
-@contextmanager
-def _only_run_in(out_dir: Path) -> Iterator[None]:
-    """Hold ``out_dir`` for this run; the other processes of the same run rely on the first one."""
-    if process_rank() != 0:
-        yield
-        return
-    lock = FileLock(out_dir / LOCK_FILE, blocking=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ConfigError(
-            f"trainer.out_dir ({out_dir}) is in use by another run; wait for it or choose another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 class _LogFile(logging.FileHandler):
     """Where a line cannot be written, logging prints a traceback; a full disk gets its sentence elsewhere."""
 
@@ -271,9 +333,6 @@ class _LogFile(logging.FileHandler):
 @contextmanager
 def _log_file(path: Path) -> Iterator[None]:
     """Append what the package logs to a file, at a finer level than the terminal shows."""
-    if process_rank() != 0:
-        yield
-        return
     package = logging.getLogger("rwkv_train")
     handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -28,7 +28,8 @@ def load_settings(config: str, overrides: Sequence[str] = ()) -> TrainConfig:
 def _sizes_of_weights(init_from: str, trainer: object) -> Tree:
     """The sizes of ``model.init_from``: a run that started from it needs the file no more to go on."""
     # These load torch, and a misspelt setting should be answered at once.
-    from rwkv_train.checkpoints.training_state import list_training_checkpoints, read_manifest  # noqa: PLC0415
+    from rwkv_train.checkpoints.manifest import read_manifest  # noqa: PLC0415
+    from rwkv_train.checkpoints.run_folder import list_training_checkpoints  # noqa: PLC0415
     from rwkv_train.checkpoints.weights import read_weights  # noqa: PLC0415
 
     out_dir = trainer.get("out_dir") if isinstance(trainer, dict) else None

@@ -1,24 +1,32 @@
-"""From our settings to Lightning's Trainer."""
+"""From our settings to Lightning's Trainer, its strategy and our engine."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from lightning.pytorch.utilities import rank_zero_only
 
+from rwkv_train.config.train import TrainConfig
 from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.errors import ConfigError
+from rwkv_train.training.engine import Engine
+from rwkv_train.training.fsdp import FsdpEngine, make_fsdp_strategy
+from rwkv_train.training.zero import ZeroEngine, make_zero_strategy
 
-PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16-autocast": "bf16-mixed"}
-"""Our names, said by what they do, and Lightning's."""
-
-
-def process_rank() -> int:
-    """Return the number of this process among those of the run; Lightning reads it from the environment."""
-    return int(getattr(rank_zero_only, "rank", None) or 0)
+ENGINES: Mapping[str, type[Engine]] = {
+    "auto": Engine,
+    "ddp": Engine,
+    "fsdp2": FsdpEngine,
+    "deepspeed_1": ZeroEngine,
+    "deepspeed_2": ZeroEngine,
+    "deepspeed_3": ZeroEngine,
+}
+"""Name of a strategy -> what is different about it."""
 
 
 def device_of(settings: TrainerConfig) -> torch.device:
@@ -41,24 +49,32 @@ def device_of(settings: TrainerConfig) -> torch.device:
 
 
 def make_trainer(
-    settings: TrainerConfig, n_steps: int, callbacks: list[Callback], loggers: list[Logger]
+    config: TrainConfig, n_steps: int, callbacks: list[Callback], loggers: list[Logger]
 ) -> Trainer:
     """Build the Trainer for ``n_steps`` optimizer steps; checkpoints, validation and display are ours.
 
     Raises:
-        ConfigError: a device is missing; or this process of several nodes does not know its number.
+        ConfigError: a device or DeepSpeed is missing, or DeepSpeed's settings contradict ours.
     """
-    rank = process_rank()
+    settings = config.trainer
+    device = device_of(settings)
     # Lightning advises more loader workers; reading a memory-mapped slice needs none.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     # Lightning calls a function of torch under its old name.
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
-    trainer = Trainer(
-        accelerator="cpu" if device_of(settings).type == "cpu" else "gpu",
+    # The engine knows that DeepSpeed clips by itself.
+    warnings.filterwarnings("ignore", "Since DeepSpeed handles gradient clipping internally.*")
+    is_bf16_in_deepspeed = settings.zero_stage is not None and settings.precision == "bf16-params"
+    return Trainer(
+        accelerator="cpu" if device.type == "cpu" else "gpu",
         devices=settings.devices,
         num_nodes=settings.num_nodes,
-        strategy=_strategy(settings),
-        precision=PRECISIONS[settings.precision],
+        strategy=_strategy(config, device),
+        # However the processes were started, they have torchrun's variables by now. Named, because Lightning would
+        # find SLURM's too, and then requeue the job by itself.
+        plugins=[TorchElasticEnvironment() if settings.world_size > 1 else LightningEnvironment()],
+        # Precision is ours, the same under every strategy; only DeepSpeed has to hold its parameters in bfloat16.
+        precision="bf16-true" if is_bf16_in_deepspeed else "32-true",
         max_steps=n_steps,
         max_epochs=-1,
         accumulate_grad_batches=settings.accumulation,
@@ -72,15 +88,14 @@ def make_trainer(
         limit_val_batches=0,
         use_distributed_sampler=False,
     )
-    if trainer.global_rank != rank:  # Lightning's own launcher counts on each node from 0
-        raise ConfigError(
-            f"trainer.num_nodes is {settings.num_nodes}, and this process does not know its number among those of "
-            "all nodes; start it with torchrun or with SLURM's srun on each node"
-        )
-    return trainer
 
 
-def _strategy(settings: TrainerConfig) -> Strategy | Literal["auto"]:
-    if settings.world_size == 1 and settings.strategy == "auto":
+def _strategy(config: TrainConfig, device: torch.device) -> Strategy | Literal["auto"]:
+    settings = config.trainer
+    if settings.zero_stage is not None:
+        return make_zero_strategy(config, device)
+    if settings.strategy == "fsdp2":
+        return make_fsdp_strategy(settings)
+    if settings.strategy == "auto" and settings.world_size == 1:
         return "auto"
     return DDPStrategy()

@@ -1,6 +1,7 @@
 """The held-out loss during a run, by the same definition as ``rwkv-train eval-ppl``, and a short sample."""
 
 import logging
+from collections.abc import Callable
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from rwkv_train.generation.generate import generate
 from rwkv_train.generation.sampling import SamplingSettings
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.tokenizers import Tokenizer
+from rwkv_train.training.model_calls import ModelCalls
+from rwkv_train.training.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +56,20 @@ class Validator:
         corpus: the validation corpus.
         tokenizer: its tokenizer.
         config: the settings of the run.
-        rank: number of this process; documents are dealt out to all.
-        device: where the model is.
+        processes: the processes of the run; documents are dealt out to them.
+        beat: called after each call of the model, as a sign of progress.
 
     Raises:
         DataError: there is nothing to score.
     """
 
     def __init__(
-        self, corpus: Corpus, tokenizer: Tokenizer, config: TrainConfig, rank: int, device: torch.device
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        config: TrainConfig,
+        processes: Processes,
+        beat: Callable[[], None],
     ) -> None:
         settings = config.trainer
         documents = select_documents(corpus, tokenizer, settings.val_tokens)
@@ -77,30 +85,38 @@ class Validator:
         )
         self.domains = sorted({document.domain for document in documents})
         self.last: Validation | None = None
-        self._documents = documents[rank :: settings.world_size]
+        self._documents = documents[processes.rank :: settings.world_size]
         self._tokenizer = tokenizer
         self._settings = settings
         self._ctx_len = config.model.ctx_len
-        self._rank = rank
-        self._device = device
+        self._processes = processes
+        self._beat = beat
 
     def run(self, model: LanguageModel, step: int) -> Validation:
-        """Score the documents, log the result and write a sample."""
+        """Score the documents, log the result and write a sample. All processes call this together.
+
+        Raises:
+            CheckpointError: a loss is not finite; on all processes.
+        """
         model.eval()
-        by_domain = evaluate_tokens(
-            model,
-            self._documents,
-            end_of_document=self._tokenizer.end_of_document,
-            # What fits in memory for training fits here. The result does not depend on either.
-            batch_size=self._settings.micro_batch_size,
-            chunk_len=self._ctx_len,
-        ).domains
+        calls = ModelCalls(model, self._processes, together=self._settings.is_sharded, beat=self._beat)
+        by_domain: dict[str, Totals] = {}
+        with self._processes.failing_together(), calls.finished_by_all():
+            by_domain = evaluate_tokens(
+                calls.as_model(),
+                self._documents,
+                end_of_document=self._tokenizer.end_of_document,
+                # What fits in memory for training fits here. The result does not depend on either.
+                batch_size=self._settings.micro_batch_size,
+                chunk_len=self._ctx_len,
+            ).domains
         sums = torch.tensor(
-            [list(by_domain.get(domain, Totals())) for domain in self.domains], dtype=torch.float64
-        )
-        if self._settings.world_size > 1:
-            sums = sums.to(self._device)
-            torch.distributed.all_reduce(sums)
+            [
+                [list(part.get(domain, Totals())) for domain in self.domains]
+                for part in self._processes.gather(by_domain)
+            ],
+            dtype=torch.float64,
+        ).sum(dim=0)
         totals = {
             domain: Totals(int(documents), int(tokens), int(n_bytes), nats)
             for domain, (documents, tokens, n_bytes, nats) in zip(self.domains, sums.tolist(), strict=True)
@@ -110,8 +126,8 @@ class Validator:
             pooled += part
         self.last = Validation({POOLED: pooled, **totals})
         logger.info("step %d: validation %s", step, _one_line(self.last))
-        # Every process samples: under a sharded strategy all must make the same forward calls.
-        self._write_sample(model, step)
+        with calls.finished_by_all():
+            self._write_sample(calls.as_model(), step)
         model.train()
         return self.last
 
@@ -127,7 +143,7 @@ class Validator:
             seed=self._settings.seed,
         )
         text = "".join(pieces)
-        if self._rank == 0:
+        if self._processes.is_first:
             with (self._settings.run_folder / SAMPLES_FILE).open("a", encoding="utf-8") as file:
                 file.write(f"--- step {step}\n{self._settings.sample_prompt}{text}\n")
 

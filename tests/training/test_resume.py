@@ -1,10 +1,9 @@
 """Where a run goes on from: the paths that a user may give."""
 
-import json
-
 import pytest
 
 from rwkv_train.checkpoints import list_training_checkpoints
+from rwkv_train.checkpoints.manifest import read_manifest, write_manifest
 from rwkv_train.errors import CheckpointError
 from rwkv_train.training.run import run_pretraining
 
@@ -40,8 +39,7 @@ def test_weights_alone_are_not_enough_to_go_on(finished, settings, tmp_path):
     ids=["seconds", "random", "random state", "data", "config"],
 )
 def test_a_manifest_that_lacks_what_the_next_step_needs_is_refused(finished, settings, changes, sentence):
-    path = finished / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    write_manifest(finished, read_manifest(finished) | changes)
     with pytest.raises(CheckpointError, match=sentence):
         run_pretraining(settings({"trainer.max_steps": 13}))
 

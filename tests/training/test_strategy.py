@@ -1,37 +1,36 @@
-import pytest
-from lightning.pytorch.utilities import rank_zero_only
+"""From settings to Lightning's Trainer."""
 
-from rwkv_train.config.trainer import TrainerConfig
-from rwkv_train.errors import ConfigError
+import pytest
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+
 from rwkv_train.training.strategy import make_trainer
 
-TWO_NODES = TrainerConfig(
-    out_dir="run",
-    max_steps=1,
-    num_nodes=2,
-    devices=2,
-    accelerator="cpu",
-    global_batch_size=8,
-    micro_batch_size=2,
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("auto", SingleDeviceStrategy),
+        ("ddp", DDPStrategy),
+        ("fsdp2", ModelParallelStrategy),
+        ("deepspeed_2", DeepSpeedStrategy),
+    ],
 )
-RENDEZVOUS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29655"}
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "LOCAL_RANK": "1", "GROUP_RANK": "1", "WORLD_SIZE": "4"}
+def test_a_strategy_is_lightnings_of_that_name(settings, name, kind):
+    config = settings({"trainer.strategy": name})
+    assert isinstance(make_trainer(config, 1, [], []).strategy, kind)
 
 
-def as_process(monkeypatch, rank_at_import, variables):
-    """Stand in for a process that a launcher has started; Lightning reads the rank when it is imported."""
-    for name, value in (RENDEZVOUS | variables).items():
+def test_several_processes_without_a_strategy_are_ddp(settings, monkeypatch):
+    # As torchrun starts the last of four.
+    world = {"RANK": "3", "LOCAL_RANK": "1", "GROUP_RANK": "1", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}
+    for name, value in world.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(rank_zero_only, "rank", rank_at_import)
-
-
-@pytest.mark.parametrize("local", ["0", "1"])
-def test_a_process_that_would_take_another_ones_place_is_refused(monkeypatch, local):
-    as_process(monkeypatch, int(local), {"NODE_RANK": "1", "LOCAL_RANK": local, "WORLD_SIZE": "4"})
-    with pytest.raises(ConfigError, match="start it with torchrun"):
-        make_trainer(TWO_NODES, 1, [], [])
-
-
-def test_a_process_of_torchrun_has_its_number(monkeypatch):
-    as_process(monkeypatch, 3, TORCHRUN)
-    assert make_trainer(TWO_NODES, 1, [], []).global_rank == 3
+    config = settings({"trainer.devices": 2, "trainer.num_nodes": 2, "trainer.micro_batch_size": 2})
+    trainer = make_trainer(config, 1, [], [])
+    assert isinstance(trainer.strategy, DDPStrategy)
+    assert trainer.global_rank == 3

@@ -1,0 +1,75 @@
+"""What each precision does, the same under every strategy.
+
+``fp32`` computes in float32. ``bf16-autocast`` has float32 parameters and lets autocast choose bfloat16 for the
+matrix products. ``bf16-params`` lets the forward see bfloat16 parameters, so that all activations are bfloat16,
+while the optimizer updates float32 masters: the published recipe. Under DeepSpeed the masters are its own and
+the module's parameters are bfloat16; FSDP2 casts what it gathers; else :func:`cast_in_forward` does.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_train.config.trainer import TrainerConfig
+from rwkv_train.models.lm import LanguageModel
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16-autocast": torch.bfloat16, "bf16-params": torch.bfloat16}
+"""Dtype of the activations under each precision."""
+
+
+def autocast_of(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context that the forward of a model runs in."""
+    if precision == "bf16-autocast":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def prepare_forward(model: LanguageModel, settings: TrainerConfig) -> None:
+    """Let the blocks be compiled and recomputed, and parameters be cast, as the settings say."""
+    model.recompute_blocks = settings.grad_checkpointing
+    if settings.compile:
+        for block in model.blocks:
+            # Not block.compile(): hooks and casts around the forward stay outside of what is compiled.
+            block.forward = torch.compile(block.forward)
+    # FSDP and DeepSpeed cast by themselves.
+    if settings.precision == "bf16-params" and settings.strategy in {"auto", "ddp"}:
+        cast_in_forward(model, torch.bfloat16)
+
+
+def cast_in_forward(model: LanguageModel, dtype: torch.dtype) -> None:
+    """Let the model's forward see its parameters in ``dtype``, while they stay what they are.
+
+    The casts are part of the graph, so gradients arrive at the parameters in their own dtype and are
+    accumulated in it. Blocks cast by themselves too, because recomputation in the backward calls them alone.
+    """
+    for module in (model, *model.blocks):
+        # Entered before and left after every call; nested calls find nothing left to cast.
+        module.forward = _with_cast(module, dtype)
+
+
+def _with_cast(module: nn.Module, dtype: torch.dtype) -> Any:
+    inner = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _cast_parameters(module, dtype):
+            return inner(*args, **kwargs)
+
+    return forward
+
+
+@contextmanager
+def _cast_parameters(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    swapped: list[tuple[dict[str, Any], str, Tensor]] = []  # what holds a parameter, its name there, it
+    for part in module.modules():
+        own: dict[str, Any] = part._parameters
+        swapped += [(own, name, parameter) for name, parameter in own.items() if parameter.dtype != dtype]
+    try:
+        for owner, name, parameter in swapped:
+            owner[name] = parameter.to(dtype)
+        yield
+    finally:
+        for owner, name, parameter in swapped:
+            owner[name] = parameter
