@@ -1,9 +1,7 @@
 """The processes of a run: how they find each other, agree on small things, and fail together."""
 
-import json
 import logging
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,11 +11,13 @@ import torch
 import torch.distributed as dist
 
 # torch has no stubs that export these names.
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 
 from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.errors import ConfigError, LostProcessError, RwkvTrainError
+from rwkv_train.training.agreement import as_parts, joined
 from rwkv_train.training.lost import GO_ON, after_a_break, is_broken_connection, name_ranks
+from rwkv_train.training.meeting import meet
 from rwkv_train.training.pulse import Pulse
 from rwkv_train.training.world import World, read_world, require_size, translate_slurm
 
@@ -29,7 +29,6 @@ CONNECT_SECONDS = 25.0
 """How long the processes wait for each other at the start."""
 SLACK_SECONDS = 30.0
 """What a collective waits longer than the watchdog, which knows better who is missing."""
-_SHOWN_FAILURES = 3
 _SHOWN_LETTERS = 200
 
 
@@ -107,8 +106,8 @@ class Processes:
             if failure is not None:
                 raise failure
             return
-        failures = self.gather(None if failure is None else _as_parts(failure))
-        shared = _joined(failures)
+        failures = self.gather(None if failure is None else as_parts(failure))
+        shared = joined(failures)
         if shared is not None:
             shared.__dict__["is_reported_elsewhere"] = not self.is_first
             raise shared from failure
@@ -184,7 +183,7 @@ def join_processes(
         require_size(settings, world)
         yield from _alone(backend if always else None)
         return
-    host, prefix = _meet(world, settings, backend, connect_seconds)
+    host, prefix = meet(world, settings, backend, connect_seconds)
     pulse = Pulse(world, prefix)
     try:
         pulse.start(connect_seconds)
@@ -231,87 +230,6 @@ def _alone(backend: str | None) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def _meet(world: World, settings: TrainerConfig, backend: str, connect_seconds: float) -> tuple[Store, str]:
-    """Wait for the others at the store, and refuse on all what any of them refuses."""
-    deadline = time.monotonic() + connect_seconds
-    place = f"{world.address}:{world.port}"
-    try:
-        host = TCPStore(
-            world.address,
-            world.port,
-            is_master=world.is_host,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=connect_seconds),
-        )
-    except RuntimeError as error:
-        if world.is_host:
-            raise ConfigError(
-                f"MASTER_PORT ({world.port}) is in use by another program, so the other processes cannot come here; "
-                "set MASTER_PORT to a free port"
-            ) from error
-        raise ConfigError(
-            f"rank {world.rank} cannot reach rank 0 at {place} (MASTER_ADDR, MASTER_PORT): it has not come, or "
-            "another program has that port, or a firewall is between"
-        ) from error
-    prefix = f"rwkv-train/{world.run_id}/{world.attempt}"
-    store = PrefixStore(f"{prefix}/start", host)
-    try:
-        store.set(str(world.rank), json.dumps([_refusal(world, settings, backend), backend]))
-        starts = _wait_for_all(store, world, deadline, connect_seconds)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"rank {world.rank} lost the connection to {place}: {error}; start again"
-        ) from error
-    _refuse_together(world, starts)
-    return host, prefix
-
-
-def _wait_for_all(
-    store: Store, world: World, deadline: float, connect_seconds: float
-) -> list[tuple[str, str]]:
-    missing = [str(rank) for rank in range(world.world_size)]
-    while missing and time.monotonic() < deadline:
-        missing = [rank for rank in missing if not store.check([rank])]
-        if missing:
-            time.sleep(0.05)
-    if missing:
-        raise ConfigError(
-            f"{name_ranks([int(rank) for rank in missing])} did not come to {world.address}:{world.port} within "
-            f"{connect_seconds:g} s; see what ended there, or why it started late"
-        )
-    return [tuple(json.loads(store.get(str(rank)))) for rank in range(world.world_size)]
-
-
-def _refusal(world: World, settings: TrainerConfig, backend: str) -> str:
-    """Say what speaks against this process taking part."""
-    try:
-        require_size(settings, world)
-    except ConfigError as error:
-        return str(error)
-    n_gpus = torch.cuda.device_count() if backend == "nccl" else 0
-    if backend == "nccl" and world.local_rank >= n_gpus:
-        return (
-            f"process {world.local_rank} of its machine has no GPU, it sees {n_gpus}; lower trainer.devices, or let "
-            "every process see all GPUs (CUDA_VISIBLE_DEVICES; in SLURM --gpus-per-node, not --gpus-per-task)"
-        )
-    return ""
-
-
-def _refuse_together(world: World, starts: list[tuple[str, str]]) -> None:
-    refusals = [refusal and (ConfigError, (refusal,)) for refusal, _ in starts]
-    shared = _joined([refusal or None for refusal in refusals])
-    backends = [backend for _, backend in starts]
-    if shared is None and len(set(backends)) > 1:
-        other = next(rank for rank, backend in enumerate(backends) if backend != backends[0])
-        shared = ConfigError(
-            f"rank {other} would use {backends[other]} but rank 0 {backends[0]}: one machine has GPUs and another has "
-            "none; set trainer.accelerator"
-        )
-    if shared is not None:
-        shared.__dict__["is_reported_elsewhere"] = world.rank != 0
-        raise shared
-
-
 def _make_groups(
     world: World, store: Store, settings: TrainerConfig, backend: str, connect_seconds: float
 ) -> dist.ProcessGroup:
@@ -339,32 +257,6 @@ def _part(control: dist.ProcessGroup) -> None:
         dist.barrier(group=control)
     except RuntimeError as error:
         logger.debug("parting: %s", error)
-
-
-def _as_parts(error: RwkvTrainError | OSError) -> tuple[type[Exception], tuple[Any, ...]]:
-    """An error as another process can make it again, whatever its class wants in ``__init__``."""
-    if isinstance(error, OSError):
-        return type(error), (error.errno, error.strerror, error.filename)
-    return type(error), (str(error),)
-
-
-def _joined(failures: list[tuple[type[Exception], tuple[Any, ...]] | None]) -> Exception | None:
-    """One error for all processes, from those of each; with ranks unless all have the same."""
-    ranks: dict[tuple[type[Exception], tuple[Any, ...]], list[int]] = {}
-    for rank, failure in enumerate(failures):
-        if failure is not None:
-            ranks.setdefault(failure, []).append(rank)
-    if not ranks:
-        return None
-    (kind, arguments), those = next(iter(ranks.items()))
-    is_everywhere = len(those) == len(failures)
-    if issubclass(kind, OSError):
-        number, text, place = arguments
-        return OSError(number, text, place if is_everywhere else f"{name_ranks(those)}: {place or 'a file'}")
-    messages = [f"{name_ranks(those)}: {' '.join(map(str, parts))}" for (_, parts), those in ranks.items()]
-    error = kind.__new__(kind)
-    error.args = (str(arguments[0]) if is_everywhere else "; ".join(messages[:_SHOWN_FAILURES]),)
-    return error
 
 
 def _flattened(facts: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
