@@ -148,6 +148,9 @@ class ScaledOnceStrategy(DeepSpeedStrategy):
         """Run the backward of a loss that Lightning has divided, and keep DeepSpeed from dividing it again."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
+    def _set_node_environment_variables(self) -> None:
+        """Leave the environment alone: the processes have met already, and it would outlast this run."""
+
 
 class CpuDeepSpeedStrategy(ScaledOnceStrategy):
     """DeepSpeed on processes of the CPU, which Lightning's own strategy refuses."""
