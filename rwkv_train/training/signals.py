@@ -33,7 +33,7 @@ class StopSignal:
         self._previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
         self._previous_fd = -1
         self._sockets: tuple[socket.socket, socket.socket] | None = None
-        self._grace: threading.Timer | None = None
+        self._is_over = threading.Event()
 
     @property
     def is_set(self) -> bool:
@@ -49,7 +49,10 @@ class StopSignal:
             ours, pythons = self._sockets = socket.socketpair()
             pythons.setblocking(False)
             self._previous_fd = signal.set_wakeup_fd(pythons.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._read, args=(ours,), name="signals", daemon=True).start()
+            self._is_over = threading.Event()
+            threading.Thread(
+                target=self._read, args=(ours, self._is_over), name="signals", daemon=True
+            ).start()
 
     def ignore(self) -> None:
         """Give the signals back to whoever had them; a grace time that has begun ends with it."""
@@ -60,14 +63,13 @@ class StopSignal:
             signal.set_wakeup_fd(self._previous_fd)
             self._sockets[1].close()  # ends the thread
             self._sockets = None
-        if self._grace is not None:
-            self._grace.cancel()
+        self._is_over.set()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
 
-    def _read(self, ours: socket.socket) -> None:
+    def _read(self, ours: socket.socket, is_over: threading.Event) -> None:
         first: int | None = None
         with ours:
             while arrived := ours.recv(1):
@@ -77,24 +79,23 @@ class StopSignal:
                 if first is None:
                     first = number
                     self._note(number, None)
-                    self._begin_grace(number)
+                    self._announce(number)
+                    threading.Thread(target=self._enforce, args=(number, is_over), daemon=True).start()
                 # Of the others one request can arrive twice: from SLURM, and passed on by a launcher.
                 elif number == first == signal.SIGINT:
                     os._exit(128 + number)
 
-    def _begin_grace(self, number: int) -> None:
-        name = signal.Signals(number).name
+    def _announce(self, number: int) -> None:
         logger.info(
             "%s: saving after this step, within %g s%s",
-            name,
+            signal.Signals(number).name,
             self._grace_seconds,
             "; once more stops at once" if number == signal.SIGINT else "",
         )
-        self._grace = threading.Timer(self._grace_seconds, self._enforce, args=(number,))
-        self._grace.daemon = True
-        self._grace.start()
 
-    def _enforce(self, number: int) -> None:
+    def _enforce(self, number: int, is_over: threading.Event) -> None:
+        if is_over.wait(self._grace_seconds):
+            return
         say(
             f"the step and the save did not end within {self._grace_seconds:g} s (trainer.grace_seconds) of "
             f"{signal.Signals(number).name}; the same command goes on from the last complete checkpoint"
