@@ -223,11 +223,12 @@ def _alone(backend: str | None) -> Iterator[Processes]:
         return
     if backend == "nccl":
         torch.cuda.set_device(0)
-    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    try:
-        yield Processes()
-    finally:
+    # DeepSpeed remembers the first group that it sees, so one group serves all runs of this process.
+    if dist.is_initialized() and dist.get_backend() != backend:
         dist.destroy_process_group()
+    if not dist.is_initialized():
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    yield Processes()
 
 
 def _make_groups(

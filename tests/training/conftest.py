@@ -68,7 +68,7 @@ def settings(tree):
             if value is None:
                 tree[section].pop(key, None)
             else:
-                tree[section][key] = value
+                tree.setdefault(section, {})[key] = value
         return check_tree(tree)
 
     return make
