@@ -65,7 +65,11 @@ def _cast_parameters(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     swapped: list[tuple[dict[str, Any], str, Tensor]] = []  # what holds a parameter, its name there, it
     for part in module.modules():
         own: dict[str, Any] = part._parameters
-        swapped += [(own, name, parameter) for name, parameter in own.items() if parameter.dtype != dtype]
+        swapped += [
+            (own, name, parameter)
+            for name, parameter in own.items()
+            if parameter is not None and parameter.dtype != dtype  # a layer without bias has None there
+        ]
     try:
         for owner, name, parameter in swapped:
             owner[name] = parameter.to(dtype)

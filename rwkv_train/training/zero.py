@@ -38,6 +38,14 @@ _OURS = {
 """What a user's DeepSpeed file must not hold -> the setting of ours that decides it."""
 
 
+_MASTERS = (
+    "fp32_partitioned_groups_flat",  # stage 3
+    "single_partition_of_fp32_groups",  # stages 1 and 2
+    "fp32_groups_flat_partition",  # stage 1 with bfloat16 parameters
+)
+"""What DeepSpeed's optimizers call their masters, those of this process."""
+
+
 def deepspeed_config(config: TrainConfig, device: torch.device) -> Json:
     """Return DeepSpeed's settings for a run: ours, with the user's own file merged over them.
 
@@ -241,8 +249,8 @@ class ZeroEngine(Engine):
         """Create the moments and the number of steps, which Adam would make in its first step."""
         optimizer: Optimizer = self._zero.optimizer
         stage_3 = hasattr(self._zero, "fp32_partitioned_groups_flat")
-        parts: list[Tensor] = (
-            self._zero.fp32_partitioned_groups_flat if stage_3 else self._zero.single_partition_of_fp32_groups
+        parts: list[Tensor] = next(
+            getattr(self._zero, name) for name in _MASTERS if hasattr(self._zero, name)
         )
         for part in parts:
             optimizer.state[part] = {
