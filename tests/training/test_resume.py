@@ -4,7 +4,7 @@ import pytest
 
 from rwkv_train.checkpoints import list_training_checkpoints
 from rwkv_train.checkpoints.manifest import read_manifest, write_manifest
-from rwkv_train.errors import CheckpointError
+from rwkv_train.errors import CheckpointError, ConfigError
 from rwkv_train.training.run import run_pretraining
 
 
@@ -53,3 +53,17 @@ def test_metrics_and_notes_that_a_power_cut_spoilt_do_not_stop_a_run(finished, s
     (finished.parent / "best.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"best\.json does not name .* remove it"):
         run_pretraining(settings({"trainer.max_steps": 14}))
+
+
+def test_the_learning_rate_changes_only_where_that_is_asked_for(finished, settings, caplog):
+    changes = {"trainer.max_steps": 13, "optim.lr": 1e-3}
+    with pytest.raises(ConfigError, match=r"optim\.lr is 0\.001 but 0\.003 .* --allow-change optim\.lr"):
+        run_pretraining(settings(changes))
+    assert run_pretraining(settings(changes), allow_change=["optim.lr"]).completed_steps == 13
+    assert "optim.lr changes from 0.003 to 0.001" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["optim.lrr", "trainer.seed", "model.n_layer", "lr"])
+def test_what_never_may_change_cannot_be_asked_for(finished, settings, name):
+    with pytest.raises(ConfigError, match=rf"--allow-change {name}: it is none of model\.dropout, .*optim\.lr,"):
+        run_pretraining(settings(), allow_change=[name])
