@@ -52,6 +52,9 @@ def pretrain(
     from rwkv_train.training.run import run_pretraining
     from rwkv_train.training.world import rank_of
 
+    # "GPU available: False", tips and the like; what we chose we say ourselves. Lightning sets it when it is imported.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     summary = run_pretraining(settings, resume)
     if rank_of(os.environ) == 0:
         _print_summary(summary)
@@ -82,9 +85,6 @@ def _log_to_stderr() -> None:
         _log_to(handler)
     else:
         _log_lines()
-    # "GPU available: False", tips and the like; what we chose we say ourselves.
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _log_lines() -> None:
