@@ -58,8 +58,8 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused_before_the_first_step
 
 def test_a_disk_that_fills_up_stops_the_run_and_leaves_the_last_checkpoint(settings, monkeypatch):
     original = checkpoint_files.checkpoint_bytes
-    saves = iter([original, lambda config: 1 << 60])
-    monkeypatch.setattr(checkpoint_files, "checkpoint_bytes", lambda config: next(saves)(config))
+    sizes = iter([original(settings().model), 1 << 60])
+    monkeypatch.setattr(checkpoint_files, "checkpoint_bytes", lambda config: next(sizes))
     with pytest.raises(CheckpointError, match=r"step-00000008 cannot be written: .* free"):
         run_pretraining(settings(QUIET))
     assert [f.name for f in list_training_checkpoints(settings().trainer.run_folder)] == ["step-00000004"]
