@@ -43,14 +43,47 @@ def test_a_gpu_gives_the_losses_of_a_cpu(settings, tmp_path):
 
 
 @pytest.mark.usefixtures("any_arch")
-def test_bfloat16_autocast_learns_what_float32_learns(settings, tmp_path):
+@pytest.mark.parametrize("precision", ["bf16-autocast", "bf16-params"])
+def test_bfloat16_learns_what_float32_learns(settings, tmp_path, precision):
     changes = {"trainer.accelerator": "gpu", "trainer.max_steps": 30}
     fp32 = run_pretraining(settings({**changes, "trainer.out_dir": str(tmp_path / "fp32")}))
-    changes |= {"trainer.precision": "bf16-autocast", "trainer.out_dir": str(tmp_path / "bf16")}
+    changes |= {"trainer.precision": precision, "trainer.out_dir": str(tmp_path / "bf16")}
     bf16 = run_pretraining(settings(changes))
 
     assert bf16.validation.loss == pytest.approx(fp32.validation.loss, rel=0.03)
     assert all(tensor.dtype == torch.float32 for tensor in final_state(bf16).weights.values())
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_1", "deepspeed_2", "deepspeed_3"])
+def test_every_strategy_learns_the_same_on_one_gpu(settings, tmp_path, strategy, offload):
+    if offload != "none" and "deepspeed" not in strategy:
+        pytest.skip("only DeepSpeed offloads")
+    plain = run_pretraining(
+        settings({"trainer.accelerator": "gpu", "trainer.out_dir": str(tmp_path / "plain")})
+    )
+    changes = {"trainer.strategy": strategy, "trainer.offload": offload}
+    shared = run_pretraining(settings(changes | {"trainer.out_dir": str(tmp_path / "shared")}))
+
+    assert losses(shared) == pytest.approx(losses(plain), rel=1e-3)
+    for name, weight in final_state(plain).weights.items():
+        torch.testing.assert_close(final_state(shared).weights[name], weight, rtol=1e-2, atol=1e-4)
+
+
+def test_a_compiled_model_learns_the_same(settings, tmp_path):
+    plain, compiled = (
+        run_pretraining(
+            settings(
+                {
+                    "trainer.accelerator": "gpu",
+                    "trainer.compile": is_compiled,
+                    "trainer.out_dir": str(tmp_path / str(is_compiled)),
+                }
+            )
+        )
+        for is_compiled in (False, True)
+    )
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-3)
 
 
 def final_state(summary):
