@@ -115,7 +115,7 @@ def run_pretraining(
     out_dir = config.trainer.run_folder
     device = device_of(config.trainer)
     backend = "gloo" if device.type == "cpu" else "nccl"
-    needs_group = config.trainer.strategy not in {"auto", "ddp"}
+    needs_group = config.trainer.strategy != "auto"
     with (
         join_processes(config.trainer, backend=backend, always=needs_group) as processes,
         naming_lost_processes(processes),
