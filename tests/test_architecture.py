@@ -16,6 +16,7 @@ BELOW_TRAINING = {
     "checkpoints",
     "generation",
     "evaluation",
+    "parallel",
 }
 MAY_IMPORT = {
     "config": set(),
@@ -26,6 +27,7 @@ MAY_IMPORT = {
     "checkpoints": {"config", "models", "tokenizers"},
     "generation": {"config", "models", "checkpoints", "tokenizers"},
     "evaluation": {"config", "models", "ops", "checkpoints", "tokenizers", "data"},
+    "parallel": {"config"},
     "training": BELOW_TRAINING,
     "planning": BELOW_TRAINING | {"training"},
     "benchmarks": BELOW_TRAINING | {"training", "planning"},
@@ -33,7 +35,7 @@ MAY_IMPORT = {
 }
 ONLY_IN = {
     "pydantic": ("config/",),
-    "lightning": ("training/", "data/module.py"),
+    "lightning": ("training/", "data/module.py", "parallel/world.py"),
     "deepspeed": ("training/",),
     "typer": ("commands/",),
     "rich": ("commands/", "training/progress.py"),

@@ -127,7 +127,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _rank() -> int:
     """Return the number of this process among those of a run."""
-    from rwkv_train.training.world import rank_of
+    from rwkv_train.parallel.world import rank_of
 
     return rank_of(os.environ)
 

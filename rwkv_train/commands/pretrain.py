@@ -39,7 +39,7 @@ def pretrain(
     config: ConfigName, overrides: Overrides = None, resume: Resume = "auto", dry_run: DryRun = False
 ) -> None:
     """Train a model from scratch, or go on from the last checkpoint in out_dir."""
-    from rwkv_train.training.launch import launch, needs_launch
+    from rwkv_train.parallel.launch import launch, needs_launch
 
     settings = _load_settings(config, overrides or [])
     if not dry_run and needs_launch(settings.trainer):
@@ -49,8 +49,8 @@ def pretrain(
     if dry_run:
         _print_plan(settings)
         return
+    from rwkv_train.parallel.world import rank_of
     from rwkv_train.training.run import run_pretraining
-    from rwkv_train.training.world import rank_of
 
     # "GPU available: False", tips and the like; what we chose we say ourselves. Lightning sets it when it is imported.
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -95,7 +95,7 @@ def _log_lines() -> None:
 
 
 def _log_to(handler: logging.Handler) -> None:
-    from rwkv_train.training.world import rank_of
+    from rwkv_train.parallel.world import rank_of
 
     handler.setLevel(logging.INFO if rank_of(os.environ) == 0 else logging.WARNING)
     package = logging.getLogger("rwkv_train")

@@ -8,16 +8,16 @@ from lightning.pytorch.core import LightningModule
 
 from rwkv_train.config.guard import GuardConfig
 from rwkv_train.errors import TrainingError
+from rwkv_train.parallel.processes import Processes
+from rwkv_train.parallel.signals import StopSignal
+from rwkv_train.parallel.watchdog import Watchdog
 from rwkv_train.training.diagnosis import where_it_went_wrong
 from rwkv_train.training.guard import RollBack
 from rwkv_train.training.keeper import CheckpointKeeper
 from rwkv_train.training.meter import Meter
 from rwkv_train.training.module import PretrainModule, StepResult
-from rwkv_train.training.processes import Processes
 from rwkv_train.training.progress import Display
-from rwkv_train.training.signals import StopSignal
 from rwkv_train.training.validation import Validation, Validator
-from rwkv_train.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

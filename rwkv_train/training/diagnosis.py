@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_train.models.lm import LanguageModel
+from rwkv_train.parallel.processes import Processes
 from rwkv_train.training.module import PretrainModule
-from rwkv_train.training.processes import Processes
 
 
 def where_it_went_wrong(module: PretrainModule, processes: Processes) -> str:

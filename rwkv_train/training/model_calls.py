@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rwkv_train.models.lm import LanguageModel, LmOutput
 from rwkv_train.models.state import ModelState
-from rwkv_train.training.processes import Processes
+from rwkv_train.parallel.processes import Processes
 
 
 class ModelCalls:

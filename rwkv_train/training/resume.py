@@ -17,9 +17,9 @@ from rwkv_train.config.save import to_tree
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.data.stored import Corpus
 from rwkv_train.errors import CheckpointError, ConfigError
+from rwkv_train.parallel.processes import Processes
 from rwkv_train.tokenizers import TokenizerIdentity
 from rwkv_train.training.keeper import identify_corpus
-from rwkv_train.training.processes import Processes
 
 logger = logging.getLogger(__name__)
 

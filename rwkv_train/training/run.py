@@ -23,6 +23,9 @@ from rwkv_train.data.stored import Corpus, load_corpus
 from rwkv_train.errors import ConfigError
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.models.registry import build_model, initialize
+from rwkv_train.parallel.processes import Processes, join_processes, naming_lost_processes
+from rwkv_train.parallel.signals import StopSignal
+from rwkv_train.parallel.watchdog import Watchdog
 from rwkv_train.tokenizers import Tokenizer, TokenizerIdentity, load_tokenizer
 from rwkv_train.training.backend import choose_wkv_backend
 from rwkv_train.training.callbacks import RunCallback
@@ -34,14 +37,11 @@ from rwkv_train.training.meter import Meter, StepMetrics
 from rwkv_train.training.module import PretrainModule
 from rwkv_train.training.plot import plot_run
 from rwkv_train.training.precision import prepare_forward
-from rwkv_train.training.processes import Processes, join_processes, naming_lost_processes
 from rwkv_train.training.progress import Display
 from rwkv_train.training.resume import AUTO, find_checkpoint
 from rwkv_train.training.schedule import RunLength, run_length
-from rwkv_train.training.signals import StopSignal
 from rwkv_train.training.strategy import ENGINES, device_of, make_trainer
 from rwkv_train.training.validation import Validation, Validator, metric_columns
-from rwkv_train.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from rwkv_train.evaluation.totals import Totals
 from rwkv_train.generation.generate import generate
 from rwkv_train.generation.sampling import SamplingSettings
 from rwkv_train.models.lm import LanguageModel
+from rwkv_train.parallel.processes import Processes
 from rwkv_train.tokenizers import Tokenizer
 from rwkv_train.training.model_calls import ModelCalls
-from rwkv_train.training.processes import Processes
 
 logger = logging.getLogger(__name__)
 

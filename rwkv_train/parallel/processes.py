@@ -15,11 +15,11 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 
 from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.errors import ConfigError, LostProcessError, RwkvTrainError
-from rwkv_train.training.agreement import as_parts, joined
-from rwkv_train.training.lost import GO_ON, after_a_break, is_broken_connection, name_ranks
-from rwkv_train.training.meeting import meet
-from rwkv_train.training.pulse import Pulse
-from rwkv_train.training.world import World, read_world, require_size, translate_slurm
+from rwkv_train.parallel.agreement import as_parts, joined
+from rwkv_train.parallel.lost import GO_ON, after_a_break, is_broken_connection, name_ranks
+from rwkv_train.parallel.meeting import meet
+from rwkv_train.parallel.pulse import Pulse
+from rwkv_train.parallel.world import World, read_world, require_size, translate_slurm
 
 logger = logging.getLogger(__name__)
 

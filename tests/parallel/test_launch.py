@@ -14,7 +14,7 @@ PARENT = """
 import logging, sys
 from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.errors import RwkvTrainError
-from rwkv_train.training.launch import launch
+from rwkv_train.parallel.launch import launch
 logging.basicConfig(level=logging.INFO)
 settings = TrainerConfig(out_dir="x", max_steps=1, devices=2, global_batch_size=2, micro_batch_size=1,
                          grace_seconds=1, hang_timeout_seconds=1)

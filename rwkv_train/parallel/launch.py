@@ -18,7 +18,7 @@ from types import FrameType
 
 from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.errors import ConfigError, LostProcessError
-from rwkv_train.training.world import HOW_TO_START, LAUNCHER_PID, is_launched
+from rwkv_train.parallel.world import HOW_TO_START, LAUNCHER_PID, is_launched
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rwkv_train.errors import RwkvTrainError
-from rwkv_train.training.lost import name_ranks
+from rwkv_train.parallel.lost import name_ranks
 
 Parts = tuple[type[Exception], tuple[Any, ...]]
 """Class and arguments: an error as another process can make it again."""

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from rwkv_train.training.signals import STOPPING, StopSignal
+from rwkv_train.parallel.signals import STOPPING, StopSignal
 
 SCRIPT = """
 import logging, os, sys, time
-from rwkv_train.training.signals import StopSignal
+from rwkv_train.parallel.signals import StopSignal
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 stop = StopSignal(grace_seconds={grace})
 stop.listen()

@@ -13,9 +13,9 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.errors import ConfigError
-from rwkv_train.training.agreement import joined
-from rwkv_train.training.lost import name_ranks
-from rwkv_train.training.world import World, require_size
+from rwkv_train.parallel.agreement import joined
+from rwkv_train.parallel.lost import name_ranks
+from rwkv_train.parallel.world import World, require_size
 
 _POLL_SECONDS = 0.05
 

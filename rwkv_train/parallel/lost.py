@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from rwkv_train.training.pulse import Seen
-from rwkv_train.training.world import World
+from rwkv_train.parallel.pulse import Seen
+from rwkv_train.parallel.world import World
 
 GO_ON = "the same command goes on from the last checkpoint"
 _BROKEN_CONNECTION = (

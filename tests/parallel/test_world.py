@@ -4,10 +4,10 @@ import pytest
 
 from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.errors import ConfigError
+from rwkv_train.parallel.launch import needs_launch
+from rwkv_train.parallel.processes import Processes
+from rwkv_train.parallel.world import read_world, require_size, slurm_as_torchrun
 from rwkv_train.training.code_version import code_version
-from rwkv_train.training.launch import needs_launch
-from rwkv_train.training.processes import Processes
-from rwkv_train.training.world import read_world, require_size, slurm_as_torchrun
 
 TORCHRUN = {
     "RANK": "5",

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.errors import DataError, RwkvTrainError
-from rwkv_train.training.processes import join_processes, naming_lost_processes
+from rwkv_train.parallel.processes import join_processes, naming_lost_processes
 
 folder = Path({folder!r})
 n = int(os.environ.get("ASKED", os.environ["WORLD_SIZE"]))
@@ -266,7 +266,7 @@ def test_processes_end_when_their_launcher_is_killed(tmp_path, write):
     parent = (
         "import sys\n"
         "from rwkv_train.config.trainer import TrainerConfig\n"
-        "from rwkv_train.training.launch import launch\n"
+        "from rwkv_train.parallel.launch import launch\n"
         "settings = TrainerConfig(out_dir='x', max_steps=1, devices=2, global_batch_size=2, micro_batch_size=1)\n"
         f"launch(settings, [sys.executable, {str(path)!r}])"
     )

@@ -7,14 +7,14 @@ import time
 
 import pytest
 
-from rwkv_train.training.processes import Processes
-from rwkv_train.training.watchdog import Watchdog
+from rwkv_train.parallel.processes import Processes
+from rwkv_train.parallel.watchdog import Watchdog
 
 SCRIPT = """
 import logging, os, signal, sys, time
 from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.errors import RwkvTrainError
-from rwkv_train.training.launch import launch, needs_launch
+from rwkv_train.parallel.launch import launch, needs_launch
 
 logging.basicConfig(level=logging.INFO)
 settings = TrainerConfig(out_dir="x", max_steps=1, devices=2, global_batch_size=2, micro_batch_size=1,
@@ -25,8 +25,8 @@ def main():
         sys.exit(launch(settings, sys.orig_argv, patience_seconds=3, last_seconds=0.5))
     import torch
     import torch.distributed as dist
-    from rwkv_train.training.processes import join_processes, naming_lost_processes
-    from rwkv_train.training.watchdog import Watchdog
+    from rwkv_train.parallel.processes import join_processes, naming_lost_processes
+    from rwkv_train.parallel.watchdog import Watchdog
 
     with join_processes(settings, backend="gloo") as processes:
         watchdog = Watchdog(processes, settings.hang_timeout_seconds)

@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping
 
 from rwkv_train.errors import LostProcessError
-from rwkv_train.training.lost import after_no_progress
-from rwkv_train.training.processes import Processes
-from rwkv_train.training.pulse import Seen, say
+from rwkv_train.parallel.lost import after_no_progress
+from rwkv_train.parallel.processes import Processes
+from rwkv_train.parallel.pulse import Seen, say
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from rwkv_train.errors import LostProcessError
-from rwkv_train.training.world import World
+from rwkv_train.parallel.world import World
 
 INTERVAL_SECONDS = 0.5
 SILENCE_SECONDS = 4.0
