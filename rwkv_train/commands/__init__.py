@@ -109,8 +109,9 @@ def main() -> None:
         size = re.search(r"ried to (allocate [\d.]+ \w+)", str(error))
         asked = f" (it tried to {size[1]})" if size else ""
         _leave(
-            f"out of memory{asked}; lower trainer.micro_batch_size, model.ctx_len or the size of the model (pretrain "
-            "--dry-run estimates what a run needs), or --batch-size and --chunk-len",
+            f"out of memory{asked}; lower trainer.micro_batch_size or model.ctx_len, set trainer.grad_checkpointing or "
+            "trainer.offload, or take more devices with strategy fsdp2 or deepspeed_3 (pretrain --dry-run estimates "
+            "what a run needs); evaluation and generation: lower --batch-size and --chunk-len",
             USER_CAN_REPAIR,
         )
     except KeyboardInterrupt:

@@ -30,13 +30,21 @@ Resume = Annotated[
         help="Go on from the newest checkpoint in out_dir if there is one, from scratch, or from this checkpoint.",
     ),
 ]
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Go on with another value of this setting, e.g. optim.lr; repeatable."),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the settings and what they come to; train nothing.")
 ]
 
 
 def pretrain(
-    config: ConfigName, overrides: Overrides = None, resume: Resume = "auto", dry_run: DryRun = False
+    config: ConfigName,
+    overrides: Overrides = None,
+    resume: Resume = "auto",
+    allow_change: AllowChange = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a model from scratch, or go on from the last checkpoint in out_dir."""
     from rwkv_train.parallel.launch import launch, needs_launch
@@ -55,7 +63,7 @@ def pretrain(
     # "GPU available: False", tips and the like; what we chose we say ourselves. Lightning sets it when it is imported.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    summary = run_pretraining(settings, resume)
+    summary = run_pretraining(settings, resume, allow_change or [])
     if rank_of(os.environ) == 0:
         _print_summary(summary)
     if summary.signal is not None:

@@ -52,6 +52,8 @@ class RunCallback(Callback):
         self.display = display
         self.stop = stop
         self.watchdog = watchdog
+        self.signal: int | None = None
+        """Number of the signal that ended the run early, on whichever process it came."""
         self._seen_steps = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,6 +118,10 @@ class RunCallback(Callback):
         if is_last or is_best or wants_stop or is_time or self.keeper.is_due(step):
             self.watchdog.beat()
             self.keeper.save(module, self.meter.seconds, validation)
+        if wants_stop:
+            # Perhaps it came to some of the processes only; all leave with its exit code.
+            received = self.processes.gather(self.stop.received)
+            self.signal = next(number for number in received if number is not None)
         if wants_stop and not is_last:
             n_steps = module.length.n_steps
             logger.info("stopping after step %d of %d; the same command goes on from here", step, n_steps)

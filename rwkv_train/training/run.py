@@ -31,7 +31,7 @@ from rwkv_train.training.backend import choose_wkv_backend
 from rwkv_train.training.callbacks import RunCallback
 from rwkv_train.training.code_version import code_version
 from rwkv_train.training.guard import Guard, RollBack
-from rwkv_train.training.keeper import CheckpointKeeper, restore_random_state
+from rwkv_train.training.keeper import CheckpointKeeper, identify_corpus, restore_random_state
 from rwkv_train.training.loggers import make_loggers
 from rwkv_train.training.meter import Meter, StepMetrics
 from rwkv_train.training.module import PretrainModule
@@ -91,6 +91,10 @@ class Corpora(NamedTuple):
     train: Corpus
     valid: Corpus | None
     tokenizer: Tokenizer
+
+    def splits(self) -> Iterator[tuple[str, Corpus | None]]:
+        """Return the corpora with their names."""
+        return iter((("train", self.train), ("valid", self.valid)))
 
 
 def run_pretraining(
@@ -174,6 +178,12 @@ def _run(
 ) -> RunSummary:
     out_dir = config.trainer.run_folder
     corpora = _open_corpora_together(config, processes)
+    processes.require_same(
+        {
+            f"data.{split}": None if corpus is None else identify_corpus(corpus)
+            for split, corpus in corpora.splits()
+        }
+    )
     samples = CorpusSamples(corpora.train, config)
     length = run_length(config.trainer, config.model.ctx_len, n_slots(corpora.train, config))
     saved = find_checkpoint(
@@ -231,7 +241,7 @@ def _run(
         validation=None if validator is None else validator.last,
         checkpoint=callback.keeper.newest,
         plot=plot_run(out_dir) if processes.is_first else None,
-        signal=callback.stop.received,
+        signal=callback.signal,
     )
 
 
