@@ -186,10 +186,10 @@ class ZeroEngine(Engine):
 
     def __init__(self, model: LanguageModel, config: TrainConfig) -> None:
         super().__init__(model, config)
-        self._masters: dict[str, Tensor] = {}
+        self._exact: dict[str, Tensor] = {}
         if config.trainer.precision == "bf16-params":
             # DeepSpeed makes its masters from parameters that are rounded by then.
-            self._masters = {name: p.detach().clone() for name, p in model.named_parameters()}
+            self._exact = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def bind(self, trainer: Trainer) -> None:
         """Find DeepSpeed's parts; give the masters their unrounded values."""
@@ -198,9 +198,10 @@ class ZeroEngine(Engine):
         self._zero = self._deepspeed.optimizer
         # DeepSpeed finds moments only where every group has them when it first looks, which is after one group's step.
         self._make_states()
-        for name, value in self._masters.items():
-            self._set(self.model.get_parameter(name), value, None)
-        self._masters = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and name in self._exact:
+                self._set(parameter, self._exact.pop(name), None)
+        # What is left has no master: parameters that are not trained.
 
     def clip(self) -> Tensor | None:
         """Do nothing: DeepSpeed clips within its step."""
@@ -224,6 +225,9 @@ class ZeroEngine(Engine):
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: PLC0415
 
         for name, parameter in self.model.named_parameters():
+            if name in self._exact:
+                yield ParameterState(name, self._exact[name], None, None)
+                continue
             if not parameter.requires_grad:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                     weight = parameter.detach().float().clone()
