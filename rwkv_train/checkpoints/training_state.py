@@ -28,44 +28,20 @@ from rwkv_train.checkpoints.manifest import (
     GIVEN_KEYS,
     OPTIMIZER,
     WEIGHTS,
-    decode_random_state,
-    encode_random_state,
     read_manifest,
     tensor_files,
     verify_checkpoint,
     write_manifest,
 )
-from rwkv_train.checkpoints.retention import prune_training_checkpoints
 from rwkv_train.checkpoints.run_folder import (
     checkpoint_folder,
     is_checkpoint_name,
-    list_training_checkpoints,
-    newest_valid_checkpoint,
     next_save_number,
 )
 from rwkv_train.checkpoints.safetensors_file import table_size
 from rwkv_train.checkpoints.tensor_files import TensorFiles, TensorFilesWriter
 from rwkv_train.config.model import ModelConfig
 from rwkv_train.errors import CheckpointError
-
-# Until all import these from where they are now.
-__all__ = [
-    "TENSOR_FILES",
-    "ParameterState",
-    "TrainingCheckpoint",
-    "TrainingState",
-    "checkpoint_bytes",
-    "decode_random_state",
-    "encode_random_state",
-    "list_training_checkpoints",
-    "load_training_checkpoint",
-    "newest_valid_checkpoint",
-    "open_training_checkpoint",
-    "prune_training_checkpoints",
-    "read_manifest",
-    "save_training_checkpoint",
-]
-TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
 
 MAX_FILE_BYTES = 4_000_000_000
 """Size above which tensors go to several files, where nothing else is asked for."""
@@ -161,8 +137,8 @@ def checkpoint_bytes(config: ModelConfig) -> int:
 
 def save_training_checkpoint(
     out_dir: str | Path,
-    manifest: Json | TrainingState,
-    parameters: Iterable[ParameterState] = (),
+    manifest: Json,
+    parameters: Iterable[ParameterState],
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
@@ -187,9 +163,6 @@ def save_training_checkpoint(
         CheckpointError: the disk is full, or the operating system refuses; older checkpoints are untouched.
         ValueError: the manifest lacks a key, or parameters do not fit ``arch_config``.
     """
-    if isinstance(manifest, TrainingState):
-        parameters = manifest.parameters()
-        manifest = manifest.manifest
     if problem := find_problem({**manifest, "format": FORMAT_VERSION}, GIVEN_KEYS):
         raise ValueError(f"the manifest cannot be saved: {problem}")
     folder = checkpoint_folder(resolve_target(out_dir), manifest["step"])

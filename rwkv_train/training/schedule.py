@@ -37,11 +37,6 @@ def run_length(trainer: TrainerConfig, ctx_len: int, n_slots: int) -> RunLength:
     return RunLength(n_steps, tokens_per_step, n_steps * tokens_per_step)
 
 
-def total_steps(trainer: TrainerConfig, ctx_len: int, n_slots: int) -> int:
-    """Return the optimizer steps of a whole run; see :func:`run_length`."""
-    return run_length(trainer, ctx_len, n_slots).n_steps
-
-
 def learning_rate(step: int, length: RunLength, optim: OptimConfig) -> float:
     """Return the learning rate of a step, for parameters whose factor is 1.
 
@@ -82,11 +77,6 @@ def weight_decay(step: int, length: RunLength, optim: OptimConfig) -> float:
         return optim.weight_decay
     progress = _progress(step, length, first_token=optim.warmup_steps * length.tokens_per_step)
     return math.pow(optim.weight_decay, 1 - progress) * math.pow(optim.weight_decay_final, progress)
-
-
-def learning_rate_factor(step: int, n_steps: int, optim: OptimConfig) -> float:
-    """Return the learning rate of a step as a part of ``optim.lr``, progress counted in steps."""
-    return _factor(step, RunLength(n_steps, 1, n_steps), optim)
 
 
 def _factor(step: int, length: RunLength, optim: OptimConfig) -> float:
