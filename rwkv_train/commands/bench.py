@@ -1,6 +1,8 @@
-"""``rwkv-train bench``: measure the recurrences and whole training steps on this machine."""
+"""``rwkv-train bench``: measure recurrences, training steps, strategies and checkpoints on this machine."""
 
+import importlib.util
 import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,8 +11,11 @@ import typer
 
 from rwkv_train.commands.inference import Device, find_device
 from rwkv_train.commands.tables import print_table
+from rwkv_train.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
     from rich.table import Table
 
@@ -20,12 +25,29 @@ class What(StrEnum):
 
     KERNELS = "kernels"
     TRAINING = "training"
+    STRATEGIES = "strategies"
+    SAVING = "saving"
 
 
-Subject = Annotated[What, typer.Argument(help="The recurrences alone, or whole training steps.")]
+Subject = Annotated[
+    What,
+    typer.Argument(
+        help="The recurrences alone; training steps; steps under each strategy; checkpoints under each strategy."
+    ),
+]
 Backends = Annotated[
     list[str] | None,
-    typer.Option("--backend", metavar="NAME", help="May be repeated. By default torch, and cpp on a CPU."),
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="Of the recurrences, for kernels and training. May be repeated. By default torch, and cpp on a CPU.",
+    ),
+]
+Strategies = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--strategy", metavar="NAME", help="For strategies and saving. May be repeated. By default all."
+    ),
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Measurements after a warm-up; the median counts.")]
 JsonFile = Annotated[
@@ -40,20 +62,79 @@ _SAME_IN_EVERY_ROW = frozenset({"device", "dtype", "repeats"})
 def bench(
     what: Subject,
     backend: Backends = None,
+    strategy: Strategies = None,
     repeats: Repeats = 5,
     device: Device = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """Measure the recurrences or whole training steps of several backends, in turn within one process."""
+    """Measure backends in turn within one process, or strategies each in processes of its own."""
     from rwkv_train.benchmarks.environment import describe_environment
 
     place = find_device(device)
-    backends = backend or (["torch", "cpp"] if place.type == "cpu" else ["torch"])
-    rows = _measure(what, backends, repeats, place)
+    environment = describe_environment(place) | {"load_before": round(os.getloadavg()[0], 2)}
+    if what in (What.STRATEGIES, What.SAVING):
+        rows = _measure_runs(what, _strategies(strategy), repeats, place)
+    else:
+        backends = backend or (["torch", "cpp"] if place.type == "cpu" else ["torch"])
+        rows = _measure(what, backends, repeats, place)
     print_table(_table(what.value, rows))
     if json_file is not None:
-        _write(json_file, {"environment": describe_environment(place), "results": rows})
+        _write(json_file, {"environment": environment, "results": rows})
         typer.echo(f"wrote {json_file}")
+
+
+def _strategies(asked: list[str] | None) -> list[str]:
+    from rwkv_train.benchmarks.strategies import ALL
+
+    for name in asked or ():
+        if name not in ALL:
+            raise ConfigError(f"--strategy {name}: there is no such strategy; choose one of {', '.join(ALL)}")
+    has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+    if asked is None and not has_deepspeed:
+        typer.echo("DeepSpeed is not installed; its strategies are left out", err=True)
+    return asked or [name for name in ALL if has_deepspeed or not name.startswith("deepspeed")]
+
+
+def _measure_runs(
+    what: What, strategies: list[str], repeats: int, device: "torch.device"
+) -> list[dict[str, Any]]:
+    import torch
+
+    if device.type == "cuda":
+        n_devices, accelerator = min(2, torch.cuda.device_count()), "gpu"
+    else:
+        n_devices, accelerator = 2, "cpu"
+    if what is What.SAVING:
+        from rwkv_train.benchmarks.saving import bench_saving
+
+        rows = bench_saving(
+            strategies=strategies, n_processes=n_devices, accelerator=accelerator, repeats=repeats
+        )
+    else:
+        from rwkv_train.benchmarks.strategies import (
+            CREWS,
+            STANDARD_CPU,
+            STANDARD_GPU,
+            bench_strategies,
+        )
+
+        rows = bench_strategies(
+            STANDARD_GPU if accelerator == "gpu" else STANDARD_CPU,
+            strategies=strategies,
+            crews=[crew for crew in CREWS[accelerator] if crew.n_processes <= n_devices],
+            accelerator=accelerator,
+            repeats=repeats,
+        )
+    return _shown(rows)
+
+
+def _shown(rows: "Iterator[dict[str, Any]]") -> list[dict[str, Any]]:
+    """Collect rows that take a while each, and say that they come."""
+    found = []
+    for row in rows:
+        typer.echo(f"{row['strategy']}, {row['processes']} processes: done", err=True)
+        found.append(row)
+    return found
 
 
 def _measure(what: What, backends: list[str], repeats: int, device: "torch.device") -> list[dict[str, Any]]:

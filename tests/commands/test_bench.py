@@ -24,7 +24,11 @@ def test_measurements_are_written_with_their_circumstances(tmp_path):
     assert {row["backend"] for row in content["results"]} == {"cpp"}
 
 
-@pytest.mark.parametrize("arguments", [["speed"], ["kernels", "--backend", "fast"]], ids=["what", "backend"])
+@pytest.mark.parametrize(
+    "arguments",
+    [["speed"], ["kernels", "--backend", "fast"], ["saving", "--strategy", "zero"]],
+    ids=["what", "backend", "strategy"],
+)
 def test_what_is_not_there_is_refused(arguments):
     result = bench(*arguments)
     assert result.returncode == 2
