@@ -24,7 +24,7 @@ def where_it_went_wrong(module: PretrainModule, processes: Processes) -> str:
         if name is not None:
             where = f" (on rank {rank})" if processes.world_size > 1 else ""
             return f"the first bad tensor is {name}{where}"
-    return "its tensors are finite"
+    return "the parameters and outputs of the model are finite"
 
 
 def first_bad_tensor(
