@@ -1,6 +1,6 @@
 """The memory that one training step needs, counted on tensors that hold no data."""
 
-from contextlib import nullcontext
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -8,63 +8,171 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rwkv_train.config.train import TrainConfig
+from rwkv_train.config.trainer import TrainerConfig
+from rwkv_train.models.lm import LanguageModel
 from rwkv_train.models.registry import build_model
+from rwkv_train.training.precision import autocast_of, cast_in_forward
 
-_BYTES_PER_PARAMETER = 4 * 4
-"""A float32 weight, its gradient and Adam's two moments."""
+_FLOAT32, _BFLOAT16 = 4, 2
 
 
 class MemoryEstimate(NamedTuple):
-    """Memory of one device in bytes; the program itself and the allocator's slack come on top."""
+    """Memory of one process in bytes.
+
+    On top come the program itself, the allocator's slack, and what FSDP2 and DeepSpeed gather for use and exchange,
+    which their own settings bound (DeepSpeed's ``reduce_bucket_size``, ``stage3_max_live_parameters``).
+    """
 
     model_bytes: int
-    """Weights, gradients and optimizer state."""
+    """Parameters, gradients, masters and moments that this process keeps on its device."""
     activation_bytes: int
     """What the forward of one micro-batch keeps for its backward, and the gradient of the logits."""
+    offloaded_bytes: int = 0
+    """What it keeps in the CPU's memory instead."""
 
     @property
     def total_bytes(self) -> int:
-        """Both together."""
+        """All on the device."""
         return self.model_bytes + self.activation_bytes
 
 
-def estimate_memory(config: TrainConfig, wkv_backend: str) -> MemoryEstimate:
-    """Estimate the memory of one training step on one device.
+class _Part(NamedTuple):
+    """Something that there is for every parameter."""
 
-    The forward runs once on tensors without data; every tensor that autograd keeps is counted once.
+    n_parameters: int
+    bytes_each: int
+    n_owners: int = 1
+    """Processes that share it out among them."""
+    is_offloaded: bool = False
+
+
+def estimate_memory(config: TrainConfig, wkv_backend: str) -> MemoryEstimate:
+    """Estimate the memory of one training step in one process.
+
+    The forward runs once on tensors without data; every tensor that autograd keeps is counted once. With
+    ``trainer.grad_checkpointing`` that is the input of each block, and the larger of what one block and what the
+    rest of the model keeps: the rest is free again before the first block is computed anew.
 
     Args:
         config: the settings of the run.
         wkv_backend: name of the recurrence's backend.
     """
-    batch, ctx_len = config.trainer.micro_batch_size, config.model.ctx_len
-    autocast = (
-        torch.autocast("cpu", torch.bfloat16)
-        if config.trainer.precision == "bf16-autocast"
-        else nullcontext()
-    )
     model = build_model(config.model, wkv_backend=wkv_backend, device="meta")
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    parts = _parts(
+        config.trainer,
+        sum(size for size, _ in sizes),
+        sum(size for size, is_trained in sizes if is_trained),
+    )
+    return MemoryEstimate(
+        model_bytes=_total(part for part in parts if not part.is_offloaded),
+        activation_bytes=_activation_bytes(model, config),
+        offloaded_bytes=_total(part for part in parts if part.is_offloaded),
+    )
+
+
+def _parts(settings: TrainerConfig, n_all: int, n_trained: int) -> list[_Part]:
+    """What is kept of the model from step to step, by strategy."""
+    world, stage = settings.world_size, settings.zero_stage
+    if settings.strategy == "fsdp2":
+        # Parameters (the masters, where the forward sees bfloat16 ones), gradients, two moments.
+        return [_Part(n_all, _FLOAT32, world), _Part(n_trained, 3 * _FLOAT32, world)]
+    if stage is None:
+        is_alone = settings.strategy == "auto" and world == 1
+        # DDP has a copy of every gradient, in which it is summed.
+        n_gradients = 1 if is_alone else 2
+        return [_Part(n_all, _FLOAT32), _Part(n_trained, (n_gradients + 2) * _FLOAT32)]
+    is_bf16 = settings.precision == "bf16-params"
+    optimizer_is_away = settings.offload != "none"
+    parameters = _Part(
+        n_all,
+        _BFLOAT16 if is_bf16 else _FLOAT32,
+        world if stage == 3 else 1,
+        settings.offload == "optimizer_and_parameters",
+    )
+    gradients = _Part(n_trained, _FLOAT32, world if stage > 1 else 1, optimizer_is_away and stage > 1)
+    moments = _Part(n_trained, 2 * _FLOAT32, world, optimizer_is_away)
+    # Stage 3 in float32 updates its parameters themselves; the others have a copy, also where they could do without.
+    if stage == 3 and not is_bf16 and not optimizer_is_away:
+        return [parameters, gradients, moments]
+    return [parameters, gradients, moments, _Part(n_trained, _FLOAT32, world, optimizer_is_away)]
+
+
+def _total(parts: Iterable[_Part]) -> int:
+    return sum(-(-part.n_parameters // part.n_owners) * part.bytes_each for part in parts)
+
+
+class _Kept:
+    """The storages that autograd keeps of a forward, by the block that first kept them."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.inputs: dict[int, int] = {}
+        """Storage -> bytes, of what blocks are called with."""
+        self.by_block: dict[int | None, dict[int, int]] = {None: {}}
+        """Number of a block, or ``None`` for the rest -> storage -> bytes."""
+        self._parameters = {_storage_of(parameter) for parameter in model.parameters()}
+        self._seen: set[int] = set()
+        self._alive: list[Tensor] = []  # a freed storage's address may be used again
+        self._block: int | None = None
+        for number, block in enumerate(model.blocks):
+            self.by_block[number] = {}
+            block.register_forward_pre_hook(lambda _, inputs, number=number: self._enter(number, inputs))
+            block.register_forward_hook(lambda *_: self._leave())
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Count a tensor, once."""
+        storage = _storage_of(tensor)
+        if storage not in self._parameters and storage not in self._seen:
+            self._seen.add(storage)
+            self._alive.append(tensor)
+            self.by_block[self._block][storage] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def bytes_of(self, block: int | None) -> int:
+        """Return what was first kept there, but for inputs of blocks."""
+        return sum(size for storage, size in self.by_block[block].items() if storage not in self.inputs)
+
+    def _enter(self, number: int, inputs: Any) -> None:
+        self._block = number
+        for tensor in _tensors_in(inputs):
+            self._alive.append(tensor)
+            self.inputs[_storage_of(tensor)] = tensor.untyped_storage().nbytes()
+
+    def _leave(self) -> None:
+        self._block = None
+
+
+def _activation_bytes(model: LanguageModel, config: TrainConfig) -> int:
+    settings = config.trainer
+    batch, ctx_len = settings.micro_batch_size, config.model.ctx_len
+    is_bf16 = settings.precision == "bf16-params"
+    casts = is_bf16 and settings.strategy in {"auto", "ddp"}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    dtype = torch.bfloat16 if is_bf16 and not casts else torch.float32
     # As if on a CPU: a GPU keeps the same tensors, and need not be there.
     with FakeTensorMode(), torch.device("cpu"):
-        model.load_state_dict({name: torch.empty(shape) for name, shape in shapes.items()}, assign=True)
-        parameters = {_storage_of(parameter) for parameter in model.parameters()}
+        weights = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+        model.load_state_dict(weights, assign=True)
+        kept = _Kept(model)
+        if casts:
+            cast_in_forward(model, torch.bfloat16)
         tokens = torch.zeros(batch, ctx_len, dtype=torch.int64)
-        kept: dict[Any, int] = {}
-        alive = []  # a freed storage's address may be used again
+        autocast = autocast_of(settings.precision, torch.device("cpu"))
+        with autocast, torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor):
+            model(tokens, targets=tokens, with_penalty=config.optim.l2wrap > 0)
+    gradient_of_logits = batch * ctx_len * config.model.vocab_size * _FLOAT32
+    if not settings.grad_checkpointing:
+        return sum(sum(found.values()) for found in kept.by_block.values()) + gradient_of_logits
+    largest = max(kept.bytes_of(block) for block in kept.by_block if block is not None)
+    return sum(kept.inputs.values()) + max(largest, kept.bytes_of(None) + gradient_of_logits)
 
-        def count(tensor: Tensor) -> Tensor:
-            storage = _storage_of(tensor)
-            if storage not in parameters:
-                kept[storage] = tensor.untyped_storage().nbytes()
-                alive.append(tensor)
-            return tensor
 
-        with autocast, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            model(tokens, targets=tokens)
-        n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    logits_gradient = batch * ctx_len * config.model.vocab_size * 4
-    return MemoryEstimate(n_parameters * _BYTES_PER_PARAMETER, sum(kept.values()) + logits_gradient)
+def _tensors_in(values: Any) -> Iterable[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, tuple):
+        for value in values:
+            yield from _tensors_in(value)
 
 
 def _storage_of(tensor: Tensor) -> int:

@@ -53,7 +53,8 @@ class Plan(NamedTuple):
             (
                 "memory a device (estimate)",
                 f"{memory.total_bytes / 2**30:.2f} GiB: weights, gradients and Adam's moments "
-                f"{memory.model_bytes / 2**30:.2f}, activations {memory.activation_bytes / 2**30:.2f}",
+                f"{memory.model_bytes / 2**30:.2f}, activations {memory.activation_bytes / 2**30:.2f}"
+                + (f"; {memory.offloaded_bytes / 2**30:.2f} in the CPU's" if memory.offloaded_bytes else ""),
             ),
             ("recurrence", self.backend),
         ]

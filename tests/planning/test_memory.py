@@ -1,0 +1,156 @@
+"""The memory of a step, against real forwards and formulas by hand."""
+
+import pytest
+import torch
+
+from rwkv_train.config.load import check_tree
+from rwkv_train.models.registry import build_model, initialize
+from rwkv_train.planning.memory import estimate_memory
+from rwkv_train.training.precision import prepare_forward
+
+B, T, C, V, L = 3, 24, 32, 50, 2
+RWKV4 = {"arch": "rwkv4", "n_layer": L, "n_embd": C, "vocab_size": V, "ctx_len": T}
+RWKV7 = {**RWKV4, "arch": "rwkv7", "head_size": 16, "lora_ranks": {"w": 8, "a": 8, "v": 8, "g": 8}}
+BOTH = pytest.mark.parametrize("section", [RWKV4, RWKV7], ids=["rwkv4", "rwkv7"])
+N_RWKV4 = 2 * V * C + 13 * C * C * L + C * (11 * L + 4)
+"""30,656 parameters, a multiple of 4."""
+GRADIENT_OF_LOGITS = 4 * B * T * V
+
+
+def settings(model, **trainer):
+    defaults = {"out_dir": "run", "max_steps": 1, "global_batch_size": 12, "micro_batch_size": B}
+    return check_tree({"model": model, "trainer": {**defaults, "accelerator": "cpu", **trainer}})
+
+
+def real_model(config):
+    model = build_model(config.model, wkv_backend="cpp")
+    initialize(model, seed=0)
+    prepare_forward(model, config.trainer)
+    return model
+
+
+def bytes_kept(parameters, call, besides=()):
+    """Memory of all tensors that autograd keeps of a real call, parameters apart, each counted once."""
+    known = {tensor.data_ptr() for tensor in (*parameters, *besides)}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = call()
+    assert output is not None
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-params"])
+@BOTH
+def test_the_estimate_is_what_a_real_step_keeps(section, precision):
+    config = settings(section, precision=precision)
+    model = real_model(config)
+    tokens = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(0))
+    real = bytes_kept(model.parameters(), lambda: model(tokens, targets=tokens, with_penalty=True))
+    assert estimate_memory(config, "cpp").activation_bytes == real + GRADIENT_OF_LOGITS
+
+
+@BOTH
+def test_the_pytorch_backend_is_counted_as_well(section):
+    config = settings(section)
+    model = build_model(config.model, wkv_backend="torch")
+    initialize(model, seed=0)
+    tokens = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(0))
+    real = bytes_kept(model.parameters(), lambda: model(tokens, targets=tokens, with_penalty=True))
+    assert estimate_memory(config, "torch").activation_bytes == real + GRADIENT_OF_LOGITS
+
+
+def bytes_of_block_inputs(section):
+    """The stream into each block and its state; in RWKV-7 also the first layer's values."""
+    stream = 4 * B * T * C
+    if section["arch"] == "rwkv4":
+        return L * (stream + 4 * B * (2 * C + 3 * C))
+    return L * (stream + 4 * B * (2 * C + C * 16)) + stream
+
+
+@BOTH
+def test_recomputation_keeps_the_inputs_of_blocks_and_one_block(section):
+    config = settings(section, grad_checkpointing=True)
+    model = real_model(config)
+    x, first = torch.randn(2, B, T, C, requires_grad=True)
+    state = model.zero_state(B)
+    # The second block: the first one of RWKV-7 has no mix with the first values, which costs memory.
+    block, values = model.blocks[1], None if section["arch"] == "rwkv4" else first
+    inputs = [x, first, *state[1]]
+    one_block = bytes_kept(block.parameters(), lambda: block(x, state[1], values, ()), inputs)
+
+    estimate = estimate_memory(config, "cpp").activation_bytes
+
+    others = bytes_kept(model.blocks[0].parameters(), lambda: model.blocks[0](x, state[0], None, ()), inputs)
+    assert estimate == bytes_of_block_inputs(section) + max(one_block, others)
+
+
+@BOTH
+def test_under_recomputation_a_large_vocabulary_counts_more_than_a_block(section):
+    words = 20_000
+    config = settings({**section, "vocab_size": words}, grad_checkpointing=True)
+    # ln_out: input, mean, deviation; head: input, log-probabilities, target, largest logit and its place, mask;
+    # embedding: ids. Then the gradient of the logits.
+    rest = 4 * B * T * (C + 2) + 4 * B * T * (C + words) + B * T * (8 + 4 + 8 + 1) + 8 * B * T
+    assert estimate_memory(config, "cpp").activation_bytes == (
+        bytes_of_block_inputs(section) + rest + 4 * B * T * words
+    )
+
+
+# Bytes for each parameter of a process among 4 (parameters + gradients + moments + masters).
+@pytest.mark.parametrize(
+    ("strategy", "precision", "offload", "on_device", "on_cpu"),
+    [
+        ("ddp", "fp32", "none", 4 + 4 + 4 + 8, 0),  # DDP sums copies of the gradients
+        ("auto", "bf16-autocast", "none", 4 + 4 + 4 + 8, 0),
+        ("ddp", "bf16-params", "none", 4 + 4 + 4 + 8, 0),  # the copies in bfloat16 are activations
+        ("fsdp2", "fp32", "none", (4 + 4 + 8) / 4, 0),
+        ("fsdp2", "bf16-params", "none", (4 + 4 + 8) / 4, 0),
+        ("deepspeed_1", "fp32", "none", 4 + 4 + (8 + 4) / 4, 0),
+        ("deepspeed_2", "fp32", "none", 4 + (4 + 8 + 4) / 4, 0),
+        ("deepspeed_3", "fp32", "none", (4 + 4 + 8) / 4, 0),
+        ("deepspeed_1", "bf16-params", "none", 2 + 4 + (8 + 4) / 4, 0),
+        ("deepspeed_2", "bf16-params", "none", 2 + (4 + 8 + 4) / 4, 0),
+        ("deepspeed_3", "bf16-params", "none", (2 + 4 + 8 + 4) / 4, 0),
+        ("deepspeed_1", "fp32", "optimizer", 4 + 4, (8 + 4) / 4),
+        ("deepspeed_2", "bf16-params", "optimizer", 2, (4 + 8 + 4) / 4),
+        ("deepspeed_3", "fp32", "optimizer", 4 / 4, (4 + 8 + 4) / 4),
+        ("deepspeed_3", "bf16-params", "optimizer_and_parameters", 0, (2 + 4 + 8 + 4) / 4),
+    ],
+)
+def test_what_is_kept_of_the_model_is_shared_out_as_the_strategy_says(
+    strategy, precision, offload, on_device, on_cpu
+):
+    config = settings(
+        RWKV4, strategy=strategy, precision=precision, offload=offload, devices=4, micro_batch_size=1
+    )
+    estimate = estimate_memory(config, "cpp")
+    assert estimate.model_bytes == on_device * N_RWKV4
+    assert estimate.offloaded_bytes == on_cpu * N_RWKV4
+    assert estimate.total_bytes == estimate.model_bytes + estimate.activation_bytes
+
+
+def test_parameters_that_are_not_trained_have_neither_gradients_nor_moments():
+    unused = C + 2 * C * 8  # v0, v1 and v2 of RWKV-7's first block
+    model = build_model(settings(RWKV7).model)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert estimate_memory(settings(RWKV7), "cpp").model_bytes == 16 * n_parameters - 12 * unused
+
+
+def test_activations_are_narrower_where_the_forward_sees_bfloat16():
+    full, cast, zero = (
+        estimate_memory(settings(RWKV7, **trainer), "cpp").activation_bytes
+        for trainer in (
+            {},
+            {"precision": "bf16-params"},
+            {"precision": "bf16-params", "strategy": "deepspeed_2"},
+        )
+    )
+    # Under DeepSpeed the parameters are bfloat16; elsewhere autograd keeps copies of those that it needs.
+    assert zero < cast < full
