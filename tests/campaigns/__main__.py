@@ -1,0 +1,48 @@
+"""``python -m tests.campaigns NAME``: a long trial, outside the suite, whose results go to benchmarks/results."""
+
+import argparse
+import logging
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import islice
+from pathlib import Path
+
+from tests.campaigns import kill
+from tests.campaigns.record import Record
+from tests.campaigns.runs import CHECKOUT
+
+logger = logging.getLogger("tests.campaigns")
+
+
+def run_kill(record: Record, work: Path, n_kills: int, workers: int) -> None:
+    """Run cases until there were so many kills."""
+    trial = kill.KillTrial(work)
+    rounds = kill.cases()
+    while (missing := n_kills - sum(len(row["kills"]) for row in record.rows)) > 0:
+        # A case has three kills at most, so that many cases cannot be too many.
+        planned = list(islice((case for case in rounds if not record.has(case.seed)), -(-missing // 3)))
+        with ThreadPoolExecutor(workers) as pool:
+            for done in as_completed(pool.submit(trial.run, case) for case in planned):
+                record.add(done.result())
+
+
+def main() -> int:
+    """Run what the command line names; return 1 if something was not as promised."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=["kill"])
+    parser.add_argument("--kills", type=int, default=200, help="how many kills there are to be")
+    parser.add_argument("--workers", type=int, default=2, help="cases of 'kill' at a time")
+    parser.add_argument("--output", type=Path, help="the JSON file; benchmarks/results/campaign-NAME.json")
+    parser.add_argument("--work", type=Path, help="folder for the runs; runs/campaigns/NAME")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    output = given.output or CHECKOUT / f"benchmarks/results/campaign-{given.name}.json"
+    work = given.work or CHECKOUT / f"runs/campaigns/{given.name}"
+    record = Record(output, f"make campaign NAME={given.name}", "seed", kill.totals)
+    run_kill(record, work, given.kills, given.workers)
+    logger.info("%s: %s", output, kill.totals(record.rows))
+    return 0 if record.is_as_promised else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
