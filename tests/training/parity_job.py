@@ -25,7 +25,9 @@ def n_holes(sample):
 class SamplesWithHoles(CorpusSamples):
     """A corpus, some targets of which are not to be predicted; it notes what is read."""
 
-    reads = []
+    def __init__(self, corpus, config):
+        super().__init__(corpus, config)
+        self.reads = []
 
     def read(self, sample):
         self.reads.append(sample)
@@ -40,7 +42,13 @@ class SamplesWithHoles(CorpusSamples):
 
 def main(path):
     runs = [check_tree(tree) for tree in json.loads(Path(path).read_text())]
-    run.CorpusSamples = SamplesWithHoles
+    opened = []
+
+    def open_samples(corpus, config):
+        opened.append(SamplesWithHoles(corpus, config))
+        return opened[-1]
+
+    run.CorpusSamples = open_samples
     with join_processes(runs[0].trainer, backend="gloo", always=True) as processes:
 
         @contextmanager
@@ -49,10 +57,9 @@ def main(path):
 
         run.join_processes = joined
         for config in runs:
-            SamplesWithHoles.reads = []
             summary = run.run_pretraining(config)
             notes = summary.out_dir / f"samples-{summary.n_steps}-{processes.rank}.json"
-            notes.write_text(json.dumps(SamplesWithHoles.reads))
+            notes.write_text(json.dumps(opened[-1].reads))
 
 
 if __name__ == "__main__":

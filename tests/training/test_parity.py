@@ -78,39 +78,27 @@ class Runs:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        processes = []
+        world = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "GROUP_RANK": 0}
+        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x"}
+        processes, logs = [], []
         for rank in range(world_size):
-            world = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": world_size,
-                "LOCAL_WORLD_SIZE": world_size,
-            }
-            world |= {
-                "GROUP_RANK": 0,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "TORCHELASTIC_RUN_ID": "x",
-            }
-            environment = (
-                os.environ | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in world.items()}
-            )
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, str(JOB), str(path)],
-                    env=environment if world_size > 1 else os.environ | {"OMP_NUM_THREADS": "1"},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
+            ranked = {**world, "RANK": rank, "LOCAL_RANK": rank} if world_size > 1 else {}
+            logs.append(self.folder / f"log-{world_size}-{rank}.txt")  # a pipe would fill up unread
+            with logs[-1].open("w") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, str(JOB), str(path)],
+                        env=os.environ | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in ranked.items()},
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )
                 )
-            )
         try:
-            logs = [process.communicate(timeout=PATIENCE_SECONDS)[0] for process in processes]
+            for process, log in zip(processes, logs, strict=True):
+                assert process.wait(PATIENCE_SECONDS) == 0, log.read_text()[-8000:]
         finally:
             for process in processes:
                 process.kill()
-        for process, log in zip(processes, logs, strict=True):
-            assert process.returncode == 0, log[-8000:]
 
     def metric(self, name, column):
         """Return one value a step."""
