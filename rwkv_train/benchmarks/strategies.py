@@ -54,32 +54,40 @@ def bench_strategies(
     strategies: Sequence[str] = ALL,
     crews: Sequence[Crew] = CREWS["cpu"],
     accelerator: str = "cpu",
-    repeats: int = 20,
+    repeats: int = 10,
+    rounds: int = 2,
 ) -> Iterator[Json]:
     """Measure the steps of a run, from data to the exchange after the update, as ``pretrain`` makes them.
 
-    Each row is a run of its own in processes of its own, without validation and saves.
+    Every measurement is a run of its own in processes of its own, without validation and saves. All kinds take turns,
+    so that what else the machine does in the meantime falls on all of them.
 
     Args:
         case: the model and its batch, which the processes divide.
         strategies: names of ``trainer.strategy``; "auto" only with one process, where it is no strategy.
         crews: numbers of processes and threads; "gpu" needs as many GPUs as processes.
         accelerator: ``"cpu"`` or ``"gpu"``.
-        repeats: steps that are measured; the median counts.
+        repeats: steps of a run that are measured.
+        rounds: runs of each kind; the median of all their steps counts.
 
     Yields:
-        One row for each strategy and crew: ``step_ms`` (median) and ``min_ms``; ``setup_s``, from the start of the
-        run to its first step, in which libraries load, processes meet and parameters are made and spread;
-        ``peak_mib``, the largest memory that a process has had on the device.
+        In the last round, one row for each strategy and crew: ``step_ms`` (median) and ``min_ms``; ``setup_s``, from
+        the start of the run to its first step, in which libraries load, processes meet and parameters are made and
+        spread; ``peak_mib``, the largest memory that a process has had on the device.
 
     Raises:
         TrainingError: a run failed.
     """
+    kinds = [
+        (strategy, crew)
+        for strategy in strategies
+        for crew in crews
+        if strategy != "auto" or crew.n_processes == 1
+    ]
+    found: dict[tuple[str, Crew], list[Json]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
-        for strategy in strategies:
-            for crew in crews:
-                if strategy == "auto" and crew.n_processes > 1:
-                    continue
+        for _ in range(rounds):
+            for strategy, crew in kinds:
                 trainer: Json = {
                     "strategy": strategy,
                     "devices": crew.n_processes,
@@ -89,7 +97,10 @@ def bench_strategies(
                     "micro_batch_size": case.batch_size // crew.n_processes,
                 }
                 config = settings_of_trial(case.config, Path(folder), trainer)
-                yield _row(case, strategy, crew, run_trial(StepTimer.__module__, config, crew.n_threads))
+                runs = found[strategy, crew]
+                runs.append(run_trial(StepTimer.__module__, config, crew.n_threads))
+                if len(runs) == rounds:
+                    yield _row(case, strategy, crew, runs)
 
 
 class StepTimer(TimedCallback):
@@ -152,9 +163,10 @@ def _peak_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _row(case: Case, strategy: str, crew: Crew, found: Json) -> Json:
+def _row(case: Case, strategy: str, crew: Crew, runs: Sequence[Json]) -> Json:
     config = case.config
-    median = statistics.median(found["steps"])
+    steps = [seconds for run in runs for seconds in run["steps"]]
+    median = statistics.median(steps)
     return {
         "strategy": strategy,
         "processes": crew.n_processes,
@@ -164,12 +176,12 @@ def _row(case: Case, strategy: str, crew: Crew, found: Json) -> Json:
         "C": config.n_embd,
         "B": case.batch_size,
         "T": config.ctx_len,
-        "repeats": len(found["steps"]),
+        "repeats": len(steps),
         "step_ms": 1e3 * median,
-        "min_ms": 1e3 * min(found["steps"]),
+        "min_ms": 1e3 * min(steps),
         "tokens_per_second": case.batch_size * config.ctx_len / median,
-        "setup_s": found["setup_seconds"],
-        "peak_mib": found["peak_bytes"] / 2**20,
+        "setup_s": statistics.median(run["setup_seconds"] for run in runs),
+        "peak_mib": max(run["peak_bytes"] for run in runs) / 2**20,
     }
 
 

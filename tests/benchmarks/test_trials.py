@@ -18,7 +18,9 @@ def test_each_strategy_and_crew_has_a_row(monkeypatch):
     rows = [
         row
         for strategy, crews in (("auto", [Crew(1, 1), Crew(2, 1)]), ("ddp", [Crew(2, 1)]))
-        for row in bench_strategies(Case(TINY, batch_size=2), strategies=[strategy], crews=crews, repeats=2)
+        for row in bench_strategies(
+            Case(TINY, batch_size=2), strategies=[strategy], crews=crews, repeats=2, rounds=1
+        )
     ]
 
     # Two processes without a strategy are no measurement.
