@@ -16,6 +16,8 @@ _WSD_DEFAULTS: dict[str, Any] = {"wsd_decay_fraction": 0.2, "wsd_decay": "linear
 class OptimConfig(Config):
     """Adam as the published trainers use it, with decoupled weight decay on the matrices."""
 
+    implementation: Literal["torch", "deepspeed"] = "torch"
+    """Whose AdamW: PyTorch's fused one, or DeepSpeed's, compiled at the start; the latter under DeepSpeed only."""
     lr: PositiveFloat = 6e-4
     """Highest learning rate, reached at the end of the warm-up."""
     lr_final: PositiveFloat = 6e-5

@@ -1,6 +1,8 @@
 """The settings of one training run: the tree that a YAML file holds."""
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from rwkv_train.config.base import Config
 from rwkv_train.config.checkpoint import CheckpointConfig
@@ -26,3 +28,12 @@ class TrainConfig(Config):
     """What is kept."""
     guard: GuardConfig = Field(default_factory=GuardConfig)
     """What happens to a bad step."""
+
+    @model_validator(mode="after")
+    def _deepspeeds_optimizer_needs_deepspeed(self) -> Self:
+        if self.optim.implementation == "deepspeed" and self.trainer.zero_stage is None:
+            raise ValueError(
+                f"optim.implementation 'deepspeed' needs trainer.strategy deepspeed_1, _2 or _3, not "
+                f"{self.trainer.strategy!r}; set it to 'torch'"
+            )
+        return self

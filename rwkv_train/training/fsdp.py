@@ -1,5 +1,7 @@
 """FSDP2: every parameter is cut into one part a process and gathered for each use, block by block."""
 
+import warnings
+
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -13,6 +15,8 @@ from rwkv_train.training.engine import Engine
 
 def make_fsdp_strategy(settings: TrainerConfig) -> ModelParallelStrategy:
     """Build Lightning's strategy, with all processes in one group."""
+    # Blocks return views (a state is the last of their inputs). Nothing writes into them, which it warns of.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     return ModelParallelStrategy(data_parallel_size=settings.world_size, tensor_parallel_size=1)
 
 

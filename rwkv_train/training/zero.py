@@ -1,9 +1,10 @@
 """DeepSpeed's ZeRO: optimizer states (1), gradients (2) and parameters (3) spread over the processes."""
 
-import json
+import logging
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -17,26 +18,9 @@ from rwkv_train.config.train import TrainConfig
 from rwkv_train.errors import ConfigError
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.training.engine import MOMENTS, Engine, Skippable
-
-Json = dict[str, Any]
-
-_OURS = {
-    "optimizer": "the section optim",
-    "scheduler": "the section optim",
-    "gradient_clipping": "optim.grad_clip",
-    "train_batch_size": "trainer.global_batch_size",
-    "train_micro_batch_size_per_gpu": "trainer.micro_batch_size",
-    "gradient_accumulation_steps": "trainer.global_batch_size",
-    "bf16": "trainer.precision",
-    "fp16": "trainer.precision",
-    "amp": "trainer.precision",
-    "torch_autocast": "trainer.precision",
-    "zero_optimization.stage": "trainer.strategy",
-    "zero_optimization.offload_optimizer.device": "trainer.offload",
-    "zero_optimization.offload_param.device": "trainer.offload",
-}
-"""What a user's DeepSpeed file must not hold -> the setting of ours that decides it."""
-
+from rwkv_train.training.param_groups import parameter_groups
+from rwkv_train.training.zero_adam import make_deepspeed_adam, require_deepspeed_adam
+from rwkv_train.training.zero_settings import deepspeed_config
 
 _MASTERS = (
     "fp32_partitioned_groups_flat",  # stage 3
@@ -46,93 +30,11 @@ _MASTERS = (
 """What DeepSpeed's optimizers call their masters, those of this process."""
 
 
-def deepspeed_config(config: TrainConfig, device: torch.device) -> Json:
-    """Return DeepSpeed's settings for a run: ours, with the user's own file merged over them.
-
-    Args:
-        config: the settings of the run.
-        device: kind of device.
-
-    Raises:
-        ConfigError: the file cannot be read, or holds what our settings decide.
-    """
-    settings = config.trainer
-    zero: Json = {"stage": settings.zero_stage}
-    pin_memory = device.type == "cuda"
-    if settings.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
-    if settings.offload == "optimizer_and_parameters":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": pin_memory}
-    ours: Json = {
-        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
-        "gradient_clipping": config.optim.grad_clip,
-        "zero_optimization": zero,
-        # Ours is PyTorch's AdamW, also where the states are offloaded.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "communication_data_type": "fp32",  # gradients are summed in float32 in every precision
-    }
-    if settings.precision == "bf16-params":
-        ours |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    if settings.deepspeed_config is None:
-        return ours
-    path = Path(settings.deepspeed_config).expanduser()
-    return merge_deepspeed_config(ours, _read(path), str(path))
-
-
-def merge_deepspeed_config(ours: Mapping[str, Any], theirs: Mapping[str, Any], source: str) -> Json:
-    """Lay a user's DeepSpeed settings over ours.
-
-    Args:
-        ours: nested settings.
-        theirs: nested settings; none of them may be what a setting of ours decides.
-        source: where ``theirs`` come from, for the message.
-
-    Raises:
-        ConfigError: it names the setting of ours to use instead.
-    """
-    for name, setting in _OURS.items():
-        if _holds(theirs, name.split(".")):
-            raise ConfigError(f"{source}: {name} is decided by {setting}; set that, and leave it out there")
-    return _merged(ours, theirs)
-
-
-def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Json:
-    result = dict(ours)
-    for key, value in theirs.items():
-        before = result.get(key)
-        both = isinstance(before, Mapping) and isinstance(value, Mapping)
-        result[key] = _merged(cast(Json, before), value) if both else value
-    return result
-
-
-def _holds(tree: Any, path: list[str]) -> bool:
-    if not path:
-        return True
-    return isinstance(tree, Mapping) and path[0] in tree and _holds(tree[path[0]], path[1:])
-
-
-def _read(path: Path) -> Json:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(
-            f"trainer.deepspeed_config ({path}) cannot be read: {error.strerror or error}"
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"trainer.deepspeed_config ({path}) is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"trainer.deepspeed_config ({path}) holds a {type(content).__name__}, not an object"
-        )
-    return content
-
-
 def make_zero_strategy(config: TrainConfig, device: torch.device) -> DeepSpeedStrategy:
     """Build Lightning's strategy, for GPUs or for processes on the CPU.
 
     Raises:
-        ConfigError: DeepSpeed is not installed, or its settings contradict ours.
+        ConfigError: DeepSpeed is not installed, its settings contradict ours, or its optimizer does not build here.
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
@@ -143,8 +45,35 @@ def make_zero_strategy(config: TrainConfig, device: torch.device) -> DeepSpeedSt
             f"trainer.strategy {config.trainer.strategy!r} needs DeepSpeed, which cannot be imported ({error}); "
             "pip install deepspeed, or choose 'ddp' or 'fsdp2'"
         ) from error
+    settings = deepspeed_config(config, device)
+    if config.optim.implementation == "deepspeed":
+        require_deepspeed_adam(on_cpu=_masters_on_cpu(config, device))
     kind = CpuDeepSpeedStrategy if device.type == "cpu" else ScaledOnceStrategy
-    return kind(config=deepspeed_config(config, device))
+    strategy = kind(config=settings)
+    _leave_out_noise()
+    return strategy
+
+
+def _masters_on_cpu(config: TrainConfig, device: torch.device) -> bool:
+    return device.type == "cpu" or config.trainer.offload != "none"
+
+
+def _leave_out_noise() -> None:
+    """Keep what DeepSpeed says of itself away from the user, and its warnings away from stdout."""
+    # DeepSpeed calls functions of torch under their old names, again and again.
+    warnings.filterwarnings("ignore", "`torch\\.distributed\\.\\w+` is deprecated", FutureWarning)
+    # Lightning tells the rank, by a logger of its own.
+    logging.getLogger("lightning.pytorch.strategies.deepspeed").setLevel(logging.WARNING)
+    theirs = logging.getLogger("DeepSpeed")
+    theirs.addFilter(_is_news)
+    for handler in theirs.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Tell whether a warning of DeepSpeed's is none that our choice of the optimizer brings about."""
+    return "ZeRO with an untested optimizer" not in record.getMessage()
 
 
 class ScaledOnceStrategy(DeepSpeedStrategy):
@@ -190,6 +119,18 @@ class ZeroEngine(Engine):
         if config.trainer.precision == "bf16-params":
             # DeepSpeed makes its masters from parameters that are rounded by then.
             self._exact = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def shard(self, trainer: Trainer) -> None:
+        """Note the device; DeepSpeed spreads the parameters by itself, later."""
+        self._device = trainer.strategy.root_device
+
+    def make_optimizer(self) -> Optimizer:
+        """Build PyTorch's AdamW or DeepSpeed's, as the settings say."""
+        optim = self.config.optim
+        if optim.implementation == "torch":
+            return super().make_optimizer()
+        groups = parameter_groups(self.model, self.config.model.arch, optim)
+        return make_deepspeed_adam(groups, optim, on_cpu=_masters_on_cpu(self.config, self._device))
 
     def bind(self, trainer: Trainer) -> None:
         """Find DeepSpeed's parts; give the masters their unrounded values."""
@@ -238,8 +179,8 @@ class ZeroEngine(Engine):
 
     def restore(self, saved: TrainingCheckpoint) -> None:
         """Give DeepSpeed the masters, moments and number of steps of a checkpoint."""
-        for state in self._zero.optimizer.state.values():
-            state["step"].fill_(float(saved.manifest["step"]))
+        for part, state in self._zero.optimizer.state.items():
+            state["step"] = self._n_steps(saved.manifest["step"], part)
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -258,11 +199,17 @@ class ZeroEngine(Engine):
         )
         for part in parts:
             optimizer.state[part] = {
-                "step": torch.tensor(0.0, device=part.device),
+                "step": self._n_steps(0, part),
                 **{moment: torch.zeros_like(part) for moment in MOMENTS},
             }
         if not stage_3:
             self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _n_steps(self, n: int, part: Tensor) -> Tensor | int:
+        """Return a number of steps as the optimizer keeps it."""
+        if self.config.optim.implementation == "deepspeed":
+            return n
+        return torch.tensor(float(n), device=part.device)
 
     def _set(self, parameter: Any, value: Tensor, moment: str | None) -> None:
         """Set the master (``moment`` None) or a moment from a whole tensor."""

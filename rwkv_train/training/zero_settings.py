@@ -1,0 +1,112 @@
+"""DeepSpeed's own settings: ours, with a user's JSON file merged over them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from rwkv_train.config.train import TrainConfig
+from rwkv_train.errors import ConfigError
+
+Json = dict[str, Any]
+
+_OURS = {
+    "optimizer": "the section optim",
+    "scheduler": "the section optim",
+    "gradient_clipping": "optim.grad_clip",
+    "train_batch_size": "trainer.global_batch_size",
+    "train_micro_batch_size_per_gpu": "trainer.micro_batch_size",
+    "gradient_accumulation_steps": "trainer.global_batch_size",
+    "bf16": "trainer.precision",
+    "fp16": "trainer.precision",
+    "amp": "trainer.precision",
+    "torch_autocast": "trainer.precision",
+    "zero_optimization.stage": "trainer.strategy",
+    "zero_optimization.offload_optimizer.device": "trainer.offload",
+    "zero_optimization.offload_param.device": "trainer.offload",
+}
+"""What a user's DeepSpeed file must not hold -> the setting of ours that decides it."""
+
+
+def deepspeed_config(config: TrainConfig, device: torch.device) -> Json:
+    """Return DeepSpeed's settings for a run: ours, with the user's own file merged over them.
+
+    Args:
+        config: the settings of the run.
+        device: kind of device.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds what our settings decide.
+    """
+    settings = config.trainer
+    zero: Json = {"stage": settings.zero_stage}
+    pin_memory = device.type == "cuda"
+    if settings.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
+    if settings.offload == "optimizer_and_parameters":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pin_memory}
+    ours: Json = {
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "gradient_clipping": config.optim.grad_clip,
+        "zero_optimization": zero,
+        # Ours is PyTorch's AdamW, also where the states are offloaded.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",  # gradients are summed in float32 in every precision
+    }
+    if settings.precision == "bf16-params":
+        ours |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if settings.deepspeed_config is None:
+        return ours
+    path = Path(settings.deepspeed_config).expanduser()
+    return merge_deepspeed_config(ours, _read(path), str(path))
+
+
+def merge_deepspeed_config(ours: Mapping[str, Any], theirs: Mapping[str, Any], source: str) -> Json:
+    """Lay a user's DeepSpeed settings over ours.
+
+    Args:
+        ours: nested settings.
+        theirs: nested settings; none of them may be what a setting of ours decides.
+        source: where ``theirs`` come from, for the message.
+
+    Raises:
+        ConfigError: it names the setting of ours to use instead.
+    """
+    for name, setting in _OURS.items():
+        if _holds(theirs, name.split(".")):
+            raise ConfigError(f"{source}: {name} is decided by {setting}; set that, and leave it out there")
+    return _merged(ours, theirs)
+
+
+def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Json:
+    result = dict(ours)
+    for key, value in theirs.items():
+        before = result.get(key)
+        both = isinstance(before, Mapping) and isinstance(value, Mapping)
+        result[key] = _merged(cast(Json, before), value) if both else value
+    return result
+
+
+def _holds(tree: Any, path: list[str]) -> bool:
+    if not path:
+        return True
+    return isinstance(tree, Mapping) and path[0] in tree and _holds(tree[path[0]], path[1:])
+
+
+def _read(path: Path) -> Json:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(
+            f"trainer.deepspeed_config ({path}) cannot be read: {error.strerror or error}"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"trainer.deepspeed_config ({path}) is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"trainer.deepspeed_config ({path}) holds a {type(content).__name__}, not an object"
+        )
+    return content
