@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any, cast
@@ -66,9 +65,8 @@ def _leave_out_noise() -> None:
     logging.getLogger("lightning.pytorch.strategies.deepspeed").setLevel(logging.WARNING)
     theirs = logging.getLogger("DeepSpeed")
     theirs.addFilter(_is_news)
-    for handler in theirs.handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
+    theirs.handlers.clear()  # one for stdout, which is where results go
+    theirs.propagate = True
 
 
 def _is_news(record: logging.LogRecord) -> bool:
