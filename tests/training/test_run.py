@@ -20,6 +20,8 @@ from rwkv_train.errors import CheckpointError, ConfigError, DataError, TrainingE
 from rwkv_train.training.callbacks import RunCallback
 from rwkv_train.training.run import run_pretraining
 
+RWKV4 = {"arch": "rwkv4", "n_layer": 2, "n_embd": 32, "vocab_size": 257, "ctx_len": 16}
+
 
 def final_state(summary):
     return load_training_checkpoint(list_training_checkpoints(summary.out_dir)[-1])
@@ -53,7 +55,7 @@ def stop_after(monkeypatch, step):
 @pytest.mark.parametrize("arch", ["rwkv7", "rwkv4"])
 def test_a_run_learns_and_leaves_its_files(settings, tree, arch):
     if arch == "rwkv4":
-        tree["model"] = {"arch": "rwkv4", "n_layer": 2, "n_embd": 32, "vocab_size": 257, "ctx_len": 16}
+        tree["model"] = RWKV4
     summary = run_pretraining(settings({"trainer.max_steps": 30}))
 
     assert summary.completed_steps == 30
@@ -85,7 +87,24 @@ def test_metrics_have_the_units_they_say(settings):
     assert rows[1]["val_loss"] == ""
 
 
-def test_a_run_that_was_stopped_ends_like_one_that_was_not(settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("model", "trainer"),
+    [
+        ({}, {}),
+        (RWKV4 | {"dropout": 0.2}, {}),
+        ({}, {"precision": "bf16-autocast"}),
+        ({}, {"precision": "bf16-params", "grad_checkpointing": True}),
+        ({}, {"strategy": "fsdp2", "precision": "bf16-params"}),
+        ({}, {"strategy": "deepspeed_2", "precision": "bf16-params"}),
+        ({}, {"strategy": "deepspeed_3"}),
+    ],
+    ids=["plain", "dropout", "autocast", "bf16", "fsdp2 bf16", "zero 2 bf16", "zero 3"],
+)
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(
+    settings, tree, tmp_path, monkeypatch, model, trainer
+):
+    tree["model"] = model or tree["model"]
+    tree["trainer"] |= trainer
     undisturbed = run_pretraining(settings({"trainer.out_dir": str(tmp_path / "undisturbed")}))
 
     with monkeypatch.context() as patch:
