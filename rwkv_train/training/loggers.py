@@ -1,6 +1,7 @@
 """Where metrics go: a CSV file always, TensorBoard and Weights & Biases by setting."""
 
 import csv
+import secrets
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -9,11 +10,15 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
+from rwkv_train.checkpoints.descriptions import read_json, write_json
+from rwkv_train.checkpoints.io import new_file
 from rwkv_train.config.save import to_tree
 from rwkv_train.config.train import TrainConfig
-from rwkv_train.errors import ConfigError
+from rwkv_train.errors import CheckpointError, ConfigError
 
 METRICS_FILE = "metrics.csv"
+WANDB_FILE = "wandb.json"
+"""Which run at Weights & Biases an out_dir belongs to."""
 
 
 class MetricsFile(Logger):
@@ -75,6 +80,7 @@ def make_loggers(config: TrainConfig, columns: Sequence[str], start_step: int) -
 
     Raises:
         ConfigError: TensorBoard is asked for but not installed, or Weights & Biases cannot be reached.
+        CheckpointError: the note of the run at Weights & Biases is damaged, or cannot be written.
     """
     out_dir = config.trainer.run_folder
     loggers: list[Logger] = [MetricsFile(out_dir / METRICS_FILE, columns, start_step)]
@@ -89,10 +95,32 @@ def make_loggers(config: TrainConfig, columns: Sequence[str], start_step: int) -
     return loggers
 
 
+class _WandbRun(WandbLogger):
+    """Lightning's, which leaves a run open: the next one of the same process would go on writing to it.
+
+    It logs the step as a metric and makes it the x-axis, so rows of steps that are done again are not refused.
+    """
+
+    def finalize(self, status: str) -> None:
+        """End the run, as one that can go on."""
+        super().finalize(status)
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=0 if status == "success" else 1)
+            self._experiment = None
+
+
 def _make_wandb_logger(project: str, config: TrainConfig, out_dir: Path) -> WandbLogger:
     from wandb.errors import Error  # noqa: PLC0415 - half a second that only its users pay
 
-    run_logger = WandbLogger(project=project, name=out_dir.name, save_dir=out_dir, config=to_tree(config))
+    run_logger = _WandbRun(
+        project=project,
+        name=out_dir.name,
+        save_dir=out_dir,
+        id=_wandb_id(out_dir, project),
+        resume="allow",
+        config=to_tree(config),
+        allow_val_change=True,  # what a run may change when it goes on is decided there
+    )
     try:
         _ = run_logger.experiment  # connects now, not at the first row
     except Error as error:
@@ -101,3 +129,24 @@ def _make_wandb_logger(project: str, config: TrainConfig, out_dir: Path) -> Wand
             "set WANDB_MODE=offline, or set it to null"
         ) from error
     return run_logger
+
+
+def _wandb_id(out_dir: Path, project: str) -> str:
+    """Return the id of a run at Weights & Biases, the same whenever it goes on in ``out_dir``.
+
+    A run that goes on in another folder is another one there too, and so is one in another project.
+
+    Raises:
+        CheckpointError: the note of the id is damaged, or cannot be written.
+    """
+    path = out_dir / WANDB_FILE
+    if path.exists():
+        note = read_json(path)
+        if not isinstance(note.get("id"), str):
+            raise CheckpointError(f"{path} does not hold the id of a run; remove it to begin a new one there")
+        if note.get("project") == project:
+            return str(note["id"])
+    new_id = secrets.token_hex(4)
+    with new_file(path, n_bytes=0) as new:
+        write_json(new, {"project": project, "id": new_id})
+    return new_id
