@@ -23,7 +23,11 @@ _OURS = {
     "fp16": "trainer.precision",
     "amp": "trainer.precision",
     "torch_autocast": "trainer.precision",
+    "data_types": "trainer.precision",
+    "zero_allow_untested_optimizer": "optim.implementation",
+    "zero_force_ds_cpu_optimizer": "optim.implementation",
     "zero_optimization.stage": "trainer.strategy",
+    "zero_optimization.compute_grad_norm": "the section guard",  # which judges each step by its norm
     "zero_optimization.offload_optimizer.device": "trainer.offload",
     "zero_optimization.offload_param.device": "trainer.offload",
 }
