@@ -1,12 +1,13 @@
 # make demo   the main job on built-in data      make test    the tests
 # make check  format, lint, types, tests         make wheel   the package
+# make campaign NAME=kill   a long trial outside the tests (kill, faults); goes on where it was stopped
 # Paths here are relative, so the checkout may lie anywhere, also below a folder with spaces in its name.
 PY := .venv/bin/python
 RWKV := .venv/bin/rwkv-train
 DEMO := demo
 TESTS := -m "not gpu and not slow and not network"
 
-.PHONY: env demo test check format wheel clean
+.PHONY: env demo test check campaign format wheel clean
 
 env: .venv/.installed
 
@@ -39,6 +40,9 @@ check: env
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -m pytest $(TESTS)
+
+campaign: env
+	$(PY) -m tests.campaigns $(NAME)
 
 format: env
 	$(PY) -m ruff format .

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
 from pathlib import Path
 
-from tests.campaigns import kill
+from tests.campaigns import faults, kill
 from tests.campaigns.record import Record
 from tests.campaigns.runs import CHECKOUT
 
@@ -26,21 +26,35 @@ def run_kill(record: Record, work: Path, n_kills: int, workers: int) -> None:
                 record.add(done.result())
 
 
+def run_faults(record: Record, work: Path, workers: int) -> None:
+    """Try each fault that was not tried yet."""
+    trial = faults.FaultsTrial(work)
+    with ThreadPoolExecutor(workers) as pool:
+        missing = [fault for fault in faults.faults() if not record.has(fault.name)]
+        for done in as_completed(pool.submit(trial.run, fault) for fault in missing):
+            record.add(done.result())
+
+
 def main() -> int:
     """Run what the command line names; return 1 if something was not as promised."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=["kill"])
+    parser = argparse.ArgumentParser(prog="python -m tests.campaigns", description=__doc__)
+    parser.add_argument("name", choices=["kill", "faults"])
     parser.add_argument("--kills", type=int, default=200, help="how many kills there are to be")
-    parser.add_argument("--workers", type=int, default=2, help="cases of 'kill' at a time")
-    parser.add_argument("--output", type=Path, help="the JSON file; benchmarks/results/campaign-NAME.json")
-    parser.add_argument("--work", type=Path, help="folder for the runs; runs/campaigns/NAME")
+    parser.add_argument("--workers", type=int, help="cases at a time (kill: 2, faults: 1)")
+    parser.add_argument("--output", type=Path, help="the JSON file (benchmarks/results/campaign-NAME.json)")
+    parser.add_argument("--work", type=Path, help="folder for the runs (runs/campaigns/NAME)")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     output = given.output or CHECKOUT / f"benchmarks/results/campaign-{given.name}.json"
     work = given.work or CHECKOUT / f"runs/campaigns/{given.name}"
-    record = Record(output, f"make campaign NAME={given.name}", "seed", kill.totals)
-    run_kill(record, work, given.kills, given.workers)
-    logger.info("%s: %s", output, kill.totals(record.rows))
+    command = f"make campaign NAME={given.name}"
+    if given.name == "kill":
+        record = Record(output, command, "seed", kill.totals)
+        run_kill(record, work, given.kills, given.workers or 2)
+    else:
+        record = Record(output, command, "name", faults.totals)
+        run_faults(record, work, given.workers or 1)
+    logger.info("%s: %s", output, record.totals)
     return 0 if record.is_as_promised else 1
 
 

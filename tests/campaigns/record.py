@@ -49,7 +49,7 @@ class Record:
             self.rows.sort(key=lambda one: one[self._key])
             content = {
                 "environment": self.environment,
-                "totals": self._total(self.rows),
+                "totals": self.totals,
                 "results": self.rows,
             }
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +57,11 @@ class Record:
             new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             new.replace(self.path)
         logger.info("%s %s: %s", self._key, row[self._key], row["outcome"])
+
+    @property
+    def totals(self) -> Row:
+        """The rows, summed up."""
+        return self._total(self.rows)
 
     @property
     def is_as_promised(self) -> bool:

@@ -158,13 +158,17 @@ class Command:
             if "RANK" in environment and _parent_of(pid) == self.process.pid
         }
 
+    def send_to_all(self, number: int) -> None:
+        """Send a signal to the process and to all that it has started."""
+        for pid in self.processes():
+            kill(pid, number)
+
     def kill_all(self) -> None:
         """Kill the process and all that it has started."""
         if self.is_running:
             self.process.kill()
-        while pids := self.processes():
-            for pid in pids:
-                kill(pid)
+        while self.processes():
+            self.send_to_all(signal.SIGKILL)
             self.process.poll()
         self.process.wait()
 

@@ -1,0 +1,45 @@
+"""A few cases of each campaign, by the same code."""
+
+import sys
+
+import pytest
+
+from tests.campaigns import faults_at_start, faults_while_running
+from tests.campaigns.disk import can_mount
+from tests.campaigns.faults import Fault, FaultsTrial
+from tests.campaigns.kill import Case, KillTrial, Moment
+from tests.campaigns.record import AS_PROMISED
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy", "moment"),
+    [
+        ("one", "auto", Moment("save", 0.3, 0.002, 0)),
+        ("rank", "ddp", Moment("step", 0.3, 0.01, 1)),
+    ],
+    ids=["the only process", "rank 1 of 2"],
+)
+def test_a_killed_run_goes_on_to_the_undisturbed_end(tmp_path, kind, strategy, moment):
+    row = KillTrial(tmp_path).run(Case(0, kind, strategy, (moment,)))
+    assert row["outcome"] == AS_PROMISED
+    assert len(row["kills"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("try_it", "devices"),
+    [
+        pytest.param(
+            faults_at_start.full_disk,
+            1,
+            marks=pytest.mark.skipif(not can_mount(), reason="no tmpfs can be mounted (unshare, nsenter)"),
+        ),
+        (faults_at_start.world_size_that_does_not_divide, 2),
+        (faults_while_running.nan_and_skip, 1),
+    ],
+    ids=["full disk", "world size", "nan"],
+)
+def test_a_fault_is_answered_as_promised(tmp_path, try_it, devices):
+    row = FaultsTrial(tmp_path, is_timed=False).run(Fault(try_it, devices))
+    assert row["outcome"] == AS_PROMISED
