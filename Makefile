@@ -6,8 +6,10 @@ PY := .venv/bin/python
 RWKV := .venv/bin/rwkv-train
 DEMO := demo
 TESTS := -m "not gpu and not slow and not network"
+CAMPAIGNS := kill faults
+NAME ?= $(filter $(CAMPAIGNS),$(MAKECMDGOALS))
 
-.PHONY: env demo test check campaign format wheel clean
+.PHONY: env demo test check campaign $(CAMPAIGNS) format wheel clean
 
 env: .venv/.installed
 
@@ -43,6 +45,8 @@ check: env
 
 campaign: env
 	$(PY) -m tests.campaigns $(NAME)
+
+$(CAMPAIGNS): campaign
 
 format: env
 	$(PY) -m ruff format .
