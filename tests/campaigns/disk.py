@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -70,4 +71,8 @@ class SmallDisk:
     def remount(self, options: str) -> None:
         """Change how it is mounted: ``"ro"``, ``"rw"``."""
         command = [*self.prefix, "mount", "-o", f"remount,{options}", str(self.folder)]
-        subprocess.run(command, check=True, capture_output=True)
+        for _ in range(50):  # a process that was just killed may hold a file for a moment
+            if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+                return
+            time.sleep(0.2)
+        raise RuntimeError(f"{self.folder} could not be remounted with {options}")

@@ -104,6 +104,8 @@ class FaultsTrial:
         if fault.try_it not in _NEED_A_DISK or can_mount():
             try:
                 fault.try_it(trial)
+            except (OSError, LookupError, RuntimeError) as error:  # what it looks for is not there
+                trial.problems.append(f"the trial ended early: {error!r}")
             finally:
                 trial.kill_all()
             result = outcome(trial.problems)
