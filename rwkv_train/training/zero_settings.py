@@ -1,11 +1,13 @@
 """DeepSpeed's own settings: ours, with a user's JSON file merged over them."""
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from pydantic import ValidationError
 
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.errors import ConfigError
@@ -42,7 +44,7 @@ def deepspeed_config(config: TrainConfig, device: torch.device) -> Json:
         device: kind of device.
 
     Raises:
-        ConfigError: the file cannot be read, or holds what our settings decide.
+        ConfigError: the file cannot be read, holds what our settings decide, or DeepSpeed refuses it.
     """
     settings = config.trainer
     zero: Json = {"stage": settings.zero_stage}
@@ -65,7 +67,9 @@ def deepspeed_config(config: TrainConfig, device: torch.device) -> Json:
     if settings.deepspeed_config is None:
         return ours
     path = Path(settings.deepspeed_config).expanduser()
-    return merge_deepspeed_config(ours, _read(path), str(path))
+    merged = merge_deepspeed_config(ours, _read(path), str(path))
+    _require_that_deepspeed_takes(merged, str(path))
+    return merged
 
 
 def merge_deepspeed_config(ours: Mapping[str, Any], theirs: Mapping[str, Any], source: str) -> Json:
@@ -77,21 +81,44 @@ def merge_deepspeed_config(ours: Mapping[str, Any], theirs: Mapping[str, Any], s
         source: where ``theirs`` come from, for the message.
 
     Raises:
-        ConfigError: it names the setting of ours to use instead.
+        ConfigError: it names the setting of ours to use instead, or what must be an object.
     """
     for name, setting in _OURS.items():
         if _holds(theirs, name.split(".")):
             raise ConfigError(f"{source}: {name} is decided by {setting}; set that, and leave it out there")
-    return _merged(ours, theirs)
+    return _merged(ours, theirs, f"{source}: ")
 
 
-def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Json:
+def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> Json:
     result = dict(ours)
     for key, value in theirs.items():
         before = result.get(key)
-        both = isinstance(before, Mapping) and isinstance(value, Mapping)
-        result[key] = _merged(cast(Json, before), value) if both else value
+        if not isinstance(before, Mapping):
+            result[key] = value
+        elif isinstance(value, Mapping):
+            result[key] = _merged(cast(Json, before), value, f"{where}{key}.")
+        else:  # would take away what our settings decide in it
+            raise ConfigError(
+                f"{where}{key} is {json.dumps(value)} but must be an object; write one, or leave it out"
+            )
     return result
+
+
+def _require_that_deepspeed_takes(settings: Json, source: str) -> None:
+    """Let DeepSpeed read the settings now: later, its refusals are no sentences."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError  # noqa: PLC0415
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(settings))
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        raise ConfigError(
+            f"{source}: DeepSpeed refuses {'; '.join(problems)}; correct it there, or leave it out"
+        ) from error
+    except (DeepSpeedConfigError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise ConfigError(
+            f"{source}: DeepSpeed refuses it: {str(error).rstrip('. ')}; correct it there, or leave it out"
+        ) from error
 
 
 def _holds(tree: Any, path: list[str]) -> bool:

@@ -218,3 +218,39 @@ def test_deepspeeds_adam_makes_the_steps_of_torchs(settings):
             adam.step()
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("offload", "theirs", "sentence"),
+    [
+        ("none", {"zero_optimization": None}, "zero_optimization is null but must be an object"),
+        ("none", {"zero_optimization": 3}, "zero_optimization is 3 but must be an object"),
+        (
+            "optimizer",
+            {"zero_optimization": {"offload_optimizer": None}},
+            r"zero_optimization\.offload_optimizer is null but must be an object",
+        ),
+    ],
+)
+def test_no_value_of_the_user_takes_the_place_of_a_section_of_ours(zero, offload, theirs, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        deepspeed_config(zero(theirs, **{"trainer.offload": offload}), CPU)
+
+
+@NEEDS_DEEPSPEED
+@pytest.mark.parametrize(
+    ("theirs", "named"),
+    [
+        ({"zero_optimization": {"nonsense": 1}}, "nonsense"),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size"),
+        ({"zero_optimization": {"reduce_bucket_size": -1}}, "reduce_bucket_size"),
+        ({"zero_optimization": {"offload_param": "cpu"}}, "offload_param"),
+        ({"communication_data_type": "foo"}, "communication_data_type"),
+        ({"elasticity": {"enabled": True}}, "elasticity"),
+    ],
+)
+def test_what_deepspeed_refuses_is_one_sentence_with_the_file_and_the_name(zero, theirs, named):
+    with pytest.raises(
+        ConfigError, match=rf"deepspeed\.json: DeepSpeed refuses [^\n]*{named}[^\n]*; correct it"
+    ):
+        deepspeed_config(zero(theirs), CPU)
