@@ -48,7 +48,9 @@ def pretrain(
 ) -> None:
     """Train a model from scratch, or go on from the last checkpoint in out_dir."""
     from rwkv_train.parallel.launch import launch, needs_launch
+    from rwkv_train.parallel.world import require_numbers
 
+    require_numbers(os.environ)
     settings = _load_settings(config, overrides or [])
     if not dry_run and needs_launch(settings.trainer):
         _log_lines()

@@ -15,6 +15,14 @@ LAUNCHER_PID = "RWKV_TRAIN_LAUNCHER_PID"
 """Set by our launcher: a process whose launcher has vanished ends."""
 HOW_TO_START = "start it with torchrun, or with SLURM's srun, on each machine (docs/scaling-out.md)"
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+_OTHER_NUMBERS = (
+    "TORCHELASTIC_RESTART_COUNT",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_STEP_NUM_NODES",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_JOB_ID",
+)
 
 
 class World(NamedTuple):
@@ -68,11 +76,7 @@ def read_world(environment: Mapping[str, str]) -> World | None:
             f"the environment has RANK or TORCHELASTIC_RUN_ID but not {', '.join(missing)}; unset it for a run on this "
             f"machine alone, or {HOW_TO_START}"
         )
-    for name in _NUMBERS:
-        if not environment[name].isdigit():
-            raise ConfigError(
-                f"the environment variable {name} is '{environment[name]}', it must be a number"
-            )
+    require_numbers(environment)
     return World(
         rank=int(environment["RANK"]),
         world_size=int(environment["WORLD_SIZE"]),
@@ -84,6 +88,19 @@ def read_world(environment: Mapping[str, str]) -> World | None:
         is_agent_the_host=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         launcher=int(environment[LAUNCHER_PID]) if LAUNCHER_PID in environment else None,
     )
+
+
+def require_numbers(environment: Mapping[str, str]) -> None:
+    """Refuse variables of launchers that are no numbers; other libraries read them too, when they are imported.
+
+    Raises:
+        ConfigError: one of them is not.
+    """
+    for name in (*_NUMBERS, *_OTHER_NUMBERS):
+        if name in environment and not (environment[name].isascii() and environment[name].isdigit()):
+            raise ConfigError(
+                f"the environment variable {name} is '{environment[name]}', it must be a number; correct or unset it"
+            )
 
 
 def require_size(settings: TrainerConfig, world: World | None) -> None:

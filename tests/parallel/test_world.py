@@ -6,7 +6,7 @@ from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.errors import ConfigError
 from rwkv_train.parallel.launch import needs_launch
 from rwkv_train.parallel.processes import Processes
-from rwkv_train.parallel.world import read_world, require_size, slurm_as_torchrun
+from rwkv_train.parallel.world import read_world, require_numbers, require_size, slurm_as_torchrun
 from rwkv_train.training.code_version import code_version
 
 TORCHRUN = {
@@ -65,9 +65,10 @@ def test_a_batch_script_of_several_tasks_is_one_process():
     [
         ({"RANK": "0"}, "not WORLD_SIZE, LOCAL_RANK, MASTER_PORT, MASTER_ADDR"),
         (TORCHRUN | {"RANK": "one"}, "RANK is 'one', it must be a number"),
+        (TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "²"}, "TORCHELASTIC_RESTART_COUNT is '²', it must be"),
         ({k: v for k, v in SRUN.items() if k != "SLURM_PROCID"}, "SLURM_PROCID is not in its environment"),
     ],
-    ids=["incomplete", "no number", "srun"],
+    ids=["incomplete", "no number", "no ASCII", "srun"],
 )
 def test_half_an_environment_is_refused(environment, sentence):
     with pytest.raises(ConfigError, match=sentence):
@@ -117,3 +118,11 @@ def test_the_version_of_the_code_changes_with_a_source(monkeypatch, tmp_path):
     (tmp_path / "kernel.cpp").write_text("// another one")
     monkeypatch.setattr("rwkv_train.training.code_version.find_asset_folder", lambda name: tmp_path)
     assert code_version() != before
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"])
+def test_a_variable_of_a_launcher_that_is_no_number_is_named(name):
+    with pytest.raises(
+        ConfigError, match=f"variable {name} is 'x', it must be a number; correct or unset it"
+    ):
+        require_numbers({name: "x"})
