@@ -1,6 +1,8 @@
 """When a run writes checkpoints, in files of what size, and which of them stay."""
 
-from pydantic import PositiveFloat, PositiveInt
+from typing import Annotated
+
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from rwkv_train.config.base import Config
 
@@ -16,7 +18,7 @@ class CheckpointConfig(Config):
     """How many of the newest are kept; the one with the best validation loss is kept besides."""
     keep_every_n_steps: PositiveInt | None = None
     """A checkpoint whose step is a multiple of this is never removed; null: none is kept for its step."""
-    max_file_gb: PositiveFloat = 4.0
+    max_file_gb: Annotated[PositiveFloat, Field(le=1e9)] = 4.0
     """Size above which tensors are spread over several files, in GB (1e9 bytes)."""
 
     @property

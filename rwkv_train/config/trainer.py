@@ -10,6 +10,7 @@ from rwkv_train.config.base import Config
 Strategy = Literal["auto", "ddp", "fsdp2", "deepspeed_1", "deepspeed_2", "deepspeed_3"]
 
 _NO_RUN_IS_THAT_LONG = 10**15  # steps or tokens; beyond it, counts of samples leave 64 bits
+_LONGEST_WAIT = 10**9  # seconds; Python's waits leave 64 bits at ten times as many
 
 
 class TrainerConfig(Config):
@@ -49,9 +50,9 @@ class TrainerConfig(Config):
     """Backend of the recurrence: "auto" (the fastest that fits), "torch", "cpp" or "reference"."""
     seed: Annotated[NonNegativeInt, Field(lt=1 << 63)] = 42
     """Seed of the initial values, of the order of the data and of dropout."""
-    hang_timeout_seconds: PositiveFloat = 600.0
+    hang_timeout_seconds: Annotated[PositiveFloat, Field(le=_LONGEST_WAIT)] = 600.0
     """Time without progress after which a run of several processes ends and names the one that hangs."""
-    grace_seconds: PositiveFloat = 60.0
+    grace_seconds: Annotated[PositiveFloat, Field(le=_LONGEST_WAIT)] = 60.0
     """Time that a run asked to stop may take for its step and its save; then it stops without."""
     log_every_n_steps: PositiveInt = 10
     """Steps between two rows of metrics."""

@@ -15,3 +15,9 @@ def test_a_gigabyte_is_a_thousand_million_bytes(gigabytes, n_bytes):
 def test_no_interval_count_or_size_is_zero(name):
     with pytest.raises(ValidationError, match="greater than 0"):
         CheckpointConfig(**{name: 0})
+
+
+def test_the_largest_size_of_a_file_is_a_whole_number_of_bytes():
+    assert CheckpointConfig(max_file_gb=1e9).max_file_bytes == 10**18
+    with pytest.raises(ValidationError, match="less than or equal"):
+        CheckpointConfig(max_file_gb=1e300)

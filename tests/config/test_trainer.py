@@ -1,6 +1,18 @@
+import threading
+
+import pytest
+from pydantic import ValidationError
+
 from rwkv_train.config.trainer import TrainerConfig
 
 
 def test_a_tilde_in_out_dir_is_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert TrainerConfig(out_dir="~/runs/one", max_steps=1).run_folder == tmp_path / "runs" / "one"
+
+
+@pytest.mark.parametrize("name", ["hang_timeout_seconds", "grace_seconds"])
+def test_no_wait_is_longer_than_python_can_wait(name):
+    assert getattr(TrainerConfig(out_dir="a", max_steps=1, **{name: 1e9}), name) < threading.TIMEOUT_MAX
+    with pytest.raises(ValidationError, match="less than or equal"):
+        TrainerConfig(out_dir="a", max_steps=1, **{name: 1e300})
