@@ -39,7 +39,10 @@ def read_best(out_dir: str | Path) -> BestCheckpoint | None:
     path = checkpoints_folder(Path(out_dir)) / BEST_FILE
     if not path.exists():
         return None
-    note = read_json(path)
+    try:
+        note = read_json(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; remove it to go on without") from error
     name, step, loss = (note.get(key) for key in BestCheckpoint._fields)
     if not isinstance(name, str) or not isinstance(step, int) or not isinstance(loss, float):
         raise CheckpointError(

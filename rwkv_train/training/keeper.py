@@ -57,7 +57,9 @@ class CheckpointKeeper:
         self._tokenizer = tokenizer
         self._processes = processes
         self._out_dir = config.trainer.run_folder
-        self._best = processes.broadcast(read_best(self._out_dir) if processes.is_first else None)
+        with processes.failing_together():
+            best = read_best(self._out_dir) if processes.is_first else None
+        self._best = processes.broadcast(best)
         self._saved_at = time.monotonic()
         self.resumed = resumed
         """The checkpoint that the run goes on from."""
