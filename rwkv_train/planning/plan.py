@@ -14,6 +14,7 @@ from rwkv_train.training.backend import choose_wkv_backend
 from rwkv_train.training.run import open_corpora
 from rwkv_train.training.schedule import run_length
 from rwkv_train.training.strategy import device_of
+from rwkv_train.training.zero_settings import deepspeed_config
 
 
 class Plan(NamedTuple):
@@ -63,7 +64,8 @@ class Plan(NamedTuple):
 def make_plan(config: TrainConfig) -> Plan:
     """Work out a plan; the corpus is opened (the built-in one is made if needed), no weights are allocated.
 
-    A corpus or a GPU that is not there does not prevent a plan; it is an obstacle that the plan names.
+    A corpus, a GPU or a file of DeepSpeed's settings that is not there does not prevent a plan; it is an obstacle that
+    the plan names.
 
     Raises:
         BackendError: ``trainer.wkv_backend`` cannot run there.
@@ -78,6 +80,11 @@ def make_plan(config: TrainConfig) -> Plan:
     try:
         train = open_corpora(config).train
     except DataError as error:
+        obstacles.append(error)
+    try:
+        if config.trainer.zero_stage is not None:
+            deepspeed_config(config, device)
+    except ConfigError as error:
         obstacles.append(error)
     backend = choose_wkv_backend(config, device)
     return Plan(

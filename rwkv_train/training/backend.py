@@ -3,6 +3,7 @@
 import torch
 
 from rwkv_train.config.train import TrainConfig
+from rwkv_train.errors import BackendError
 from rwkv_train.models.registry import recurrence_of
 from rwkv_train.ops.backends import Problem, ResolvedBackend
 from rwkv_train.ops.prepare import prepare_backend
@@ -17,4 +18,7 @@ def choose_wkv_backend(config: TrainConfig, device: torch.device) -> ResolvedBac
     """
     op, head_size = recurrence_of(config.model)
     problem = Problem(device.type, COMPUTE_DTYPES[config.trainer.precision], head_size)
-    return prepare_backend(op, problem, config.trainer.wkv_backend)
+    try:
+        return prepare_backend(op, problem, config.trainer.wkv_backend)
+    except BackendError as error:
+        raise BackendError(f"trainer.wkv_backend: {error}") from error

@@ -19,7 +19,7 @@ from rwkv_train.models.lm import LanguageModel
 from rwkv_train.training.engine import MOMENTS, Engine, Skippable
 from rwkv_train.training.param_groups import parameter_groups
 from rwkv_train.training.zero_adam import make_deepspeed_adam, require_deepspeed_adam
-from rwkv_train.training.zero_settings import deepspeed_config
+from rwkv_train.training.zero_settings import deepspeed_config, require_that_deepspeed_takes
 
 _MASTERS = (
     "fp32_partitioned_groups_flat",  # stage 3
@@ -45,6 +45,8 @@ def make_zero_strategy(config: TrainConfig, device: torch.device) -> DeepSpeedSt
             "pip install deepspeed, or choose 'ddp' or 'fsdp2'"
         ) from error
     settings = deepspeed_config(config, device)
+    if config.trainer.deepspeed_config is not None:
+        require_that_deepspeed_takes(settings, config.trainer.deepspeed_config)
     if config.optim.implementation == "deepspeed":
         require_deepspeed_adam(on_cpu=_masters_on_cpu(config, device))
     kind = CpuDeepSpeedStrategy if device.type == "cpu" else ScaledOnceStrategy

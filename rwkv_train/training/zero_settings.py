@@ -44,7 +44,7 @@ def deepspeed_config(config: TrainConfig, device: torch.device) -> Json:
         device: kind of device.
 
     Raises:
-        ConfigError: the file cannot be read, holds what our settings decide, or DeepSpeed refuses it.
+        ConfigError: the file cannot be read, or holds what our settings decide.
     """
     settings = config.trainer
     zero: Json = {"stage": settings.zero_stage}
@@ -67,9 +67,7 @@ def deepspeed_config(config: TrainConfig, device: torch.device) -> Json:
     if settings.deepspeed_config is None:
         return ours
     path = Path(settings.deepspeed_config).expanduser()
-    merged = merge_deepspeed_config(ours, _read(path), str(path))
-    _require_that_deepspeed_takes(merged, str(path))
-    return merged
+    return merge_deepspeed_config(ours, _read(path), str(path))
 
 
 def merge_deepspeed_config(ours: Mapping[str, Any], theirs: Mapping[str, Any], source: str) -> Json:
@@ -104,8 +102,16 @@ def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> J
     return result
 
 
-def _require_that_deepspeed_takes(settings: Json, source: str) -> None:
-    """Let DeepSpeed read the settings now: later, its refusals are no sentences."""
+def require_that_deepspeed_takes(settings: Json, source: str) -> None:
+    """Let DeepSpeed read its settings now: later, its refusals are no sentences.
+
+    Args:
+        settings: all of them.
+        source: the user's file, for the message.
+
+    Raises:
+        ConfigError: it refuses them.
+    """
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError  # noqa: PLC0415
 
     try:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rwkv_train.config.load import check_tree
+from rwkv_train.errors import BackendError
 from rwkv_train.planning.plan import make_plan
 
 RWKV4 = {"arch": "rwkv4", "n_layer": 2, "n_embd": 32, "vocab_size": 50, "ctx_len": 24}
@@ -53,3 +54,15 @@ def test_a_plan_says_what_lies_in_the_memory_of_the_cpu():
     there, here = (dict(make_plan(settings(RWKV4, **more)).rows()) for more in (zero, {}))
     assert "in the CPU's" in there["memory a device (estimate)"]
     assert "in the CPU's" not in here["memory a device (estimate)"]
+
+
+def test_a_file_for_deepspeed_that_a_run_would_refuse_is_an_obstacle():
+    plan = make_plan(settings(RWKV4, strategy="deepspeed_2", deepspeed_config="nowhere.json"))
+    assert "trainer.deepspeed_config (nowhere.json) cannot be read" in str(plan.obstacles[-1])
+
+
+def test_a_backend_that_there_is_not_is_refused_by_the_name_of_the_setting():
+    with pytest.raises(
+        BackendError, match=r"^trainer\.wkv_backend: there is no backend 'foo'; choose one of"
+    ):
+        make_plan(settings(RWKV4, wkv_backend="foo"))

@@ -253,4 +253,4 @@ def test_what_deepspeed_refuses_is_one_sentence_with_the_file_and_the_name(zero,
     with pytest.raises(
         ConfigError, match=rf"deepspeed\.json: DeepSpeed refuses [^\n]*{named}[^\n]*; correct it"
     ):
-        deepspeed_config(zero(theirs), CPU)
+        make_zero_strategy(zero(theirs), CPU)
