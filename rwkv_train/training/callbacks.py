@@ -70,7 +70,7 @@ class RunCallback(Callback):
         self.watchdog.start()
         assert isinstance(pl_module, PretrainModule)
         if self.validator is not None and pl_module.start.step == 0:
-            _log(trainer, self._validate(self.validator, pl_module, 0).as_metrics(), 0)
+            self._log(trainer, self._validate(self.validator, pl_module, 0).as_metrics(), 0)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -110,7 +110,7 @@ class RunCallback(Callback):
             validation = self._validate(self.validator, module, step)
             row |= validation.as_metrics()
         if row:
-            _log(trainer, row, step)
+            self._log(trainer, row, step)
 
         # One small exchange a step: signals and clocks differ between processes, decisions must not.
         wants_stop, is_time = self.processes.any_of(self.stop.is_set, self.keeper.is_time())
@@ -192,7 +192,7 @@ class RunCallback(Callback):
         self.stop.ignore()
         self.display.close()
 
-
-def _log(trainer: Trainer, row: dict[str, float], step: int) -> None:
-    for run_logger in trainer.loggers:
-        run_logger.log_metrics(row, step=step)
+    def _log(self, trainer: Trainer, row: dict[str, float], step: int) -> None:
+        with self.processes.failing_together():
+            for run_logger in trainer.loggers:  # the first process has them
+                run_logger.log_metrics(row, step=step)

@@ -97,6 +97,7 @@ class Validator:
 
         Raises:
             CheckpointError: a loss is not finite; on all processes.
+            OSError: the sample cannot be written; on all processes.
         """
         model.eval()
         calls = ModelCalls(model, self._processes, together=self._settings.is_sharded, beat=self._beat)
@@ -126,7 +127,7 @@ class Validator:
             pooled += part
         self.last = Validation({POOLED: pooled, **totals})
         logger.info("step %d: validation %s", step, _one_line(self.last))
-        with calls.finished_by_all():
+        with self._processes.failing_together(), calls.finished_by_all():
             self._write_sample(calls.as_model(), step)
         model.train()
         return self.last
