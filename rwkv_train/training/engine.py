@@ -45,6 +45,12 @@ def make_optimizer(model: nn.Module, arch: str, optim: OptimConfig) -> Optimizer
     return SkippableAdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
 
 
+def saved_updates(saved: TrainingCheckpoint) -> int:
+    """Return how many updates Adam had made: one a step, but for steps that were left out."""
+    manifest = saved.manifest
+    return int(manifest["updates"] if "updates" in manifest else manifest["step"])
+
+
 class Engine:
     """One process, or DDP: every process holds every parameter. Other strategies override what they change.
 
@@ -100,6 +106,9 @@ class Engine:
     def rest(self) -> None:
         """Bring the parameters back to how they lie between steps, after calls of the model without a backward."""
 
+    def release(self) -> None:
+        """Let go of what would keep the model in memory after the run, in a process that goes on."""
+
     def read(self) -> Iterator[ParameterState]:
         """Go through all parameters, each in full; every process has to go through all of them."""
         for name, parameter in self.model.named_parameters():
@@ -111,7 +120,7 @@ class Engine:
 
     def restore(self, saved: TrainingCheckpoint) -> None:
         """Give the optimizer the moments and the number of steps of a checkpoint; the model has its weights."""
-        step = float(saved.manifest["step"])
+        step = float(saved_updates(saved))
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -121,6 +130,16 @@ class Engine:
             for moment, value in zip(MOMENTS, (stored.exp_avg, stored.exp_avg_sq), strict=True):
                 assert value is not None, name
                 state[moment] = self.place(value, parameter)
+
+    @property
+    def n_updates(self) -> int:
+        """Updates that Adam has made since the start of the run, by which it corrects its moments."""
+        states = self._adam.state.values()
+        return max((int(state["step"]) for state in states if "step" in state), default=0)
+
+    @property
+    def _adam(self) -> Optimizer:
+        return self.optimizer
 
     def full(self, tensor: Tensor) -> Tensor:
         """Return the whole of a tensor that may be spread over the processes."""

@@ -141,6 +141,7 @@ class CheckpointKeeper:
                 "train": self._corpus,
             },
             "random": random_state(),
+            "updates": module.engine.n_updates,
             "guard": module.guard.to_json(),
             "train_seconds": seconds,
             "validation": None if validation is None else validation.to_json(),

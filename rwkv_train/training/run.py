@@ -1,5 +1,6 @@
 """One pretraining run from settings to summary: corpus, weights, Trainer, picture."""
 
+import gc
 import logging
 import os
 from collections.abc import Collection, Iterator
@@ -138,9 +139,11 @@ def run_pretraining(
             try:
                 return _run(config, resume, allow_change, processes, roll_back)
             except RollBack as bad:
-                roll_back = bad
-                is_own = bad.checkpoint.parent == checkpoints_folder(out_dir)
+                # Its traceback would keep model and optimizer alive beside those that are made next.
+                roll_back = bad.with_traceback(None)
+                is_own = bad.checkpoint.resolve().parent == checkpoints_folder(out_dir).resolve()
                 resume = AUTO if is_own else str(bad.checkpoint)
+            gc.collect()  # the Trainer, the module and their hooks refer to each other
 
 
 def open_corpora(config: TrainConfig) -> Corpora:
@@ -266,10 +269,10 @@ def _position(config: TrainConfig, saved: TrainingCheckpoint | None, roll_back: 
 
 
 def _make_guard(config: TrainConfig, saved: TrainingCheckpoint | None, roll_back: RollBack | None) -> Guard:
-    memory = {} if saved is None else dict(saved.manifest.get("guard", {}))
+    memory = {"losses": [], "bad_steps": []} if saved is None else saved.manifest.get("guard")
     if roll_back is not None:
-        memory["bad_steps"] = roll_back.bad_steps
-    return Guard(config.guard, memory or None)
+        memory = {"losses": [], **(memory or {}), "bad_steps": roll_back.bad_steps}
+    return Guard(config.guard, memory)
 
 
 def _make_model(
@@ -296,6 +299,10 @@ def _make_model(
 def _fit(trainer: Trainer, module: PretrainModule, data: PretrainData) -> None:
     try:
         trainer.fit(module, datamodule=data)
+        module.engine.release()
+    except RollBack:
+        module.engine.release()
+        raise
     except SystemExit as leaving:
         # Ctrl-C before the first step, which Lightning answers with exit code 1.
         if isinstance(leaving.__context__, KeyboardInterrupt):

@@ -16,7 +16,7 @@ from rwkv_train.checkpoints.training_state import ParameterState, TrainingCheckp
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.errors import ConfigError
 from rwkv_train.models.lm import LanguageModel
-from rwkv_train.training.engine import MOMENTS, Engine, Skippable
+from rwkv_train.training.engine import MOMENTS, Engine, Skippable, saved_updates
 from rwkv_train.training.param_groups import parameter_groups
 from rwkv_train.training.zero_adam import make_deepspeed_adam, require_deepspeed_adam
 from rwkv_train.training.zero_settings import deepspeed_config, require_that_deepspeed_takes
@@ -160,6 +160,15 @@ class ZeroEngine(Engine):
         assert isinstance(self._zero.optimizer, Skippable)
         self._zero.optimizer.skip_next = skip
 
+    @property
+    def _adam(self) -> Optimizer:
+        adam: Optimizer = self._zero.optimizer
+        return adam
+
+    def release(self) -> None:
+        """Take DeepSpeed's hooks off the parameters: Python does not see that they refer to each other."""
+        self._deepspeed.destroy()
+
     def read(self) -> Iterator[ParameterState]:
         """Gather every parameter's master and moments."""
         import deepspeed  # noqa: PLC0415
@@ -180,7 +189,7 @@ class ZeroEngine(Engine):
     def restore(self, saved: TrainingCheckpoint) -> None:
         """Give DeepSpeed the masters, moments and number of steps of a checkpoint."""
         for part, state in self._zero.optimizer.state.items():
-            state["step"] = self._n_steps(saved.manifest["step"], part)
+            state["step"] = self._n_steps(saved_updates(saved), part)
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue

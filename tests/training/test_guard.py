@@ -1,6 +1,7 @@
 """Bad steps: what counts as one, and what a run does about it."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from rwkv_train.checkpoints import list_training_checkpoints, load_training_chec
 from rwkv_train.config.guard import GuardConfig
 from rwkv_train.data.module import CorpusSamples
 from rwkv_train.errors import CheckpointError, TrainingError
+from rwkv_train.training import run
 from rwkv_train.training.guard import Guard
 from rwkv_train.training.loggers import METRICS_FILE, read_metrics
 from rwkv_train.training.module import PretrainModule
@@ -118,6 +120,21 @@ def test_skipping_leaves_weights_and_moments_as_they_were(settings, tmp_path, po
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_resumed_after_a_skipped_step_ends_bit_for_bit_like_an_undisturbed_one(
+    settings, tmp_path, poisoned_samples, strategy
+):
+    poisoned_samples(range(8, 16))
+    ends = []
+    for name, stops in (("undisturbed", [12]), ("resumed", [5, 12])):
+        changes = {"guard.action": "skip", "trainer.strategy": strategy, "optim.schedule": "constant"}
+        changes |= {"optim.lr_final": 3e-3, "trainer.out_dir": str(tmp_path / name)}
+        for n_steps in stops:
+            summary = run_pretraining(settings(QUIET | changes | {"trainer.max_steps": n_steps}))
+        ends.append(weights_after(summary, 12))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_rolling_back_goes_on_from_the_last_checkpoint_with_the_data_after_the_bad_step(
     settings, poisoned_samples, read_samples, strategy
 ):
@@ -130,6 +147,24 @@ def test_rolling_back_goes_on_from_the_last_checkpoint_with_the_data_after_the_b
     manifest = load_training_checkpoint(list_training_checkpoints(summary.out_dir)[-1]).manifest
     assert manifest["data"]["skipped"] == 2 * 8
     assert manifest["data"]["samples"] == 48 + 8 * 8
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp2", "deepspeed_1"])
+def test_rolling_back_keeps_one_model_in_memory(settings, monkeypatch, poisoned_samples, strategy):
+    made = []
+    alive = []
+    original = run.build_model
+
+    def build(*args, **kwargs):
+        alive.append([model() is not None for model in made])
+        model = original(*args, **kwargs)
+        made.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(run, "build_model", build)
+    poisoned_samples(range(5 * 8, 6 * 8))
+    run_pretraining(settings(QUIET | {"guard.action": "rollback", "trainer.strategy": strategy}))
+    assert alive == [[], [False]]
 
 
 def test_a_run_that_was_rolled_back_resumes_with_the_data_that_is_next(
