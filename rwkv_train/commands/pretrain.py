@@ -51,7 +51,7 @@ def pretrain(
     from rwkv_train.parallel.world import require_numbers
 
     require_numbers(os.environ)
-    settings = _load_settings(config, overrides or [])
+    settings = _load_settings(config, overrides or [], dry_run)
     if not dry_run and needs_launch(settings.trainer):
         _log_lines()
         raise typer.Exit(launch(settings.trainer, sys.orig_argv))
@@ -72,15 +72,18 @@ def pretrain(
         raise typer.Exit(128 + summary.signal)
 
 
-def _load_settings(config: str, overrides: list[str]) -> "TrainConfig":
+def _load_settings(config: str, overrides: list[str], dry_run: bool) -> "TrainConfig":
+    from rwkv_train.parallel.world import is_launched
     from rwkv_train.training.settings import load_settings
 
     try:
         return load_settings(config, overrides)
     except RwkvTrainError as error:
-        # Processes of one machine read the same files, and have not met yet: the first of them says it.
-        error.is_reported_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
-        raise
+        if dry_run or not is_launched(os.environ):
+            raise
+        from rwkv_train.parallel.processes import refuse_together
+
+        refuse_together(error)
 
 
 def _log_to_stderr() -> None:

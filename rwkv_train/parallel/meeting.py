@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 
@@ -12,7 +13,7 @@ import torch
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from rwkv_train.config.trainer import TrainerConfig
-from rwkv_train.errors import ConfigError
+from rwkv_train.errors import ConfigError, RwkvTrainError
 from rwkv_train.parallel.agreement import joined
 from rwkv_train.parallel.lost import name_ranks
 from rwkv_train.parallel.world import World, require_size
@@ -35,24 +36,54 @@ def meet(world: World, settings: TrainerConfig, backend: str, connect_seconds: f
     Raises:
         ConfigError: they do not find each other, or do not fit together.
     """
+    store, prefix, refusal = _come_together(
+        world, _refusal(world, settings, backend), backend, connect_seconds
+    )
+    if refusal is not None:
+        raise refusal
+    return store, prefix
+
+
+def meet_to_refuse(world: World, error: RwkvTrainError, connect_seconds: float) -> NoReturn:
+    """Tell the other processes, who may see nothing wrong, why this one cannot take part.
+
+    Args:
+        world: place of this process.
+        error: what is wrong.
+        connect_seconds: how long to wait for them.
+
+    Raises:
+        RwkvTrainError: on all processes, with the rank unless all have the same; ``error`` if they do not come.
+    """
+    try:
+        _, _, refusal = _come_together(world, str(error), "", connect_seconds)
+    except ConfigError:
+        raise error from None
+    assert refusal is not None
+    raise refusal from error
+
+
+def _come_together(
+    world: World, refusal: str, backend: str, connect_seconds: float
+) -> tuple[Store, str, Exception | None]:
+    """Wait for the other processes; return what speaks against starting, too."""
     deadline = time.monotonic() + connect_seconds
     store = _connect(world, connect_seconds)
     prefix = f"rwkv-train/{world.run_id}/{world.attempt}"
     start = PrefixStore(f"{prefix}/start", store)
     try:
-        start.set(str(world.rank), json.dumps([_refusal(world, settings, backend), backend]))
+        start.set(str(world.rank), json.dumps([refusal, backend]))
         _wait_for_all(start, world, deadline, connect_seconds)
         starts = [json.loads(start.get(str(rank))) for rank in range(world.world_size)]
         start.set(f"{world.rank} has read", "")
-        refusal = _common_refusal([refusal for refusal, _ in starts], [backend for _, backend in starts])
-        if refusal is not None:
+        shared = _common_refusal([refusal for refusal, _ in starts], [backend for _, backend in starts])
+        if shared is not None:
             if world.is_host:  # the store goes with this process
                 _wait_for(start, [f"{rank} has read" for rank in range(world.world_size)], deadline)
-            refusal.__dict__["is_reported_elsewhere"] = world.rank != 0
-            raise refusal
+            shared.__dict__["is_reported_elsewhere"] = world.rank != 0
     except RuntimeError as error:
         raise _unreachable(world) from error
-    return store, prefix
+    return store, prefix, shared
 
 
 def _connect(world: World, connect_seconds: float) -> Store:

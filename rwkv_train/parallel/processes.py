@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.errors import ConfigError, LostProcessError, RwkvTrainError
 from rwkv_train.parallel.agreement import as_parts, joined
 from rwkv_train.parallel.lost import GO_ON, after_a_break, is_broken_connection, name_ranks
-from rwkv_train.parallel.meeting import meet
+from rwkv_train.parallel.meeting import meet, meet_to_refuse
 from rwkv_train.parallel.pulse import Pulse
 from rwkv_train.parallel.world import World, read_world, require_size, translate_slurm
 
@@ -215,6 +215,24 @@ def join_processes(
         # With an operation under way on a GPU this would wait for it.
         if dist.is_initialized() and (leaves_together or backend == "gloo"):
             dist.destroy_process_group()
+
+
+def refuse_together(error: RwkvTrainError) -> NoReturn:
+    """Raise on all processes of a run what one of them found before they have met, such as a wrong setting.
+
+    Raises:
+        RwkvTrainError: with the rank unless all have the same; ``error`` where this process is alone.
+    """
+    try:
+        translate_slurm()
+        world = read_world(os.environ)
+    except ConfigError:
+        world = None
+    if world is None or world.world_size == 1:
+        # Processes that cannot find each other: those of one machine read the same files, the first of them says it.
+        error.is_reported_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
+        raise error
+    meet_to_refuse(world, error, CONNECT_SECONDS)
 
 
 def _alone(backend: str | None) -> Iterator[Processes]:

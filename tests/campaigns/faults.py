@@ -29,6 +29,7 @@ FAULTS: dict[Callable[[Trial], None], tuple[int, ...]] = {
     at_start.port_in_use: TWO,
     at_start.port_in_use_without_our_launcher: TWO,
     at_start.rank_with_another_config: TWO,
+    at_start.rank_with_an_invalid_config: TWO,
     at_start.missing_rank: TWO,
     at_start.world_size_that_does_not_divide: TWO,
     at_start.checkpoint_of_another_model: BOTH,

@@ -78,13 +78,21 @@ def port_in_use_without_our_launcher(trial: Trial) -> None:
 def rank_with_another_config(trial: Trial) -> None:
     """One process got another learning rate; rank 0 says so for all."""
     run = trial.run()
-    ranks = _start_by_hand(trial, run, {1: ("--set", "optim.lr=1e-4")})
-    trial.refused(ranks[0], "optim.lr is 0.0001 on rank 1 but 0.003 on rank 0")
+    ranks = _start_by_hand(trial, run, {1: ("--set", "optim.lr=4e-3")})
+    trial.refused(ranks[0], "optim.lr is 0.004 on rank 1 but 0.003 on rank 0")
     for command in ranks[1:]:
         trial.refused(command, "", errors=0)
     for command in _start_by_hand(trial, run, {})[1:]:
         trial.ends(command, 0, within=120, errors=0)
     trial.goes_on(run, run.commands[-trial.devices])
+
+
+def rank_with_an_invalid_config(trial: Trial) -> None:
+    """What one process got is refused by itself, while the other one sees nothing wrong."""
+    ranks = _start_by_hand(trial, trial.run(), {1: ("--set", "optim.lr=1e-4")})
+    trial.refused(ranks[0], "rank 1: optim: lr_final (0.0003) must not be above lr (0.0001)")
+    for command in ranks[1:]:
+        trial.refused(command, "", errors=0)
 
 
 def missing_rank(trial: Trial) -> None:

@@ -35,10 +35,10 @@ def test_a_killed_run_goes_on_to_the_undisturbed_end(tmp_path, kind, strategy, m
             1,
             marks=pytest.mark.skipif(not can_mount(), reason="no tmpfs can be mounted (unshare, nsenter)"),
         ),
-        (faults_at_start.world_size_that_does_not_divide, 2),
+        (faults_at_start.rank_with_an_invalid_config, 2),
         (faults_while_running.nan_and_skip, 1),
     ],
-    ids=["full disk", "world size", "nan"],
+    ids=["full disk", "invalid on rank 1", "nan"],
 )
 def test_a_fault_is_answered_as_promised(tmp_path, try_it, devices):
     row = FaultsTrial(tmp_path, is_timed=False).run(Fault(try_it, devices))
