@@ -33,8 +33,9 @@ def full_disk_during_a_save(trial: Trial) -> None:
         out_dir = disk.seen_from_here(run.out_dir)
         command = run.start(prefix=disk.prefix)
         trial.wait_for_step(command, out_dir, 2)
-        _wait_for_a_save(command, out_dir)
+        _stop_during_a_save(command, out_dir)
         disk.fill()
+        command.send_to_all(signal.SIGCONT)
         ended = trial.ends(command, REFUSED, within=30, after=time.monotonic() - command.started)
         trial.promise("No space left" in " ".join(ended.errors), "it ended before a save or after it")
         left = look(out_dir)
@@ -257,6 +258,12 @@ def _require_finite(trial: Trial, out_dir: Path) -> None:
         trial.promise(is_finite, f"{name} holds what is not a number")
 
 
-def _wait_for_a_save(command: Command, out_dir: Path) -> None:
-    while command.is_running and not any((out_dir / "checkpoints").glob(".rwkv-train-new-*/*")):
-        time.sleep(0.0005)
+def _stop_during_a_save(command: Command, out_dir: Path) -> None:
+    """Let the processes stand still at a moment when tensors of a checkpoint are being written."""
+    while command.is_running:
+        if any((out_dir / "checkpoints").glob(".rwkv-train-new-*/model*")):
+            command.send_to_all(signal.SIGSTOP)
+            if any((out_dir / "checkpoints").glob(".rwkv-train-new-*/model*.unfinished")):
+                return
+            command.send_to_all(signal.SIGCONT)
+        time.sleep(0.001)
