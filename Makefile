@@ -5,7 +5,8 @@
 PY := .venv/bin/python
 RWKV := .venv/bin/rwkv-train
 DEMO := demo
-TESTS := -m "not gpu and not slow and not network"
+# Many tests wait for processes of their own, so several at a time; those of a file share what they make.
+TESTS := -m "not gpu and not slow and not network" -n logical --maxprocesses 8 --dist loadfile
 CAMPAIGNS := kill faults
 NAME ?= $(filter $(CAMPAIGNS),$(MAKECMDGOALS))
 

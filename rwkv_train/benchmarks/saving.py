@@ -137,7 +137,7 @@ class _TimedKeeper(CheckpointKeeper):
 
     def __init__(self, config: TrainConfig, corpus: Corpus, processes: Processes) -> None:
         assert corpus.sidecar is not None
-        super().__init__(config, corpus.sidecar.tokenizer, corpus, processes, None)
+        super().__init__(config, corpus.sidecar.tokenizer, corpus, processes, None, beat=lambda: None)
         self.seconds: list[float] = []
 
     def save(self, module: PretrainModule, seconds: float, validation: Validation | None) -> None:

@@ -146,7 +146,7 @@ class _NoCheckpoints(CheckpointKeeper):
 
     def __init__(self, config: TrainConfig, corpus: Corpus, processes: Processes) -> None:
         assert corpus.sidecar is not None
-        super().__init__(config, corpus.sidecar.tokenizer, corpus, processes, None)
+        super().__init__(config, corpus.sidecar.tokenizer, corpus, processes, None, beat=lambda: None)
 
     def is_due(self, step: int) -> bool:
         return False

@@ -17,4 +17,4 @@ class GuardConfig(Config):
     window: PositiveInt = 100
     """Steps that the median and the number of bad steps are taken over."""
     max_bad_steps: NonNegativeInt = 5
-    """Bad steps within the window that "skip" and "rollback" put up with; one more stops the run."""
+    """Bad steps that "skip" and "rollback" (since its checkpoint too) put up with in a window; one more stops."""

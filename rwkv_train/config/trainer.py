@@ -51,7 +51,7 @@ class TrainerConfig(Config):
     seed: Annotated[NonNegativeInt, Field(lt=1 << 63)] = 42
     """Seed of the initial values, of the order of the data and of dropout."""
     hang_timeout_seconds: Annotated[PositiveFloat, Field(le=_LONGEST_WAIT)] = 600.0
-    """Time without progress after which a run of several processes ends and names the one that hangs."""
+    """Time after which a run of several processes ends that makes no step; above the time of any save."""
     grace_seconds: Annotated[PositiveFloat, Field(le=_LONGEST_WAIT)] = 60.0
     """Time that a run asked to stop may take for its step and its save; then it stops without."""
     log_every_n_steps: PositiveInt = 10

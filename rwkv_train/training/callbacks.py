@@ -60,8 +60,11 @@ class RunCallback(Callback):
         """Bind the engine to what the strategy has placed, and restore what the run goes on from."""
         assert isinstance(pl_module, PretrainModule)
         pl_module.engine.bind(trainer)
-        if self.keeper.resumed is not None:
-            pl_module.engine.restore(self.keeper.resumed)
+        with self.processes.failing_together():
+            if self.keeper.resumed is not None:
+                pl_module.engine.restore(self.keeper.resumed)
+        if pl_module.config.trainer.compile:
+            logger.info("the first steps take long: they compile the blocks (trainer.compile)")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals, once Lightning has set its own handlers, and the terminal; score a new run."""
@@ -161,11 +164,13 @@ class RunCallback(Callback):
             RollBack: it goes back.
         """
         guard: GuardConfig = module.config.guard
-        may_go_on = module.guard.note_bad(step)
+        may_go_on = module.guard.note_bad(step, self.keeper.newest_step)
         place = where_it_went_wrong(module, self.processes)
         if not may_go_on:
-            n_bad = len(module.guard.bad_steps)
-            bound = f" (bad step {n_bad} within {guard.window}, guard.max_bad_steps is {guard.max_bad_steps})"
+            bad = module.guard.bad_steps
+            bound = (
+                f" (bad step {len(bad)} from step {bad[0]} on, guard.max_bad_steps is {guard.max_bad_steps})"
+            )
             others = "" if guard.action != "stop" else "set guard.action to 'skip' or 'rollback', or "
             error = TrainingError(
                 f"step {step}: {problem}; {place}{'' if guard.action == 'stop' else bound}; nothing was saved over "

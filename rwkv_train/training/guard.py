@@ -69,17 +69,30 @@ class Guard:
                     f"the loss is {loss:.4g}, more than {self._config.loss_spike:g} times the median "
                     f"of the last {len(self._losses)} steps ({usual:.4g})"
                 )
-        self._losses.append(loss)
         return None
 
-    def note_bad(self, step: int) -> bool:
-        """Note that a step was bad; tell whether the run may go on."""
-        self._bad_steps = [bad for bad in self._bad_steps if bad > step - self._config.window] + [step]
+    def note_good(self, loss: float | None) -> None:
+        """Note the loss of a step in which nothing was wrong."""
+        if loss is not None:
+            self._losses.append(loss)
+
+    def note_bad(self, step: int, checkpoint_step: int | None = None) -> bool:
+        """Note that a step was bad; tell whether the run may go on.
+
+        Args:
+            step: its number.
+            checkpoint_step: step of the checkpoint that the run would go back to: all bad steps since then count,
+                however many steps lie between them, or it might go back to it for ever.
+        """
+        oldest = step - self._config.window
+        if checkpoint_step is not None and self._config.action == "rollback":
+            oldest = min(oldest, checkpoint_step)
+        self._bad_steps = [bad for bad in self._bad_steps if bad > oldest] + [step]
         return self._config.action != "stop" and len(self._bad_steps) <= self._config.max_bad_steps
 
     @property
     def bad_steps(self) -> list[int]:
-        """Numbers of the bad steps within the window before the last bad one."""
+        """Numbers of the bad steps that count."""
         return list(self._bad_steps)
 
     def to_json(self) -> dict[str, Any]:

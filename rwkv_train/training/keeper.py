@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class CheckpointKeeper:
         corpus: the training corpus.
         processes: the processes of the run; the first one writes what all of them hold.
         resumed: the checkpoint that the run goes on from; ``None`` from scratch.
+        beat: called for each parameter of a save, as a sign of progress.
     """
 
     def __init__(
@@ -51,11 +52,13 @@ class CheckpointKeeper:
         corpus: Corpus,
         processes: Processes,
         resumed: TrainingCheckpoint | None,
+        beat: Callable[[], None],
     ) -> None:
         self._config = config
         self._corpus = identify_corpus(corpus)
         self._tokenizer = tokenizer
         self._processes = processes
+        self._beat = beat
         self._out_dir = config.trainer.run_folder
         with processes.failing_together():
             best = read_best(self._out_dir) if processes.is_first else None
@@ -65,6 +68,8 @@ class CheckpointKeeper:
         """The checkpoint that the run goes on from."""
         self.newest: Path | None = None if resumed is None else resumed.folder
         """The checkpoint that the run would go back to."""
+        self.newest_step: int | None = None if resumed is None else resumed.manifest["step"]
+        """Its step."""
         self.save_seconds = 0.0
         """Time that training has waited for saves."""
 
@@ -95,7 +100,7 @@ class CheckpointKeeper:
         """
         started = time.monotonic()
         manifest = self._manifest(module, seconds, validation)
-        parameters = module.engine.read()
+        parameters = self._with_beats(module.engine.read())
         with self._processes.failing_together():
             try:
                 if self._processes.is_first:
@@ -105,9 +110,15 @@ class CheckpointKeeper:
                 for _ in parameters:
                     pass
         self.newest = self._processes.broadcast(self.newest)
+        self.newest_step = module.completed_steps
         self._best = self._processes.broadcast(self._best)
         self._saved_at = time.monotonic()
         self.save_seconds += self._saved_at - started
+
+    def _with_beats(self, parameters: Iterator[ParameterState]) -> Iterator[ParameterState]:
+        for parameter in parameters:
+            self._beat()
+            yield parameter
 
     def _write(
         self, manifest: dict[str, Any], parameters: Iterator[ParameterState], validation: Validation | None

@@ -61,6 +61,7 @@ class PretrainModule(LightningModule):
         self._nats = torch.zeros(())  # of the micro-batches since the last step
         self._grad_norm: Tensor | None = None
         self._problem: str | None = None
+        self._watched_loss: float | None = None
         self._ends_step = False
 
     @property
@@ -124,9 +125,10 @@ class PretrainModule(LightningModule):
         if not self._ends_step:
             return  # DeepSpeed comes here with every micro-batch
         self._grad_norm = self.engine.clip()
-        loss = float(mean_over_ranks(self._loss(), self._world_size)) if self.guard.watches_loss else None
+        if self.guard.watches_loss:
+            self._watched_loss = float(mean_over_ranks(self._loss(), self._world_size))
         norm = 0.0 if self._grad_norm is None else float(self._grad_norm)
-        self._problem = self.guard.judge(norm, loss)
+        self._problem = self.guard.judge(norm, self._watched_loss)
         self.engine.skip_step(self._problem is not None)
 
     def finish_step(self) -> StepResult:
@@ -136,6 +138,8 @@ class PretrainModule(LightningModule):
             norm = self.engine.step_norm()
             assert norm is not None
             self._problem = self._problem or self.guard.judge(float(norm), None)
+        if self._problem is None:
+            self.guard.note_good(self._watched_loss)
         result = StepResult(self._loss(), norm, self._problem)
         self._nats = torch.zeros_like(self._nats)
         return result

@@ -76,7 +76,10 @@ class RunSummary(NamedTuple):
         if self.train_seconds > 0:
             rows.append(("speed", f"{self.tokens / self.train_seconds:,.0f} tokens/s"))
         if self.validation is not None:
-            rows.append(("validation loss", f"{self.validation.loss:.4f} nats/token"))
+            of_step = (
+                "" if self.validation.step == self.completed_steps else f" (step {self.validation.step})"
+            )
+            rows.append((f"validation loss{of_step}", f"{self.validation.loss:.4f} nats/token"))
             rows += [
                 (f"bits per byte, {domain}", f"{totals.bits_per_byte:.4f}")
                 for domain, totals in self.validation.totals.items()
@@ -207,13 +210,13 @@ def _run(
     logger.info("recurrence: %s", backend.reason)
     engine = ENGINES[config.trainer.strategy](model, config)
     module = PretrainModule(model, engine, config, length, start, guard)
-    if saved is not None:
-        restore_random_state(saved.manifest["random"])
-
     watchdog = Watchdog(processes, config.trainer.hang_timeout_seconds)
     validator = None
-    if corpora.valid is not None:
-        validator = Validator(corpora.valid, corpora.tokenizer, config, processes, watchdog.beat)
+    with processes.failing_together():
+        if saved is not None:
+            restore_random_state(saved.manifest["random"])
+        if corpora.valid is not None:
+            validator = Validator(corpora.valid, corpora.tokenizer, config, processes, watchdog.beat)
     columns = ["tokens", "seconds", "learning_rate", *StepMetrics._fields]
     if validator is not None:
         columns += metric_columns(validator.domains)
@@ -221,7 +224,7 @@ def _run(
         processes,
         Meter(length.tokens_per_step, 0.0 if saved is None else float(saved.manifest["train_seconds"])),
         validator,
-        CheckpointKeeper(config, corpora.tokenizer.identity, corpora.train, processes, saved),
+        CheckpointKeeper(config, corpora.tokenizer.identity, corpora.train, processes, saved, watchdog.beat),
         Display(length.n_steps, start.step, is_shown=processes.is_first),
         StopSignal(config.trainer.grace_seconds),
         watchdog,

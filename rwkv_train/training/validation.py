@@ -30,6 +30,8 @@ class Validation(NamedTuple):
 
     totals: dict[str, Totals]
     """Sums by domain, and pooled under ``"total"``."""
+    step: int
+    """Steps that the model had learnt."""
 
     @property
     def loss(self) -> float:
@@ -125,7 +127,7 @@ class Validator:
         pooled = Totals()
         for part in totals.values():
             pooled += part
-        self.last = Validation({POOLED: pooled, **totals})
+        self.last = Validation({POOLED: pooled, **totals}, step)
         logger.info("step %d: validation %s", step, _one_line(self.last))
         with self._processes.failing_together(), calls.finished_by_all():
             self._write_sample(calls.as_model(), step)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from pydantic import ValidationError
 
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.errors import ConfigError
@@ -26,12 +25,18 @@ _OURS = {
     "amp": "trainer.precision",
     "torch_autocast": "trainer.precision",
     "data_types": "trainer.precision",
+    "communication_data_type": "trainer.precision",
+    "gradient_accumulation_dtype": "trainer.precision",
+    "gradient_predivide_factor": "trainer.global_batch_size",
+    "tensor_parallel": "trainer.strategy",
     "zero_allow_untested_optimizer": "optim.implementation",
     "zero_force_ds_cpu_optimizer": "optim.implementation",
     "zero_optimization.stage": "trainer.strategy",
     "zero_optimization.compute_grad_norm": "the section guard",  # which judges each step by its norm
     "zero_optimization.offload_optimizer.device": "trainer.offload",
     "zero_optimization.offload_param.device": "trainer.offload",
+    "zero_optimization.cpu_offload": "trainer.offload",
+    "zero_optimization.cpu_offload_param": "trainer.offload",
 }
 """What a user's DeepSpeed file must not hold -> the setting of ours that decides it."""
 
@@ -116,15 +121,18 @@ def require_that_deepspeed_takes(settings: Json, source: str) -> None:
 
     try:
         DeepSpeedConfig(copy.deepcopy(settings))
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
-        raise ConfigError(
-            f"{source}: DeepSpeed refuses {'; '.join(problems)}; correct it there, or leave it out"
-        ) from error
     except (DeepSpeedConfigError, ValueError, TypeError, AttributeError, AssertionError) as error:
         raise ConfigError(
-            f"{source}: DeepSpeed refuses it: {str(error).rstrip('. ')}; correct it there, or leave it out"
+            f"{source}: DeepSpeed refuses {_reason(error)}; correct it there, or leave it out"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says in one line; pydantic's lists every problem with its place."""
+    problems = getattr(error, "errors", None)
+    if problems is None:
+        return f"it: {str(error).rstrip('. ')}"
+    return "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in problems())
 
 
 def _holds(tree: Any, path: list[str]) -> bool:

@@ -21,6 +21,7 @@ def guard_after(losses, **settings):
     guard = Guard(GuardConfig(**settings))
     for loss in losses:
         assert guard.judge(1.0, loss) is None
+        guard.note_good(loss)
     return guard
 
 
@@ -52,6 +53,20 @@ def test_one_bad_step_more_than_allowed_within_the_window_is_too_many():
     guard = Guard(GuardConfig(action="skip", max_bad_steps=2, window=10))
     assert [guard.note_bad(step) for step in (1, 5, 10)] == [True, True, False]
     assert guard.note_bad(30)  # the others have left the window
+
+
+def test_a_loss_that_was_judged_and_not_noted_leaves_the_median_as_it_was():
+    guard = guard_after([2.0] * 10, loss_spike=1.5)
+    assert all(guard.judge(1.0, 2.9) is None for _ in range(20))
+    assert guard.judge(1.0, 3.001) is not None
+
+
+@pytest.mark.parametrize(("action", "may_go_on"), [("rollback", False), ("skip", True)])
+def test_under_rollback_every_bad_step_since_the_checkpoint_counts(action, may_go_on):
+    guard = Guard(GuardConfig(action=action, max_bad_steps=2, window=10))
+    assert guard.note_bad(120, 100)
+    assert guard.note_bad(140, 100)
+    assert guard.note_bad(160, 100) is may_go_on
 
 
 def test_what_a_guard_remembers_survives_a_checkpoint():
@@ -185,7 +200,7 @@ def test_too_many_bad_steps_stop_the_run_and_leave_its_checkpoint(
     config = settings(
         QUIET | {"guard.action": action, "guard.max_bad_steps": 2, "trainer.val_every_n_steps": 100}
     )
-    with pytest.raises(TrainingError, match=r"bad step 3 within 100, guard\.max_bad_steps is 2"):
+    with pytest.raises(TrainingError, match=r"bad step 3 from step \d on, guard\.max_bad_steps is 2"):
         run_pretraining(config)
     newest = list_training_checkpoints(config.trainer.run_folder)[-1]
     assert newest.name == "step-00000004"

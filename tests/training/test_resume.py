@@ -65,5 +65,7 @@ def test_the_learning_rate_changes_only_where_that_is_asked_for(finished, settin
 
 @pytest.mark.parametrize("name", ["optim.lrr", "trainer.seed", "model.n_layer", "lr"])
 def test_what_never_may_change_cannot_be_asked_for(finished, settings, name):
-    with pytest.raises(ConfigError, match=rf"--allow-change {name}: it is none of model\.dropout, .*optim\.lr,"):
+    with pytest.raises(
+        ConfigError, match=rf"--allow-change {name}: it is none of model\.dropout, .*optim\.lr,"
+    ):
         run_pretraining(settings(), allow_change=[name])

@@ -72,6 +72,9 @@ def test_settings_of_the_user_are_added_to_ours_at_every_level():
         ({"amp": {}}, "trainer.precision"),
         ({"torch_autocast": {}}, "trainer.precision"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "trainer.precision"),
+        ({"communication_data_type": "bf16"}, "trainer.precision"),
+        ({"gradient_predivide_factor": 2.0}, "trainer.global_batch_size"),
+        ({"zero_optimization": {"cpu_offload": True}}, "trainer.offload"),
         ({"zero_allow_untested_optimizer": False}, "optim.implementation"),
         ({"zero_force_ds_cpu_optimizer": True}, "optim.implementation"),
         ({"zero_optimization": {"compute_grad_norm": False}}, "the section guard"),
@@ -245,7 +248,6 @@ def test_no_value_of_the_user_takes_the_place_of_a_section_of_ours(zero, offload
         ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size"),
         ({"zero_optimization": {"reduce_bucket_size": -1}}, "reduce_bucket_size"),
         ({"zero_optimization": {"offload_param": "cpu"}}, "offload_param"),
-        ({"communication_data_type": "foo"}, "communication_data_type"),
         ({"elasticity": {"enabled": True}}, "elasticity"),
     ],
 )
