@@ -162,11 +162,9 @@ def test_states_in_the_memory_of_the_cpu_make_no_difference(settings, tmp_path, 
 
 @NEEDS_DEEPSPEED
 def test_nothing_is_said_that_means_nothing_to_the_user(zero, capfd, recwarn):
-    import deepspeed  # noqa: F401 - what its import warns of comes from torch and is hidden from users by default
-
-    recwarn.clear()
     run_pretraining(zero(**{"trainer.max_steps": 1, "trainer.strategy": "deepspeed_3"}))
-    said = "".join(capfd.readouterr()) + "".join(str(warning.message) for warning in recwarn)
+    shown = [warning for warning in recwarn if not issubclass(warning.category, DeprecationWarning)]
+    said = "".join(capfd.readouterr()) + "".join(str(warning.message) for warning in shown)
     for noise in ("untested optimizer", "is deprecated", "initializing deepspeed distributed", "[INFO]"):
         assert noise not in said
 
