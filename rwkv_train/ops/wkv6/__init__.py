@@ -1,0 +1,87 @@
+"""The RWKV-6 recurrence: a matrix state for each head, with a decay for each key channel and token."""
+
+import torch
+from torch import Tensor
+
+from rwkv_train.ops.backends import AUTO, Backend, Problem, kernel_for, register_operator
+from rwkv_train.ops.context import SequenceContext
+from rwkv_train.ops.wkv6.reference import wkv6_reference
+
+# Fastest first. A new backend is one line here and one file beside this one.
+BACKENDS = {
+    "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv6_reference),
+}
+register_operator("wkv6", BACKENDS)
+
+
+def wkv6(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: Tensor | None,
+    context: SequenceContext,
+    *,
+    backend: str = AUTO,
+) -> tuple[Tensor, Tensor]:
+    """Mix each head's tokens through a matrix state that decays as each token says.
+
+    For one head, with the state ``S`` indexed ``[value, key]``::
+
+        y_t = (S_{t-1} + v_t (u * k_t)^T) r_t
+        S_t = S_{t-1} diag(exp(w_t)) + v_t k_t^T
+
+    Computed in float32, or in float64 where ``v`` is float64. Every argument may be of any floating dtype and
+    gets its gradient in that dtype. There is no second derivative except with ``reference``.
+
+    Args:
+        r: receptance, ``[B, T, H, N]``.
+        w: log decay, ``[B, T, H, N]``, every value <= 0 and as low as one likes; the model passes ``-exp`` of its
+            raw decay. Best float32 even where the rest is bfloat16, also under autocast, which casts nothing here.
+        k: key, ``[B, T, H, N]``.
+        v: value, ``[B, T, H, N]``.
+        u: bonus of the current token, ``[H, N]``, which multiplies its key; the model's ``time_faaaa``.
+        state: state before the first token, ``[B, H, N, N]`` in float32 (float64 where ``v`` is); zeros if
+            ``None``.
+        context: where sequences start.
+        backend: a name from ``BACKENDS``, or ``"auto"`` for the fastest one that fits.
+
+    Returns:
+        ``(y, final_state)``: ``y`` is ``[B, T, H, N]`` in the dtype of ``v``, ``final_state`` like ``state``.
+
+    Raises:
+        ValueError: the shapes disagree, or the state has another dtype.
+        BackendError: ``backend`` cannot run this problem.
+
+    Source:
+        Peng et al. 2024, "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence",
+        arXiv:2404.05892 (Finch).
+    """
+    if r.dim() != 4 or any(x.shape != r.shape for x in (w, k, v)) or u.shape != r.shape[2:]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (r, w, k, v, u))
+        raise ValueError(f"r, w, k, v must have one shape [B, T, H, N] and u [H, N], got {shapes}")
+    batch, _, n_head, head_size = r.shape
+    state_dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    if state is None:
+        state = wkv6_zero_state(batch, n_head, head_size, v.device, state_dtype)
+    if state.shape != (batch, n_head, head_size, head_size) or state.dtype != state_dtype:
+        raise ValueError(
+            f"state must be {state_dtype} of shape {(batch, n_head, head_size, head_size)}, "
+            f"got {state.dtype} of shape {tuple(state.shape)}"
+        )
+    if v.shape[1] == 0:
+        return v.clone(), state.clone()
+    problem = Problem(v.device.type, v.dtype, head_size, context)
+    return kernel_for("wkv6", problem, backend)(r, w, k, v, u, state)
+
+
+def wkv6_zero_state(
+    batch_size: int,
+    n_head: int,
+    head_size: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return the state before a text: zeros, ``[B, H, N, N]``."""
+    return torch.zeros(batch_size, n_head, head_size, head_size, device=device, dtype=dtype)
