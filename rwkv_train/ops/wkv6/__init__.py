@@ -5,10 +5,12 @@ from torch import Tensor
 
 from rwkv_train.ops.backends import AUTO, Backend, Problem, kernel_for, register_operator
 from rwkv_train.ops.context import SequenceContext
+from rwkv_train.ops.wkv6.chunked import wkv6_torch
 from rwkv_train.ops.wkv6.reference import wkv6_reference
 
 # Fastest first. A new backend is one line here and one file beside this one.
 BACKENDS = {
+    "torch": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv6_torch),
     "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv6_reference),
 }
 register_operator("wkv6", BACKENDS)

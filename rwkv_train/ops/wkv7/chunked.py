@@ -25,21 +25,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from rwkv_train.ops.chunks import (
+    STEP_TOKENS,
+    chunk_tokens,
+    cut,
+    halves,
+    join,
+    segments,
+    sum_after,
+    sum_before,
+    sum_from,
+    sum_upto,
+)
 from rwkv_train.ops.registration import Recurrence, register_recurrence
 from rwkv_train.ops.wkv7.reference import wkv7_reference
-
-SEGMENT_TOKENS = 1024
-"""Tokens worked on at once; bounds the memory of what is only needed meanwhile."""
-
-STEP_TOKENS = 2
-"""Up to this many tokens the plain loop is faster than a chunk."""
-
-
-def chunk_tokens(device_type: str) -> int:
-    """Return the tokens in one chunk (C), a power of two: more of them make fewer, larger steps."""
-    return 16 if device_type == "cpu" else 32
 
 
 class _Chunks(NamedTuple):
@@ -84,39 +84,14 @@ class _Level(NamedTuple):
     """From each written token to the boundary."""
 
 
-# ---- sums over the tokens of a block (dimension -2)
-
-
-def _sum_upto(x: Tensor) -> Tensor:
-    return x.cumsum(-2)
-
-
-def _sum_before(x: Tensor) -> Tensor:
-    return F.pad(x[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
-
-
-def _sum_from(x: Tensor) -> Tensor:
-    return x.flip(-2).cumsum(-2).flip(-2)
-
-
-def _sum_after(x: Tensor) -> Tensor:
-    return F.pad(_sum_from(x[..., 1:, :]), (0, 0, 0, 1))
-
-
 # ---- scores between the tokens of a chunk
-
-
-def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """Cut ``[M, C, N]`` into neighbouring blocks: the earlier and the later, ``[M, C / 2 half, half, N]`` each."""
-    blocks = torch.unflatten(x, 1, (-1, 2, half))
-    return blocks[:, :, 0], blocks[:, :, 1]
 
 
 def _levels(w: Tensor) -> Iterator[_Level]:
     half = w.shape[1] // 2
     while half:
-        written, reading = _halves(w, half)
-        yield _Level(half, _sum_upto(reading).exp(), _sum_before(reading).exp(), _sum_after(written).exp())
+        written, reading = halves(w, half)
+        yield _Level(half, sum_upto(reading).exp(), sum_before(reading).exp(), sum_after(written).exp())
         half //= 2
 
 
@@ -149,8 +124,8 @@ def _scores(x: _Chunks) -> Tensor:
 
 def _level_operands(x: _Chunks, level: _Level) -> tuple[Tensor, Tensor]:
     """Return (r, a) of the reading tokens and (k, b) of the written ones, ``[M, n_blocks, 2, half, N]`` each."""
-    reading = (_halves(x.r, level.half)[1] * level.r_decay, _halves(x.a, level.half)[1] * level.a_decay)
-    written = (_halves(y, level.half)[0] * level.written_decay for y in (x.k, x.b))
+    reading = (halves(x.r, level.half)[1] * level.r_decay, halves(x.a, level.half)[1] * level.a_decay)
+    written = (halves(y, level.half)[0] * level.written_decay for y in (x.k, x.b))
     return torch.stack(reading, 2), torch.stack(tuple(written), 2)
 
 
@@ -163,15 +138,15 @@ def _add_score_gradients(x: _Chunks, d_scores: Tensor, gradients: _Chunks) -> No
         d_written = (d_products.mT @ reading.flatten(2, 3)).view_as(written)
         d_r, d_a = d_reading.unbind(2)
         d_k, d_b = d_written.unbind(2)
-        _halves(gradients.r, level.half)[1].addcmul_(d_r, level.r_decay)
-        _halves(gradients.a, level.half)[1].addcmul_(d_a, level.a_decay)
-        _halves(gradients.k, level.half)[0].addcmul_(d_k, level.written_decay)
-        _halves(gradients.b, level.half)[0].addcmul_(d_b, level.written_decay)
+        halves(gradients.r, level.half)[1].addcmul_(d_r, level.r_decay)
+        halves(gradients.a, level.half)[1].addcmul_(d_a, level.a_decay)
+        halves(gradients.k, level.half)[0].addcmul_(d_k, level.written_decay)
+        halves(gradients.b, level.half)[0].addcmul_(d_b, level.written_decay)
         through_r, through_a = (d_reading * reading).unbind(2)
         through_written = (d_written * written).sum(2)
-        w_written, w_reading = _halves(gradients.w, level.half)
-        w_reading.add_(_sum_from(through_r)).add_(_sum_after(through_a))
-        w_written.add_(_sum_before(through_written))
+        w_written, w_reading = halves(gradients.w, level.half)
+        w_reading.add_(sum_from(through_r)).add_(sum_after(through_a))
+        w_written.add_(sum_before(through_written))
     own_k, own_b = (own.unsqueeze(-1) for own in _own_scores(d_scores))
     gradients.r.addcmul_(own_k, x.k).addcmul_(own_b, x.b)
     gradients.k.addcmul_(own_k, x.r)
@@ -181,26 +156,11 @@ def _add_score_gradients(x: _Chunks, d_scores: Tensor, gradients: _Chunks) -> No
 # ---- a segment: many chunks at once
 
 
-def _cut(x: Tensor, n_chunk: int, dtype: torch.dtype) -> Tensor:
-    """Bring ``[B, T, H, N]`` to ``[M, C, N]``; zeros beyond the end change neither outputs nor the state."""
-    batch, n_tokens, n_head, head_size = x.shape
-    padded = F.pad(x.to(dtype), (0, 0, 0, 0, 0, -n_tokens % n_chunk))
-    chunks = padded.view(batch, -1, n_chunk, n_head, head_size).permute(1, 0, 3, 2, 4)
-    return chunks.reshape(-1, n_chunk, head_size)
-
-
-def _join(chunks: Tensor, like: Tensor) -> Tensor:
-    """Undo :func:`_cut`, to the shape and dtype of ``like``."""
-    batch, n_tokens, n_head, head_size = like.shape
-    tokens = chunks.view(-1, batch, n_head, chunks.shape[1], head_size).permute(1, 0, 3, 2, 4)
-    return tokens.reshape(batch, -1, n_head, head_size)[:, :n_tokens].to(like.dtype)
-
-
 def _prepare(x: _Chunks) -> _Prepared:
     C, N = x.r.shape[1:]
     scores = _scores(x)
-    to_end = _sum_after(x.w).exp()
-    r_start, a_start = x.r * _sum_upto(x.w).exp(), x.a * _sum_before(x.w).exp()
+    to_end = sum_after(x.w).exp()
+    r_start, a_start = x.r * sum_upto(x.w).exp(), x.a * sum_before(x.w).exp()
     k_end, b_end = x.k * to_end, x.b * to_end
     decay = x.w.sum(1).exp()
     right = torch.cat((scores[:, C:, :C] @ x.v, a_start), dim=-1)
@@ -259,16 +219,16 @@ def _backward_segment(x: _Chunks, dy: Tensor, states: Tensor, d_final: Tensor) -
 
     r_start, a_start = dy @ before.mT, d_right @ before.mT  # gradients of what has these names in p
     k_end, b_end = x.v @ d_after.mT, u @ d_after.mT
-    to_end = _sum_after(x.w).exp()
+    to_end = sum_after(x.w).exp()
     gradients = _Chunks(
-        r=r_start * _sum_upto(x.w).exp(),
-        w=_sum_from(p.r_start * r_start)
-        + _sum_after(p.a_start * a_start)
-        + _sum_before(p.k_end * k_end + p.b_end * b_end)
+        r=r_start * sum_upto(x.w).exp(),
+        w=sum_from(p.r_start * r_start)
+        + sum_after(p.a_start * a_start)
+        + sum_before(p.k_end * k_end + p.b_end * b_end)
         + (p.decay * (before * d_after).sum(-1)).unsqueeze(1),
         k=k_end * to_end,
         v=dv,
-        a=a_start * _sum_before(x.w).exp(),
+        a=a_start * sum_before(x.w).exp(),
         b=b_end * to_end,
     )
     _add_score_gradients(x, d_scores, gradients)
@@ -276,10 +236,6 @@ def _backward_segment(x: _Chunks, dy: Tensor, states: Tensor, d_final: Tensor) -
 
 
 # ---- the operator
-
-
-def _segments(n_tokens: int) -> list[slice]:
-    return [slice(t, min(t + SEGMENT_TOKENS, n_tokens)) for t in range(0, n_tokens, SEGMENT_TOKENS)]
 
 
 def _checkpoints_shape(
@@ -298,10 +254,10 @@ def _forward(
         return *wkv7_reference(r, w, k, v, a, b, state), state.new_empty(0)
     now = state.flatten(0, 1).mT
     outputs, kept = [], []
-    for tokens in _segments(n_tokens):
-        x = _Chunks(*(_cut(y[:, tokens], n_chunk, state.dtype) for y in (r, w, k, v, a, b)))
+    for tokens in segments(n_tokens):
+        x = _Chunks(*(cut(y[:, tokens], n_chunk, state.dtype) for y in (r, w, k, v, a, b)))
         y, states = _forward_segment(x, now)
-        outputs.append(_join(y, v[:, tokens]))
+        outputs.append(join(y, v[:, tokens]))
         now = states[-1]
         if keep_checkpoints:
             kept.append(states[:-1])
@@ -324,12 +280,12 @@ def _backward(
     inputs = (r, w, k, v, a, b)
     gradients = [x.new_empty(x.shape) for x in inputs]
     d_state = d_final.flatten(0, 1).mT
-    for tokens in reversed(_segments(v.shape[1])):
-        cut = [_cut(y[:, tokens], n_chunk, checkpoints.dtype) for y in (*inputs, dy)]
+    for tokens in reversed(segments(v.shape[1])):
+        parts = [cut(y[:, tokens], n_chunk, checkpoints.dtype) for y in (*inputs, dy)]
         states = checkpoints[tokens.start // n_chunk : -(-tokens.stop // n_chunk)]
-        segment, d_state = _backward_segment(_Chunks(*cut[:-1]), cut[-1], states, d_state)
+        segment, d_state = _backward_segment(_Chunks(*parts[:-1]), parts[-1], states, d_state)
         for whole, part in zip(gradients, segment, strict=True):
-            whole[:, tokens] = _join(part, whole[:, tokens])
+            whole[:, tokens] = join(part, whole[:, tokens])
     return *gradients, d_state.mT.contiguous().view(d_final.shape)
 
 
