@@ -21,17 +21,11 @@
 // Memory of a thread, in floats: forward 12 kChunk N + (2 + kHeads) N^2, backward 12 (kGroup + 1) kChunk N
 // + 2 (kGroup + kHeads) N^2; 0.25 and 0.65 MB at N = 64.
 
-#include <omp.h>
-
-#include "../common/cpu_vector.h"
+#include "../common/cpu_heads.h"
 
 namespace {
 
 using namespace rwkv;
-
-constexpr int kChunk = 8;
-constexpr int kGroup = 4;
-constexpr int kHeads = 12;  // heads that go through time together; their states stay in the second-level cache
 
 struct Inputs {
   const float *r, *w, *k, *v, *a, *b;
@@ -48,157 +42,20 @@ struct Chunk {
   float *h, *s;                      // [n, n]: the state before the chunk, as [key, value] and [value, key]
 };
 
-struct Sizes {
-  int B, T, H, N;
-  size_t stride() const { return static_cast<size_t>(H) * N; }  // from one token to the next
-  size_t n_checkpoints() const { return (T + kChunk * kGroup - 1) / (kChunk * kGroup); }
-  // Where the first token of head number `task` of B * H lies.
-  size_t start(int task) const { return task / H * (T * stride()) + static_cast<size_t>(task % H) * N; }
-};
-
-size_t square(int n) { return static_cast<size_t>(n) * n; }
-
-// Asks for rows that will be needed soon: rows of one head lie H * N floats apart, which the hardware does not
-// foresee.
-template <int kWrite>
-inline void prefetch_rows(const float* from, size_t stride, int rows, int N) {
-  for (int i = 0; i < rows; ++i)
-    for (int at = 0; at < N; at += 16) __builtin_prefetch(from + i * stride + at, kWrite, 2);
+Chunk take_chunk(Arena& arena, int n) {
+  Chunk c;
+  for (float** rows : {&c.r, &c.d, &c.k, &c.v, &c.a, &c.b, &c.r_start, &c.a_start, &c.k_end, &c.b_end, &c.u, &c.y})
+    *rows = arena.take(static_cast<size_t>(kChunk) * n);
+  c.decay = arena.take(n);
+  for (float** pairs : {&c.ab, &c.ak, &c.qb, &c.qk}) *pairs = arena.take(kChunk * kChunk);
+  c.h = arena.take(square(n));
+  c.s = arena.take(square(n));
+  return c;
 }
-
-// Hands out a thread's memory piece by piece; every piece starts at a multiple of 64 bytes.
-class Arena {
- public:
-  explicit Arena(float* memory) : next_(memory) {}
-  float* take(size_t n_floats) {
-    float* piece = next_;
-    next_ += (n_floats + 15) / 16 * 16;
-    return piece;
-  }
-  Chunk take_chunk(int n) {
-    Chunk c;
-    for (float** rows : {&c.r, &c.d, &c.k, &c.v, &c.a, &c.b, &c.r_start, &c.a_start, &c.k_end, &c.b_end, &c.u, &c.y})
-      *rows = take(static_cast<size_t>(kChunk) * n);
-    c.decay = take(n);
-    for (float** pairs : {&c.ab, &c.ak, &c.qb, &c.qk}) *pairs = take(kChunk * kChunk);
-    c.h = take(square(n));
-    c.s = take(square(n));
-    return c;
-  }
-
- private:
-  float* next_;
-};
 
 // What a Chunk or a ChunkGradients takes without its [n, n] matrices, each piece rounded up by less than 16.
 size_t rows_floats(int n) { return 12 * kChunk * n + n + 4 * kChunk * kChunk + 17 * 16; }
 size_t chunk_floats(int n) { return rows_floats(n) + 2 * (square(n) + 16); }
-
-inline __attribute__((always_inline)) void copy(const float* from, int n, float* to) {
-  int at = 0;
-  for (; at + kLanes <= n; at += kLanes) store(to + at, load(from + at));
-  for (; at < n; ++at) to[at] = from[at];
-}
-
-// Copies `rows` rows of N floats, `stride` apart, into rows of n floats; the rest of kRows rows is zero.
-template <int kRows>
-void load_rows(const float* from, size_t stride, int rows, int N, int n, float* to) {
-  for (int i = 0; i < kRows; ++i, to += n) {
-    if (i < rows) copy(from + i * stride, N, to);
-    const int filled = i < rows ? N : 0;
-    for (int at = filled; at < n; ++at) to[at] = 0.f;
-  }
-}
-
-void store_rows(const float* from, int n, int rows, int N, size_t stride, float* to) {
-  for (int i = 0; i < rows; ++i) copy(from + i * n, N, to + i * stride);
-}
-
-void transpose_matrix(const float* from, int n, float* to) {
-  for (int row = 0; row < n; row += kLanes)
-    for (int column = 0; column < n; column += kLanes) {
-      Vec x[kLanes];
-      for (int i = 0; i < kLanes; ++i) x[i] = load(from + (row + i) * n + column);
-      transpose(x);
-      for (int i = 0; i < kLanes; ++i) store(to + (column + i) * n + row, x[i]);
-    }
-}
-
-// out[i] = sum_l x[i][l] m[l], for kRows rows.
-template <int kRows, int kVecs>
-inline __attribute__((always_inline)) void multiply_tile(const float* x, const float* m, int n, float* out) {
-  Vec sum[kRows][kVecs] = {};
-  for (int l = 0; l < n; ++l) {
-    Vec row[kVecs];
-#pragma GCC unroll 4
-    for (int c = 0; c < kVecs; ++c) row[c] = load(m + l * n + c * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-      for (int c = 0; c < kVecs; ++c) sum[i][c] += x[i * n + l] * row[c];
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-    for (int c = 0; c < kVecs; ++c) store(out + i * n + c * kLanes, sum[i][c]);
-}
-
-template <int kRows>
-void multiply(const float* x, const float* m, int n, float* out) {
-  constexpr int kTile = kRows < kRowTile ? kRows : kRowTile;
-  for (int row = 0; row < kRows; row += kTile) {
-    int column = 0;
-    for (; column + 2 * kLanes <= n; column += 2 * kLanes)
-      multiply_tile<kTile, 2>(x + row * n, m + column, n, out + row * n + column);
-    if (column < n) multiply_tile<kTile, 1>(x + row * n, m + column, n, out + row * n + column);
-  }
-}
-
-// out[l] = decay[l] m[l] + sum_j x[j][l] p[j] + z[j][l] q[j]; out_t, where wanted, is its transpose.
-template <int kRows>
-void update_state(const float* decay, const float* m, const float* x, const float* p, const float* z, const float* q,
-                  int n, float* out, float* out_t) {
-  for (int l = 0; l < n; l += kLanes)
-    for (int column = 0; column < n; column += kLanes) {
-      Vec sum[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) sum[i] = decay[l + i] * load(m + (l + i) * n + column);
-      for (int j = 0; j < kRows; ++j) {
-        const Vec value = load(p + j * n + column);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) sum[i] += x[j * n + l + i] * value;
-      }
-      for (int j = 0; j < kRows; ++j) {
-        const Vec value = load(q + j * n + column);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) sum[i] += z[j * n + l + i] * value;
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(out + (l + i) * n + column, sum[i]);
-      if (out_t == nullptr) continue;
-      transpose(sum);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(out_t + (column + i) * n + l, sum[i]);
-    }
-}
-
-// out[i] += sum_j weight[i][j] x[j] for j < n_terms.
-inline void add_weighted(const float* weight, int weight_stride, const float* x, int n_terms, int n, float* out) {
-  for (int c = 0; c < n; c += kLanes) {
-    Vec sum = load(out + c);
-    for (int j = 0; j < n_terms; ++j) sum += weight[j * weight_stride] * load(x + j * n + c);
-    store(out + c, sum);
-  }
-}
-
-// Sums 2 kChunk vectors: the first kChunk sums go to `first`, the others to `second`.
-inline void sum_pairs(Vec* partial, float* first, float* second) {
-  alignas(64) float sums[2 * kChunk];
-  for (int i = 0; i < 2 * kChunk; i += kLanes) store(sums + i, sum_each(partial + i));
-  std::memcpy(first, sums, kChunk * sizeof(float));
-  std::memcpy(second, sums + kChunk, kChunk * sizeof(float));
-}
-static_assert(2 * kChunk % kLanes == 0, "sum_pairs takes whole vectors");
 
 // with_b[j] = sum_n z b_j, with_k[j] = sum_n z k_j for j = last..0, where z starts as x and then takes one decay
 // more at each step back; 0 for j > last. Leaves z at the start of the chunk in `start`.
@@ -296,7 +153,7 @@ void forward_chunk(const Inputs& in, const Sizes& sizes, size_t offset, size_t n
   prefetch_rows<0>(in.a + next, stride, rows, N);
   prefetch_rows<0>(in.b + next, stride, rows, N);
   store_rows(c.y, n, rows, N, stride, y + offset);
-  update_state<kRows>(c.decay, c.h, c.k_end, c.v, c.b_end, c.u, n, c.h, nullptr);
+  update_state<kRows>(c.decay, c.h, {{c.k_end, c.v}, {c.b_end, c.u}}, n, c.h, nullptr);
 }
 
 // Neighbouring heads go through time together, because their rows share pages of memory. n is known when compiling
@@ -306,7 +163,7 @@ void forward_heads(const Inputs& in, const Sizes& sizes, int first, int count, c
                    float* final_state, float* checkpoints) {
   const int T = sizes.T, N = sizes.N, n = kFixed ? kFixed : padded(N);
   Arena arena(thread_workspace(chunk_floats(n) + count * square(n) + 16));
-  Chunk c = arena.take_chunk(n);
+  Chunk c = take_chunk(arena, n);
   float* const states = arena.take(count * square(n));
   for (int i = 0; i < count; ++i) {
     std::memset(c.s, 0, square(n) * sizeof(float));
@@ -466,7 +323,7 @@ void backward_chunk(const Chunk& c, const ChunkGradients& g, int n) {
     store(g.decay + column, sum);
   }
   for (int column = 0; column < n; column += kLanes) decay_gradients(c, g, n, column);
-  update_state<kChunk>(c.decay, g.dh, c.r_start, g.dy, c.a_start, g.du, n, g.dh, g.ds);
+  update_state<kChunk>(c.decay, g.dh, {{c.r_start, g.dy}, {c.a_start, g.du}}, n, g.dh, g.ds);
 }
 
 // One group of chunks of one head. Enters with the gradient of the state after it in g.dh, g.ds.
@@ -493,7 +350,7 @@ void backward_group(const Inputs& in, const Sizes& sizes, size_t start, int firs
       for (const float* rows_from : {in.r, in.w, in.k}) prefetch_rows<0>(rows_from + next, stride, rows, N);
       compute_u<kChunk>(c, n);
       for (const float* rows_from : {in.v, in.a, in.b}) prefetch_rows<0>(rows_from + next, stride, rows, N);
-      update_state<kChunk>(c.decay, c.h, c.k_end, c.v, c.b_end, c.u, n, chunks[i + 1].h, chunks[i + 1].s);
+      update_state<kChunk>(c.decay, c.h, {{c.k_end, c.v}, {c.b_end, c.u}}, n, chunks[i + 1].h, chunks[i + 1].s);
     } else {
       prefetch_rows<0>(dy + offset_of(i), stride, rows_of(i), N);
       compute_u<kChunk>(c, n);
@@ -522,7 +379,7 @@ void backward_heads(const Inputs& in, const Sizes& sizes, int first, int count, 
   const int N = sizes.N, n = kFixed ? kFixed : padded(N);
   Arena arena(thread_workspace(kGroup * chunk_floats(n) + rows_floats(n) + 2 * count * square(n) + 16));
   Chunk chunks[kGroup];
-  for (Chunk& c : chunks) c = arena.take_chunk(n);
+  for (Chunk& c : chunks) c = take_chunk(arena, n);
   ChunkGradients g = take_gradients(arena, n);
   float* const d_states = arena.take(2 * count * square(n));
   const auto take_state = [&](int i) {
@@ -549,31 +406,7 @@ void backward_heads(const Inputs& in, const Sizes& sizes, int first, int count, 
   }
 }
 
-// Shares out the B * H heads: a thread gets neighbours, and takes at most kHeads of one sequence at a time.
-// run(first, count) computes heads first .. first + count - 1.
-template <typename Run>
-void for_each_block(const Sizes& sizes, int n_threads, Run run) {
-#pragma omp parallel num_threads(n_threads)
-  {
-    const DenormalsAreZero guard;
-    const int64_t n_heads = static_cast<int64_t>(sizes.B) * sizes.H;
-    const int end = n_heads * (omp_get_thread_num() + 1) / omp_get_num_threads();
-    for (int first = n_heads * omp_get_thread_num() / omp_get_num_threads(); first < end;) {
-      const int in_row = sizes.H - first % sizes.H;
-      const int available = end - first < in_row ? end - first : in_row;
-      const int n_blocks = (available + kHeads - 1) / kHeads;
-      const int count = (available + n_blocks - 1) / n_blocks;
-      run(first, count);
-      first += count;
-    }
-  }
-}
-
-constexpr int kUsualHeadSize = 64;
-
 }  // namespace
-
-#define RWKV_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Tokens from one checkpoint to the next; checkpoints are [B, H, ceil(T / this), N, N].
 RWKV_EXPORT int rwkv_wkv7_checkpoint_tokens() { return kChunk * kGroup; }
