@@ -5,11 +5,14 @@ from torch import Tensor
 
 from rwkv_train.ops.backends import AUTO, Backend, Problem, kernel_for, register_operator
 from rwkv_train.ops.context import SequenceContext
+from rwkv_train.ops.cpp import refuses_cpp
+from rwkv_train.ops.wkv6 import cpp
 from rwkv_train.ops.wkv6.chunked import wkv6_torch
 from rwkv_train.ops.wkv6.reference import wkv6_reference
 
 # Fastest first. A new backend is one line here and one file beside this one.
 BACKENDS = {
+    "cpp": Backend(refuses=refuses_cpp, load=cpp.load, run=cpp.wkv6_cpp),
     "torch": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv6_torch),
     "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv6_reference),
 }
