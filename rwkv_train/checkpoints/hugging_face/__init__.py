@@ -1,0 +1,14 @@
+"""Folders of Hugging Face's libraries: transformers, flash-linear-attention, and the ``RWKV/`` repositories."""
+
+from rwkv_train.checkpoints.hugging_face.layouts import LayoutName
+from rwkv_train.checkpoints.hugging_face.reading import HfModel, is_hugging_face, read_hugging_face
+from rwkv_train.checkpoints.hugging_face.writing import HfLayout, hugging_face_layout
+
+__all__ = [
+    "HfLayout",
+    "HfModel",
+    "LayoutName",
+    "hugging_face_layout",
+    "is_hugging_face",
+    "read_hugging_face",
+]
