@@ -7,8 +7,6 @@ from rwkv_train.checkpoints.formats import Format
 from rwkv_train.checkpoints.manifest import read_manifest
 from rwkv_train.checkpoints.tensors import dtype_name
 from rwkv_train.checkpoints.weights import locate_checkpoint, read_weights
-from rwkv_train.config.model import Rwkv7Config
-from rwkv_train.config.save import to_tree
 
 _TELLS_CTX_LEN = {Format.SAFETENSORS_FOLDER, Format.TRAINING_CHECKPOINT}
 
@@ -21,13 +19,15 @@ class Description(NamedTuple):
     format: str
     """What it is, in words."""
     arch: str
-    """``"rwkv4"``, ``"rwkv7"``."""
+    """``"rwkv4"`` to ``"rwkv7"``."""
+    version: str
+    """``"4"``, ``"5.0"``, ``"5.1"``, ``"5.2"``, ``"6"``, ``"7"``."""
     n_layer: int
     n_embd: int
     n_head: int | None
     head_size: int | None
     lora_ranks: dict[str, int] | None
-    """RWKV-7's ranks w, a, v, g."""
+    """RWKV-6's ranks shift and decay, RWKV-7's ranks w, a, v, g."""
     ffn_width: int
     """Hidden width of the channel mix."""
     vocab_size: int
@@ -60,17 +60,17 @@ def describe_checkpoint(path: str | Path) -> Description:
     dtypes: dict[str, int] = {}
     for tensor in weights.tensors.values():
         dtypes[dtype_name(tensor.dtype)] = dtypes.get(dtype_name(tensor.dtype), 0) + tensor.numel()
-    matrix_state = config if isinstance(config, Rwkv7Config) else None
     is_training = location.format is Format.TRAINING_CHECKPOINT
     return Description(
         path=str(location.path),
         format=location.format.value,
         arch=config.arch,
+        version=config.version,
         n_layer=config.n_layer,
         n_embd=config.n_embd,
-        n_head=matrix_state.n_head if matrix_state else None,
-        head_size=matrix_state.head_size if matrix_state else None,
-        lora_ranks=to_tree(matrix_state.ranks) if matrix_state else None,
+        n_head=config.n_head,
+        head_size=config.head_size,
+        lora_ranks=config.low_ranks or None,
         ffn_width=config.ffn_width,
         vocab_size=config.vocab_size,
         ctx_len=config.ctx_len if location.format in _TELLS_CTX_LEN else None,

@@ -12,21 +12,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_train.config.model import LoraRanks, ModelConfig, Rwkv4Config, Rwkv7Config, lora_ranks_by_rule
+from rwkv_train.config.model import (
+    LoraRanks,
+    ModelConfig,
+    Rwkv4Config,
+    Rwkv5Config,
+    Rwkv6Config,
+    Rwkv6Ranks,
+    Rwkv7Config,
+    lora_ranks_by_rule,
+)
 from rwkv_train.errors import CheckpointError
 from rwkv_train.models.registry import build_model, unused_parameters
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor name -> shape."""
 
+_SUPPORTED = "RWKV-4, 5, 6 and 7 are supported"
+
 _UNSUPPORTED = {
+    ".rosa": "RWKV-8 (ROSA)",
+    "ffn.enn.weight": "RWKV-8 (DeepEmbed)",
     "qkv.qq.weight": "RWKV-7b (attention beside the recurrence)",
     "ffn.s_emb.weight": "RWKV-7a (DeepEmbed)",
-    "att.time_maa_x": "RWKV-6",
-    "att.gate.weight": "RWKV-5.1 or 5.2",
-    "att.ln_x.weight": "RWKV-5.0",
     "rwkv.blocks.": "a Hugging Face RWKV model",
-    "attn.r_proj.weight": "a Hugging Face (fla) RWKV-7 model",
+    "attn.r_proj.": "a Hugging Face (fla) RWKV-6 or 7 model",
     "self_attn.": "a Transformer",
     "attn.c_attn.": "a Transformer",
     "attention.query_key_value": "a Transformer",
@@ -36,10 +46,8 @@ _UNSUPPORTED = {
 
 
 class _Architecture(NamedTuple):
-    mark: str
-    """A tensor of the first block that only this version has."""
-    not_mark: tuple[str, ...]
-    """Parts of names that a later version adds."""
+    marks: frozenset[str]
+    """Tensors of a block that no older version has: one is enough, so that another may be found missing."""
     config: Callable[[Shapes, int | None], ModelConfig]
 
 
@@ -51,7 +59,7 @@ def infer_config(
     Args:
         tensors: the official name -> tensor; of the tensors only the shapes are looked at.
         ctx_len: length of a training sample, which weights do not tell; ``None``: 1024 for RWKV-4, 4096 for
-            RWKV-7, as published.
+            later versions, as published.
         source: what messages call the weights, such as their path.
 
     Raises:
@@ -101,9 +109,7 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, Tensor], *, source:
 
 def make_explicit(config: ModelConfig) -> ModelConfig:
     """Return ``config`` as it is stored beside weights: LoRA ranks as numbers, no ``init_from``."""
-    if isinstance(config, Rwkv7Config):
-        return config.model_copy(update={"init_from": None, "lora_ranks": config.ranks})
-    return config.model_copy(update={"init_from": None})
+    return config.explicit()
 
 
 def fill_unused(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -134,17 +140,14 @@ class _MisfitError(Exception):
 def _recognize(shapes: Shapes) -> _Architecture:
     if not shapes:
         raise _MisfitError("there is no tensor in it")
-    for architecture in _ARCHITECTURES:
-        if architecture.mark in shapes and not any(
-            part in name for name in shapes for part in architecture.not_mark
-        ):
-            return architecture
     for part, what in _UNSUPPORTED.items():
         if any(part in name for name in shapes):
-            raise _MisfitError(f"this is {what}, which is not supported; RWKV-4 and RWKV-7 are")
-    raise _MisfitError(
-        f"this is no RWKV model (its first tensor is '{next(iter(shapes))}'); RWKV-4 and RWKV-7 are supported"
-    )
+            raise _MisfitError(f"this is {what}, which is not supported; {_SUPPORTED}")
+    in_blocks = {_in_block(name) for name in shapes}
+    for architecture in _ARCHITECTURES:
+        if architecture.marks & in_blocks:
+            return architecture
+    raise _MisfitError(f"this is no RWKV model (its first tensor is '{next(iter(shapes))}'); {_SUPPORTED}")
 
 
 def _rwkv4(shapes: Shapes, ctx_len: int | None) -> Rwkv4Config:
@@ -154,18 +157,56 @@ def _rwkv4(shapes: Shapes, ctx_len: int | None) -> Rwkv4Config:
     )
 
 
+def _rwkv5(shapes: Shapes, ctx_len: int | None) -> Rwkv5Config:
+    vocab_size, n_embd = _shape(shapes, "emb.weight", "[vocab_size, n_embd]")
+    in_blocks = {_in_block(name) for name in shapes}
+    decay = "blocks.0.att.time_decay"
+    if len(shapes.get(decay, ())) == 1:
+        n_head = shapes[decay][0]
+        if n_head == 0 or n_embd % n_head:
+            raise _MisfitError(
+                f"tensor '{decay}' has shape {[n_head]}; n_embd ({n_embd}) must be a multiple of n_head"
+            )
+        head_size = n_embd // n_head
+        version = "5.1" if {"att.gate.weight", "att.time_mix_g"} & in_blocks else "5.0"
+        bonus = "time_first" if "att.time_first" in in_blocks else "time_faaaa"
+    else:
+        head_size = _head_size(shapes, decay, n_embd)
+        version, bonus = "5.2", "time_faaaa"
+    return Rwkv5Config.model_validate(
+        {
+            "n_layer": _n_layer(shapes),
+            "n_embd": n_embd,
+            "head_size": head_size,
+            "ffn_width": _ffn_width(shapes),
+            "vocab_size": vocab_size,
+            "ctx_len": ctx_len or 4_096,
+            "version": version,
+            "bonus": bonus,
+        }
+    )
+
+
+def _rwkv6(shapes: Shapes, ctx_len: int | None) -> Rwkv6Config:
+    vocab_size, n_embd = _shape(shapes, "emb.weight", "[vocab_size, n_embd]")
+    _, shift_rank, _ = _shape(shapes, "blocks.0.att.time_maa_w2", "[5, rank, n_embd]")
+    return Rwkv6Config(
+        n_layer=_n_layer(shapes),
+        n_embd=n_embd,
+        head_size=_head_size(shapes, "blocks.0.att.time_faaaa", n_embd),
+        ffn_width=_ffn_width(shapes),
+        vocab_size=vocab_size,
+        ctx_len=ctx_len or 4_096,
+        lora_ranks=Rwkv6Ranks(shift=shift_rank, decay=_rank(shapes, "blocks.0.att.time_decay_w1")),
+    )
+
+
 def _rwkv7(shapes: Shapes, ctx_len: int | None) -> Rwkv7Config:
     vocab_size, n_embd = _shape(shapes, "emb.weight", "[vocab_size, n_embd]")
-    n_head, head_size = _shape(shapes, "blocks.0.att.r_k", "[n_head, head_size]")
-    if n_head * head_size != n_embd:
-        raise _MisfitError(
-            f"tensor 'blocks.0.att.r_k' has shape {[n_head, head_size]}; n_head x head_size must be n_embd "
-            f"({n_embd})"
-        )
     return Rwkv7Config(
         n_layer=_n_layer(shapes),
         n_embd=n_embd,
-        head_size=head_size,
+        head_size=_head_size(shapes, "blocks.0.att.r_k", n_embd),
         vocab_size=vocab_size,
         ctx_len=ctx_len or 4_096,
         lora_ranks=LoraRanks(
@@ -179,9 +220,30 @@ def _rwkv7(shapes: Shapes, ctx_len: int | None) -> Rwkv7Config:
 
 # Newest first. A new version is one line here and one function above.
 _ARCHITECTURES = (
-    _Architecture("blocks.0.att.r_k", ("qkv.", "ffn.s_emb"), _rwkv7),
-    _Architecture("blocks.0.att.time_first", ("att.ln_x.",), _rwkv4),
+    _Architecture(frozenset({"att.r_k", "att.x_r", "att.w0", "ffn.x_k"}), _rwkv7),
+    _Architecture(frozenset({"att.time_maa_x", "att.time_maa_w1", "ffn.time_maa_k"}), _rwkv6),
+    _Architecture(frozenset({"att.ln_x.weight", "att.ln_x.bias", "att.time_faaaa"}), _rwkv5),
+    _Architecture(frozenset({"att.time_first", "att.time_decay", "ffn.time_mix_k"}), _rwkv4),
 )
+
+
+def _in_block(name: str) -> str:
+    """The name within its block; empty for what is in none."""
+    match = re.match(r"blocks\.\d+\.", name)
+    return name[match.end() :] if match else ""
+
+
+def _head_size(shapes: Shapes, name: str, n_embd: int) -> int:
+    n_head, head_size = _shape(shapes, name, "[n_head, head_size]")
+    if n_head * head_size != n_embd:
+        raise _MisfitError(
+            f"tensor '{name}' has shape {[n_head, head_size]}; n_head x head_size must be n_embd ({n_embd})"
+        )
+    return head_size
+
+
+def _ffn_width(shapes: Shapes) -> int:
+    return _shape(shapes, "blocks.0.ffn.key.weight", "[ffn_width, n_embd]")[0]
 
 
 def _value_rank(shapes: Shapes, n_embd: int) -> int:
@@ -197,14 +259,14 @@ def _rank(shapes: Shapes, name: str) -> int:
     return _shape(shapes, name, "[n_embd, rank]")[1]
 
 
-def _shape(shapes: Shapes, name: str, wanted: str) -> tuple[int, int]:
-    """The shape of a matrix whose sides are settings."""
+def _shape(shapes: Shapes, name: str, wanted: str) -> tuple[int, ...]:
+    """The shape of a tensor whose sides are settings."""
     if name not in shapes:
         raise _MisfitError(f"tensor '{name}' is missing; its shape {wanted} is needed")
     shape = shapes[name]
-    if len(shape) != 2 or 0 in shape:
+    if len(shape) != len(wanted.split(", ")) or 0 in shape:
         raise _MisfitError(f"tensor '{name}' has shape {list(shape)}, expected {wanted}")
-    return shape[0], shape[1]
+    return shape
 
 
 def _n_layer(shapes: Shapes) -> int:

@@ -39,7 +39,7 @@ def _rows(description: "Description") -> list[tuple[str, str]]:
     rows: list[tuple[str, str | None]] = [
         ("path", description.path),
         ("format", description.format),
-        ("version", description.arch),
+        ("version", f"RWKV-{description.version}"),
         ("layers", _count(description.n_layer)),
         ("width", _count(description.n_embd)),
         ("heads", _count(description.n_head)),

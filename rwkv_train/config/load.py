@@ -26,7 +26,6 @@ Tree = dict[str, Any]
 _ARCHITECTURES: dict[str, type[RwkvConfig]] = {
     config.model_fields["arch"].default: config for config in get_args(get_args(ModelConfig)[0])
 }
-_ARCHITECTURE_NAMES = " or ".join(f"'{name}'" for name in _ARCHITECTURES)
 
 _TAGS: dict[str, type[Config] | None] = {**_ARCHITECTURES, "ranks": None, "rule": None}
 """Names of union members in pydantic's locations, and the class that each one selects."""
@@ -36,6 +35,9 @@ _LENGTHS = ("trainer.max_steps", "trainer.max_tokens", "trainer.max_epochs")
 
 NOT_IN_WEIGHTS = frozenset({"ctx_len", "init_from", "embedding_scale", "initialization", "dropout"})
 """Settings of the model that no file of weights holds."""
+
+_NOT_IN_PUBLISHED_WEIGHTS = frozenset({"head_size_divisor"})
+"""Settings of the model that only our own files of weights hold: the file of settings may differ from these."""
 
 
 def list_presets() -> dict[str, Path]:
@@ -106,7 +108,7 @@ def fill_sizes(tree: Tree, sizes: Mapping[str, Any]) -> Tree:
     for name, size in sizes.items():
         if name in NOT_IN_WEIGHTS:
             continue
-        if model.setdefault(name, size) != size:
+        if model.setdefault(name, size) != size and name not in _NOT_IN_PUBLISHED_WEIGHTS:
             raise ConfigError(
                 f"model.{name} is {model[name]!r} but {size!r} in the weights of model.init_from "
                 f"({model['init_from']}); leave it out or set it to {size!r}"
@@ -191,19 +193,25 @@ def _apply(tree: Tree, override: str) -> None:
 
 
 def _make_room_for_arch(tree: Tree, overrides: Sequence[str]) -> None:
-    """Drop the file's settings that only its own architecture has, if the command line names another one."""
+    """Drop the file's settings that the architecture named on the command line lacks or has in another form."""
     model = tree.get("model")
     named = [text.strip() for name, _, text in (o.partition("=") for o in overrides) if name == "model.arch"]
     wanted = _ARCHITECTURES.get(named[-1]) if named else None
     if wanted is None or not isinstance(model, dict) or model.get("arch") == named[-1]:
         return
     for other in _classes_in(ModelConfig):
-        for name in set(other.model_fields) - set(wanted.model_fields):
-            model.pop(name, None)
+        for name, field in other.model_fields.items():
+            same = wanted.model_fields.get(name)
+            if name != "arch" and (same is None or same.annotation != field.annotation):
+                model.pop(name, None)
 
 
 def _as_config_error(error: ValidationError, *section: str) -> ConfigError:
-    problems = [_sentence(detail, (*section, *detail["loc"])) for detail in error.errors(include_url=False)]
+    problems = [
+        _sentence(detail, (*section, *detail["loc"]))
+        for detail in error.errors(include_url=False)
+        if detail["type"] != "default_factory_not_called"  # it follows from another problem
+    ]
     return ConfigError("; ".join(dict.fromkeys(problems)))
 
 
@@ -218,11 +226,11 @@ def _sentence(detail: ErrorDetails, location: tuple[int | str, ...]) -> str:
         case "missing":
             return f"{name}: it must be set"
         case "union_tag_not_found" | "union_tag_invalid" if found.get("arch") is None:
-            return f"{name}.arch: it must be set, to {_ARCHITECTURE_NAMES}"
+            return f"{name}.arch: it must be set, to {_architecture_names()}"
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{name} is {_show(found)} but must be a section of settings"
         case "union_tag_invalid":
-            return f"{name}.arch: there is no {_show(found.get('arch'))}; use {_ARCHITECTURE_NAMES}"
+            return f"{name}.arch: there is no {_show(found.get('arch'))}; use {_architecture_names()}"
         case "value_error":
             return f"{name}: {detail['msg'].removeprefix('Value error, ')}"
         case _:
@@ -259,16 +267,25 @@ def _classes_in(annotation: Any) -> tuple[type[Config], ...]:
 
 
 def _nearest(name: str, owner: type[Config]) -> str:
+    having = [arch for arch, config in _ARCHITECTURES.items() if name in config.model_fields]
+    if having and issubclass(owner, RwkvConfig):
+        return f"only {_listed(having, 'and')} {'has' if len(having) == 1 else 'have'} it"
     for section, field in TrainConfig.model_fields.items():
         for config in _classes_in(field.annotation):
-            if name in config.model_fields and section == "model" and issubclass(owner, RwkvConfig):
-                return f"only {config.model_fields['arch'].default} has it"
             if name in config.model_fields:
                 return f"did you mean '{section}.{name}'?"
     near = difflib.get_close_matches(name, owner.model_fields, n=1)
     if near:
         return f"did you mean '{near[0]}'?"
     return f"there are {', '.join(owner.model_fields)}"
+
+
+def _architecture_names() -> str:
+    return _listed([repr(name) for name in _ARCHITECTURES], "or")
+
+
+def _listed(names: Sequence[str], conjunction: str) -> str:
+    return f" {conjunction} ".join(", ".join(names).rsplit(", ", 1))
 
 
 def _show(value: Any) -> str:

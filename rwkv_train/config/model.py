@@ -1,7 +1,7 @@
 """Architecture settings: one class for each RWKV version, told apart by ``arch``."""
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
@@ -9,6 +9,9 @@ from rwkv_train.config.base import Config
 
 LoraRule = Literal["original", "revised"]
 """The two published formulas for LoRA ranks; see :func:`lora_ranks_by_rule`."""
+
+Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""Part of something that training sets to zero."""
 
 
 class RwkvConfig(Config):
@@ -25,6 +28,15 @@ class RwkvConfig(Config):
     init_from: str | None = None
     """Start from these weights: a path, or hf:OWNER/NAME/FILE, which give the sizes; null: from scratch."""
 
+    @property
+    def why_not_from_scratch(self) -> str | None:
+        """Why a model with these settings has no initial values, beginning with a setting; ``None``: it has."""
+        return None
+
+    def explicit(self) -> Self:
+        """Return these settings as they are stored beside weights: nothing left to a rule, no ``init_from``."""
+        return self.model_copy(update={"init_from": None})
+
 
 class Rwkv4Config(RwkvConfig):
     """RWKV-4 "Dove": a vector state for each channel."""
@@ -32,13 +44,126 @@ class Rwkv4Config(RwkvConfig):
     arch: Literal["rwkv4"] = "rwkv4"
     embedding_scale: PositiveFloat = 6e-4
     """Initial embeddings are uniform within plus and minus this; published: the learning rate."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Dropout = 0.0
     """Part of the residual stream that training sets to zero, after the embedding and both mixes of each block."""
+
+    @property
+    def version(self) -> str:
+        """The version's number."""
+        return "4"
+
+    @property
+    def n_head(self) -> int | None:
+        """Number of heads (H): it has none."""
+        return None
+
+    @property
+    def head_size(self) -> int | None:
+        """Channels in one head (N): it has none."""
+        return None
 
     @property
     def ffn_width(self) -> int:
         """Hidden width of the channel mix (F)."""
         return 4 * self.n_embd
+
+    @property
+    def low_ranks(self) -> dict[str, int]:
+        """It has no low-rank pairs."""
+        return {}
+
+
+class MatrixStateConfig(RwkvConfig):
+    """Settings of the versions with a matrix state for each head."""
+
+    head_size: PositiveInt = 64
+    """Channels in one head (N)."""
+
+    @property
+    def n_head(self) -> int:
+        """Number of heads (H)."""
+        return self.n_embd // self.head_size
+
+    @model_validator(mode="after")
+    def _heads_fill_the_width(self) -> Self:
+        if self.n_embd % self.head_size:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of head_size ({self.head_size})")
+        return self
+
+
+def _published_ffn_width(settings: dict[str, Any]) -> int:
+    """3.5 times the width, rounded down to a multiple of 32, at least 32."""
+    n_embd: int = settings["n_embd"]
+    return max(32, 7 * n_embd // 2 // 32 * 32)
+
+
+class EagleFinchConfig(MatrixStateConfig):
+    """Settings that RWKV-5 "Eagle" and RWKV-6 "Finch" share."""
+
+    head_size_divisor: PositiveFloat = 8.0
+    """Heads are divided by this before their norm (epsilon 1e-5), which is the same as an epsilon times its square."""
+    ffn_width: PositiveInt = Field(default_factory=_published_ffn_width)
+    """Hidden width of the channel mix (F); published: 3.5 n_embd, rounded down to a multiple of 32."""
+    dropout: Dropout = 0.0
+    """Part of the residual stream that training sets to zero, after the embedding and both mixes of each block."""
+
+
+class Rwkv5Config(EagleFinchConfig):
+    """RWKV-5 "Eagle": a matrix state for each head, a decay that does not depend on the text."""
+
+    arch: Literal["rwkv5"] = "rwkv5"
+    version: Literal["5.0", "5.1", "5.2"] = "5.2"
+    """Each channel of 5.2 has its own decay; 5.0 and 5.1 have one for each head, and 5.0 has no gate."""
+    bonus: Literal["time_faaaa", "time_first"] = "time_faaaa"
+    """Tensor that weighs the current token: by its value (time_faaaa), or by its exponential (only 5.0 and 5.1)."""
+
+    @property
+    def low_ranks(self) -> dict[str, int]:
+        """It has no low-rank pairs."""
+        return {}
+
+    @property
+    def why_not_from_scratch(self) -> str | None:
+        """Why a model with these settings has no initial values, beginning with a setting; ``None``: it has."""
+        if self.version == "5.2":
+            return None
+        return (
+            f"version is '{self.version}', but initial values are published for '5.2'; train that, or start from "
+            "weights with model.init_from"
+        )
+
+    @model_validator(mode="after")
+    def _the_bonus_belongs_to_the_version(self) -> Self:
+        if self.version == "5.2" and self.bonus != "time_faaaa":
+            raise ValueError(f"bonus is '{self.bonus}', but version '5.2' has 'time_faaaa'")
+        return self
+
+
+class Rwkv6Ranks(Config):
+    """Inner widths of RWKV-6's low-rank projections."""
+
+    shift: PositiveInt = 32
+    """Rank of each of the five projections of the token shift; published: 32, or 64 where n_embd is 4096."""
+    decay: PositiveInt = 64
+    """Rank of the decay projection; published: 64, or 128 where n_embd is 4096."""
+
+
+class Rwkv6Config(EagleFinchConfig):
+    """RWKV-6 "Finch": RWKV-5 with a token shift and a decay that depend on the text."""
+
+    arch: Literal["rwkv6"] = "rwkv6"
+    lora_ranks: Rwkv6Ranks = Rwkv6Ranks()
+    """Ranks {shift, decay}."""
+
+    @property
+    def version(self) -> str:
+        """The version's number."""
+        return "6"
+
+    @property
+    def low_ranks(self) -> dict[str, int]:
+        """Inner widths of the low-rank projections by name."""
+        return self.lora_ranks.model_dump()
 
 
 class LoraRanks(Config):
@@ -60,21 +185,19 @@ RanksOrRule = Annotated[
 ]
 
 
-class Rwkv7Config(RwkvConfig):
-    """RWKV-7 "Goose": a matrix state for each head."""
+class Rwkv7Config(MatrixStateConfig):
+    """RWKV-7 "Goose": a matrix state for each head, edited by a rule that depends on the text."""
 
     arch: Literal["rwkv7"] = "rwkv7"
-    head_size: PositiveInt = 64
-    """Channels in one head (N)."""
     lora_ranks: RanksOrRule = "revised"
     """Ranks {w, a, v, g}, or a published rule: "original" (2024, released weights) or "revised" (2025-07)."""
     initialization: Literal["original", "revised"] = "revised"
     """Published initial values: "revised" (since 2025-05) or "original" (before, the released weights)."""
 
     @property
-    def n_head(self) -> int:
-        """Number of heads (H)."""
-        return self.n_embd // self.head_size
+    def version(self) -> str:
+        """The version's number."""
+        return "7"
 
     @property
     def ffn_width(self) -> int:
@@ -88,14 +211,17 @@ class Rwkv7Config(RwkvConfig):
             return self.lora_ranks
         return lora_ranks_by_rule(self.n_embd, self.lora_ranks)
 
-    @model_validator(mode="after")
-    def _heads_fill_the_width(self) -> Self:
-        if self.n_embd % self.head_size:
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of head_size ({self.head_size})")
-        return self
+    @property
+    def low_ranks(self) -> dict[str, int]:
+        """Inner widths of the low-rank projections by name."""
+        return self.ranks.model_dump()
+
+    def explicit(self) -> Self:
+        """Return these settings as they are stored beside weights: nothing left to a rule, no ``init_from``."""
+        return self.model_copy(update={"init_from": None, "lora_ranks": self.ranks})
 
 
-ModelConfig = Annotated[Rwkv4Config | Rwkv7Config, Field(discriminator="arch")]
+ModelConfig = Annotated[Rwkv4Config | Rwkv5Config | Rwkv6Config | Rwkv7Config, Field(discriminator="arch")]
 
 
 def lora_ranks_by_rule(n_embd: int, rule: LoraRule) -> LoraRanks:

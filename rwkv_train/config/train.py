@@ -30,6 +30,12 @@ class TrainConfig(Config):
     """What happens to a bad step."""
 
     @model_validator(mode="after")
+    def _a_model_starts_from_somewhere(self) -> Self:
+        if self.model.init_from is None and self.model.why_not_from_scratch is not None:
+            raise ValueError(f"model.{self.model.why_not_from_scratch}")
+        return self
+
+    @model_validator(mode="after")
     def _deepspeeds_optimizer_needs_deepspeed(self) -> Self:
         if self.optim.implementation == "deepspeed" and self.trainer.zero_stage is None:
             raise ValueError(

@@ -8,9 +8,6 @@ from torch import Generator, Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-HEAD_NORM_EPS = 64e-5
-"""The published value for every head size: 1e-5, once applied to outputs divided by 8, the root of 64."""
-
 
 def shift_tokens(x: Tensor, last_x: Tensor) -> Tensor:
     """Return what stands one position before each position of ``x``.
@@ -57,14 +54,15 @@ class HeadNorm(nn.Module):
     The same as a GroupNorm with one group for each head, which PyTorch computes several times slower.
     """
 
-    def __init__(self, n_channels: int) -> None:
+    def __init__(self, n_channels: int, eps: float) -> None:
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.empty(n_channels))
         self.bias = nn.Parameter(torch.empty(n_channels))
 
     def forward(self, y: Tensor) -> Tensor:
         """Normalize ``y`` ``[B, T, H, N]``; the result is ``[B, T, H * N]`` in float32 or float64."""
-        normalized = F.layer_norm(at_least_float32(y), y.shape[-1:], eps=HEAD_NORM_EPS).flatten(2)
+        normalized = F.layer_norm(at_least_float32(y), y.shape[-1:], eps=self.eps).flatten(2)
         return torch.addcmul(self.bias, normalized, self.weight)
 
 

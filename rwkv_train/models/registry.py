@@ -11,7 +11,8 @@ import torch
 from torch import Generator, Tensor
 
 from rwkv_train.config.model import ModelConfig, RwkvConfig
-from rwkv_train.models import rwkv4, rwkv7
+from rwkv_train.errors import ConfigError
+from rwkv_train.models import rwkv4, rwkv5, rwkv6, rwkv7
 from rwkv_train.models.block import Block, ChannelMix, TimeMix
 from rwkv_train.models.layers import gain_of_shape, orthogonal, uniform
 from rwkv_train.models.lm import LanguageModel
@@ -51,6 +52,26 @@ ARCHITECTURES: Mapping[str, Architecture[Any]] = {
         rwkv4.LEARNING_RATE_FACTORS,
         rwkv4.UNUSED_PARAMETERS,
         lambda config: ("wkv4", None),
+    ),
+    "rwkv5": Architecture(
+        rwkv5.TimeMix,
+        rwkv4.ChannelMix,
+        rwkv5.initial_values,
+        rwkv5.embedding_scale,
+        lambda config: config.dropout,
+        rwkv5.LEARNING_RATE_FACTORS,
+        rwkv5.UNUSED_PARAMETERS,
+        lambda config: ("wkv5", config.head_size),
+    ),
+    "rwkv6": Architecture(
+        rwkv6.TimeMix,
+        rwkv6.ChannelMix,
+        rwkv6.initial_values,
+        rwkv5.embedding_scale,
+        lambda config: config.dropout,
+        rwkv6.LEARNING_RATE_FACTORS,
+        rwkv6.UNUSED_PARAMETERS,
+        lambda config: ("wkv6", config.head_size),
     ),
     "rwkv7": Architecture(
         rwkv7.TimeMix,
@@ -105,7 +126,12 @@ def initialize(model: LanguageModel, seed: int) -> None:
 
     The values are computed in float32 and then rounded to each parameter's dtype, so a seed means the same
     model in any precision. PyTorch's global random numbers are neither used nor changed.
+
+    Raises:
+        ConfigError: there are no published initial values for the model's settings.
     """
+    if model.config.why_not_from_scratch is not None:
+        raise ConfigError(f"model.{model.config.why_not_from_scratch}")
     generator = torch.Generator(device="cpu").manual_seed(seed)
     missing = {name for name, _ in model.named_parameters()}
     with torch.no_grad():

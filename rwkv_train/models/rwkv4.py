@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Generator, Tensor, nn
 
-from rwkv_train.config.model import Rwkv4Config
+from rwkv_train.config.model import Rwkv4Config, Rwkv5Config
 from rwkv_train.models.layers import (
     at_least_float32,
     channel_ratios,
@@ -77,9 +77,12 @@ class TimeMix(nn.Module):
 
 
 class ChannelMix(nn.Module):
-    """Two-layer MLP with a squared ReLU and a gate, on token-shifted inputs (the "ffn" of a checkpoint)."""
+    """Two-layer MLP with a squared ReLU and a gate, on token-shifted inputs (the "ffn" of a checkpoint).
 
-    def __init__(self, config: Rwkv4Config) -> None:
+    RWKV-5 has the same, of another width.
+    """
+
+    def __init__(self, config: Rwkv4Config | Rwkv5Config) -> None:
         super().__init__()
         C, F = config.n_embd, config.ffn_width
         self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))

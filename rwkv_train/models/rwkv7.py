@@ -41,6 +41,9 @@ UNUSED_PARAMETERS: frozenset[str] = frozenset(f"blocks.0.att.{name}" for name in
 """Parameters that take no part in the result: the first layer has no earlier values to mix in. Published
 files have them or lack them. They ask for no gradient, so neither DDP nor an optimizer waits for one."""
 
+HEAD_NORM_EPS = 64e-5
+"""The published value for every head size: 1e-5, once applied to outputs divided by 8, the root of 64."""
+
 FASTEST_LOG_DECAY = -math.exp(-0.5)
 """Lower bound of the log decay: the decay of a channel is never below exp(-0.607) = 0.545 a token."""
 
@@ -78,7 +81,7 @@ class TimeMix(nn.Module):
         self.key = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(C, C, bias=False)
         self.output = nn.Linear(C, C, bias=False)
-        self.ln_x = HeadNorm(C)
+        self.ln_x = HeadNorm(C, HEAD_NORM_EPS)
 
     def forward(
         self, x: Tensor, state: LayerState, v_first: Tensor | None, context: SequenceContext

@@ -16,7 +16,7 @@ class LayerState(NamedTuple):
     time_mix_x: Tensor
     """Last input of the time mix, ``[B, C]``, in the dtype of the activations."""
     wkv: Tensor
-    """State of the recurrence in float32: RWKV-4 ``[B, 3, C]``, RWKV-7 ``[B, H, N, N]`` (value, key)."""
+    """State of the recurrence in float32: RWKV-4 ``[B, 3, C]``, others ``[B, H, N, N]`` (value, key)."""
     channel_mix_x: Tensor
     """Last input of the channel mix, ``[B, C]``, in the dtype of the activations."""
 

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from rwkv_train.checkpoints import TrainingState, safetensors_file, save_training_checkpoint
 from rwkv_train.checkpoints.safetensors_file import SafetensorsWriter
-from rwkv_train.config.model import LoraRanks, ModelConfig, Rwkv4Config, Rwkv7Config
+from rwkv_train.config.model import (
+    LoraRanks,
+    ModelConfig,
+    Rwkv4Config,
+    Rwkv5Config,
+    Rwkv6Config,
+    Rwkv6Ranks,
+    Rwkv7Config,
+)
 from rwkv_train.config.save import to_tree
 
 Tensors = dict[str, Tensor]
@@ -50,6 +58,43 @@ def _rwkv4_shapes(vocab_size: int, n_embd: int, n_layer: int) -> Shapes:
     }
 
 
+def _rwkv5_shapes(
+    vocab_size: int, n_embd: int, n_layer: int, head_size: int, ffn_width: int, version: str, bonus: str
+) -> Shapes:
+    """The names and shapes of RWKV-LM's x052 and of the two before it, written down apart from our models."""
+    V, C, L, N, F = vocab_size, n_embd, n_layer, head_size, ffn_width
+    of_decay = (C // N, N) if version == "5.2" else (C // N,)
+    gated = version != "5.0"
+    block: Shapes = {f"att.time_mix_{name}": (1, 1, C) for name in ("kvrg" if gated else "kvr")}
+    block |= {"att.time_decay": of_decay, f"att.{bonus}": of_decay}
+    block |= {f"att.{name}.weight": (C, C) for name in ("receptance", "key", "value", "output")}
+    block |= {"att.gate.weight": (C, C)} if gated else {}
+    block |= {"att.ln_x.weight": (C,), "att.ln_x.bias": (C,)}
+    block |= {"ffn.time_mix_k": (1, 1, C), "ffn.time_mix_r": (1, 1, C)}
+    block |= {"ffn.key.weight": (F, C), "ffn.receptance.weight": (C, C), "ffn.value.weight": (C, F)}
+    return _common_shapes(V, C, L) | {
+        f"blocks.{i}.{name}": shape for i in range(L) for name, shape in block.items()
+    }
+
+
+def _rwkv6_shapes(
+    vocab_size: int, n_embd: int, n_layer: int, head_size: int, ffn_width: int, shift: int, decay: int
+) -> Shapes:
+    """The names and shapes of RWKV-LM's x060, written down apart from our models."""
+    V, C, L, N, F = vocab_size, n_embd, n_layer, head_size, ffn_width
+    block: Shapes = {f"att.time_maa_{name}": (1, 1, C) for name in "xwkvrg"}
+    block |= {"att.time_maa_w1": (C, 5 * shift), "att.time_maa_w2": (5, shift, C)}
+    block |= {"att.time_decay": (1, 1, C), "att.time_faaaa": (C // N, N)}
+    block |= {"att.time_decay_w1": (C, decay), "att.time_decay_w2": (decay, C)}
+    block |= {f"att.{name}.weight": (C, C) for name in ("receptance", "key", "value", "output", "gate")}
+    block |= {"att.ln_x.weight": (C,), "att.ln_x.bias": (C,)}
+    block |= {"ffn.time_maa_k": (1, 1, C), "ffn.time_maa_r": (1, 1, C)}
+    block |= {"ffn.key.weight": (F, C), "ffn.receptance.weight": (C, C), "ffn.value.weight": (C, F)}
+    return _common_shapes(V, C, L) | {
+        f"blocks.{i}.{name}": shape for i in range(L) for name, shape in block.items()
+    }
+
+
 def _rwkv7_shapes(
     vocab_size: int, n_embd: int, n_layer: int, head_size: int, ranks: dict[str, int]
 ) -> Shapes:
@@ -73,6 +118,16 @@ def rwkv4_shapes() -> Callable[..., Shapes]:
 
 
 @pytest.fixture
+def rwkv5_shapes() -> Callable[..., Shapes]:
+    return _rwkv5_shapes
+
+
+@pytest.fixture
+def rwkv6_shapes() -> Callable[..., Shapes]:
+    return _rwkv6_shapes
+
+
+@pytest.fixture
 def rwkv7_shapes() -> Callable[..., Shapes]:
     return _rwkv7_shapes
 
@@ -86,8 +141,13 @@ def random_tensors() -> Callable[..., Tensors]:
     return make
 
 
+_EAGLE = {"n_layer": 2, "n_embd": 32, "head_size": 8, "ffn_width": 42, "vocab_size": 60, "ctx_len": 16}
 _CONFIGS: dict[str, ModelConfig] = {
     "rwkv4": Rwkv4Config(n_layer=2, n_embd=32, vocab_size=60, ctx_len=16),
+    "rwkv5.0": Rwkv5Config(**_EAGLE, version="5.0", bonus="time_first"),
+    "rwkv5.1": Rwkv5Config(**_EAGLE, version="5.1"),
+    "rwkv5.2": Rwkv5Config(**_EAGLE),
+    "rwkv6": Rwkv6Config(**_EAGLE, lora_ranks=Rwkv6Ranks(shift=3, decay=5)),
     "rwkv7": Rwkv7Config(
         n_layer=2,
         n_embd=32,
@@ -101,11 +161,16 @@ _CONFIGS: dict[str, ModelConfig] = {
 
 @pytest.fixture
 def shapes_of() -> Callable[[str], Shapes]:
-    """Shapes of the small model of an architecture."""
+    """Shapes of the small model of an architecture, RWKV-5 with its minor version."""
 
     def get(arch: str) -> Shapes:
         if arch == "rwkv4":
             return _rwkv4_shapes(60, 32, 2)
+        if arch.startswith("rwkv5"):
+            bonus = "time_first" if arch == "rwkv5.0" else "time_faaaa"
+            return _rwkv5_shapes(60, 32, 2, 8, 42, arch.removeprefix("rwkv"), bonus)
+        if arch == "rwkv6":
+            return _rwkv6_shapes(60, 32, 2, 8, 42, 3, 5)
         return _rwkv7_shapes(60, 32, 2, 8, {"w": 5, "a": 6, "v": 7, "g": 9})
 
     return get

@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from rwkv_train.checkpoints.infer import check_tensors, expected_shapes, fill_unused, infer_config
-from rwkv_train.config.model import LoraRanks
+from rwkv_train.config.model import LoraRanks, Rwkv6Ranks
 from rwkv_train.errors import CheckpointError
 
+VERSIONS = ["rwkv4", "rwkv5.0", "rwkv5.1", "rwkv5.2", "rwkv6", "rwkv7"]
+EACH = pytest.mark.parametrize("arch", VERSIONS)
 UNUSED = ["blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"]
 
 
@@ -55,35 +57,83 @@ def test_one_layer_with_its_unused_tensors_keeps_their_rank(rwkv7_shapes):
     assert infer_config(without_memory(shapes)).ranks.v == 7
 
 
-@pytest.mark.parametrize("arch", ["rwkv4", "rwkv7"])
-def test_a_one_layer_model_is_recognized(arch, rwkv4_shapes, rwkv7_shapes):
-    ranks = {"w": 5, "a": 6, "v": 7, "g": 9}
-    shapes = rwkv4_shapes(60, 32, 1) if arch == "rwkv4" else rwkv7_shapes(60, 32, 1, 8, ranks)
+@EACH
+def test_a_one_layer_model_is_recognized(arch, shapes_of):
+    shapes = {name: shape for name, shape in shapes_of(arch).items() if not name.startswith("blocks.1.")}
     config = infer_config(without_memory(shapes))
-    assert (config.arch, config.n_layer) == (arch, 1)
+    assert f"rwkv{config.version}" == arch
+    assert config.arch == arch.partition(".")[0]
+    assert config.n_layer == 1
+
+
+@EACH
+def test_the_order_of_tensors_does_not_matter(arch, shapes_of, config_of):
+    backwards = dict(reversed(shapes_of(arch).items()))
+    assert infer_config(without_memory(backwards), ctx_len=16) == config_of(arch)
+
+
+@pytest.mark.parametrize("version", ["5.0", "5.1"])
+@pytest.mark.parametrize("bonus", ["time_first", "time_faaaa"])
+def test_older_rwkv5_has_its_bonus_under_one_of_two_names(rwkv5_shapes, version, bonus):
+    config = infer_config(without_memory(rwkv5_shapes(60, 48, 3, 16, 192, version, bonus)))
+    assert (config.version, config.bonus, config.head_size, config.ffn_width) == (version, bonus, 16, 192)
+
+
+@pytest.mark.parametrize(("head_size", "n_head"), [(64, 1), (8, 8)])
+def test_rwkv5_sizes_come_from_the_shapes(rwkv5_shapes, head_size, n_head):
+    config = infer_config(without_memory(rwkv5_shapes(300, 64, 3, head_size, 77, "5.2", "time_faaaa")))
+    assert (config.n_layer, config.n_embd, config.vocab_size, config.ffn_width) == (3, 64, 300, 77)
+    assert (config.head_size, config.n_head, config.version) == (head_size, n_head, "5.2")
+    assert (config.ctx_len, config.head_size_divisor) == (4096, 8.0)
+
+
+def test_rwkv6_sizes_and_ranks_come_from_the_shapes(rwkv6_shapes):
+    config = infer_config(without_memory(rwkv6_shapes(300, 64, 3, 16, 77, 9, 11)))
+    assert (config.arch, config.n_layer, config.n_embd, config.vocab_size) == ("rwkv6", 3, 64, 300)
+    assert (config.head_size, config.n_head, config.ffn_width) == (16, 4, 77)
+    assert config.lora_ranks == Rwkv6Ranks(shift=9, decay=11)
+
+
+# Sizes that the abstract of arXiv 2404.05892 gives in billions of parameters, by layers, width and ranks.
+@pytest.mark.parametrize(
+    ("arch", "n_layer", "n_embd", "billions"),
+    [
+        ("rwkv5", 24, 1024, "0.46"),
+        ("rwkv5", 32, 4096, "7.5"),
+        ("rwkv6", 24, 2048, "1.6"),
+        ("rwkv6", 32, 2560, "3.1"),
+    ],
+)
+def test_the_published_rwkv5_and_6_are_recognized(
+    arch, n_layer, n_embd, billions, rwkv5_shapes, rwkv6_shapes
+):
+    sizes = (65_536, n_embd, n_layer, 64, n_embd * 7 // 2)
+    shapes = rwkv5_shapes(*sizes, "5.2", "time_faaaa") if arch == "rwkv5" else rwkv6_shapes(*sizes, 32, 64)
+    config = infer_config(without_memory(shapes))
+    assert config == type(config)(n_layer=n_layer, n_embd=n_embd)
+    n_decimals = len(billions.partition(".")[2])
+    assert f"{sum(torch.Size(shape).numel() for shape in shapes.values()) / 1e9:.{n_decimals}f}" == billions
 
 
 def test_the_context_length_can_be_given(tensors_of):
     assert infer_config(tensors_of("rwkv7"), ctx_len=512).ctx_len == 512
 
 
-@pytest.mark.parametrize("arch", ["rwkv4", "rwkv7"])
+@EACH
 def test_our_models_have_the_published_names_and_shapes(arch, shapes_of, config_of):
     assert dict(expected_shapes(config_of(arch))) == shapes_of(arch)
 
 
-@pytest.mark.parametrize("arch", ["rwkv4", "rwkv7"])
+@EACH
 def test_each_missing_tensor_is_named(arch, tensors_of):
     whole = tensors_of(arch)
     for name in whole.keys() - set(UNUSED):
         tensors = {other: tensor for other, tensor in whole.items() if other != name}
-        with pytest.raises(CheckpointError, match=r"x.pth: .*(missing|this is)") as caught:
+        with pytest.raises(CheckpointError, match=rf"x.pth: .*'{name}' is missing"):
             infer_config(tensors, source="x.pth")
-        # Without the tensor that tells a version from others, it is no version that is known.
-        assert f"'{name}' is missing" in str(caught.value) or name.endswith(("att.time_first", "att.r_k"))
 
 
-@pytest.mark.parametrize("arch", ["rwkv4", "rwkv7"])
+@EACH
 def test_each_misshaped_tensor_is_named_with_what_was_found_or_makes_others_wrong(arch, tensors_of):
     whole = tensors_of(arch)
     for name, tensor in whole.items():
@@ -133,9 +183,9 @@ def test_heads_that_do_not_fill_the_width_are_refused(tensors_of):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("blocks.0.att.time_maa_x", "this is RWKV-6"),
-        ("blocks.0.att.gate.weight", "this is RWKV-5.1 or 5.2"),
-        ("blocks.0.att.ln_x.weight", "this is RWKV-5.0"),
+        ("blocks.0.rosa.q.weight", r"this is RWKV-8 \(ROSA\)"),
+        ("blocks.0.ffn.enn.weight", r"this is RWKV-8 \(DeepEmbed\)"),
+        ("rwkv.blocks.0.attention.key.weight", "this is a Hugging Face RWKV model"),
         ("layers.0.self_attn.q_proj.weight", "this is a Transformer"),
         ("transformer.h.0.attn.c_attn.weight", "this is a Transformer"),
         ("backbone.layers.0.mixer.A_log", "this is a Mamba model"),
@@ -143,7 +193,7 @@ def test_heads_that_do_not_fill_the_width_are_refused(tensors_of):
     ],
 )
 def test_another_architecture_is_refused_by_its_name(name, sentence):
-    with pytest.raises(CheckpointError, match=rf"x\.pth: {sentence}.*RWKV-4 and RWKV-7 are"):
+    with pytest.raises(CheckpointError, match=rf"x\.pth: {sentence}.*RWKV-4, 5, 6 and 7 are supported"):
         infer_config({name: torch.zeros(2)}, source="x.pth")
 
 
@@ -156,9 +206,20 @@ def test_a_later_rwkv7_is_refused_by_its_name(tensors_of, extra, sentence):
         infer_config({**tensors_of("rwkv7"), extra: torch.zeros(2)})
 
 
-def test_rwkv5_with_the_names_of_rwkv4_is_refused_by_its_name(tensors_of):
-    with pytest.raises(CheckpointError, match=r"this is RWKV-5.0"):
-        infer_config({**tensors_of("rwkv4"), "blocks.0.att.ln_x.weight": torch.zeros(32)})
+@EACH
+def test_a_tensor_of_another_version_is_extra_or_makes_others_missing(arch, tensors_of):
+    for name in ("att.time_first", "att.ln_x.weight", "att.gate.weight", "att.time_maa_x", "att.r_k"):
+        tensors = tensors_of(arch)
+        if f"blocks.0.{name}" not in tensors:
+            with pytest.raises(CheckpointError, match=r"is extra|is missing"):
+                infer_config({**tensors, f"blocks.0.{name}": torch.zeros(4, 8)})
+
+
+def test_decays_of_heads_that_do_not_divide_the_width_are_refused(tensors_of):
+    with pytest.raises(
+        CheckpointError, match=r"time_decay' has shape \[5\]; n_embd \(32\) must be a multiple"
+    ):
+        infer_config({**tensors_of("rwkv5.1"), "blocks.0.att.time_decay": torch.zeros(5)})
 
 
 def test_no_tensors_are_refused():

@@ -6,7 +6,7 @@ import torch
 
 from rwkv_train.checkpoints import ParameterState, Weights, save_training_checkpoint, write_safetensors
 from rwkv_train.commands import main
-from rwkv_train.config.model import LoraRanks, Rwkv4Config, Rwkv7Config
+from rwkv_train.config.model import LoraRanks, Rwkv4Config, Rwkv5Config, Rwkv6Config, Rwkv6Ranks, Rwkv7Config
 from rwkv_train.config.save import to_tree
 from rwkv_train.models.registry import build_model, initialize
 from rwkv_train.tokenizers import TokenizerIdentity
@@ -66,6 +66,7 @@ def test_a_training_checkpoint_is_described_to_a_machine(tmp_path, command):
         "path": str(tmp_path / "checkpoints" / "step-00000500"),
         "format": "training checkpoint",
         "arch": "rwkv7",
+        "version": "7",
         "n_layer": 2,
         "n_embd": C,
         "n_head": H,
@@ -90,7 +91,7 @@ def test_an_official_file_is_described_to_a_person(tmp_path, command):
     assert rows(out) == {
         "path": str(tmp_path / "x.pth"),
         "format": "official .pth",
-        "version": "rwkv4",
+        "version": "RWKV-4",
         "layers": "3",
         "width": "16",
         "FFN width": "64",
@@ -114,6 +115,30 @@ def test_a_safetensors_folder_shows_tokenizer_step_and_ranks(tmp_path, command):
         "step": "7,000",
         "training ctx_len": "32",
     }
+    assert rows(out).items() >= expected.items()
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        pytest.param(
+            Rwkv5Config(n_layer=1, n_embd=32, head_size=8, vocab_size=20),
+            {"version": "RWKV-5.2", "heads": "4", "head size": "8", "FFN width": "96"},
+            id="rwkv5.2",
+        ),
+        pytest.param(
+            Rwkv6Config(
+                n_layer=1, n_embd=32, head_size=8, vocab_size=20, lora_ranks=Rwkv6Ranks(shift=3, decay=5)
+            ),
+            {"version": "RWKV-6", "heads": "4", "LoRA ranks": "shift 3, decay 5", "FFN width": "96"},
+            id="rwkv6",
+        ),
+    ],
+)
+def test_rwkv5_and_6_are_described(tmp_path, command, config, expected):
+    torch.save(weights_of(config), tmp_path / "x.pth")
+    code, out, _ = command(tmp_path / "x.pth")
+    assert code == 0
     assert rows(out).items() >= expected.items()
 
 

@@ -2,6 +2,7 @@ import pytest
 import yaml
 
 from rwkv_train.config.load import check_tree, fill_sizes, list_presets, load_train_config, read_tree
+from rwkv_train.config.model import Rwkv6Ranks
 from rwkv_train.config.save import to_tree, to_yaml
 from rwkv_train.errors import ConfigError
 
@@ -53,6 +54,13 @@ def test_an_arch_on_the_command_line_drops_what_only_that_of_the_file_has():
     assert load_train_config("rwkv4-169m", ["model.arch=rwkv7"]).model.head_size == 64
 
 
+def test_an_arch_on_the_command_line_drops_what_has_another_form_in_it():
+    model = load_train_config("quickstart", ["model.arch=rwkv6"]).model
+    assert (model.head_size, model.lora_ranks) == (64, Rwkv6Ranks(shift=32, decay=64))
+    given = ["model.arch=rwkv6", "model.lora_ranks={shift: 3, decay: 4}"]
+    assert load_train_config("quickstart", given).model.lora_ranks == Rwkv6Ranks(shift=3, decay=4)
+
+
 def test_accumulation_is_derived(file):
     config = load_train_config(
         file, ["trainer.global_batch_size=48", "trainer.micro_batch_size=4", "trainer.devices=3"]
@@ -72,7 +80,7 @@ def test_accumulation_is_derived(file):
         ("model.n_layer=1000000000", "model.n_layer is 1000000000 but should be less than or equal to 1000"),
         ("trainer.devices=true", "trainer.devices is True but should be a valid integer"),
         ("model.n_embd=100", "model: n_embd (100) must be a multiple of head_size (64)"),
-        ("model.arch=rwkv9", "model.arch: there is no 'rwkv9'; use 'rwkv4' or 'rwkv7'"),
+        ("model.arch=rwkv9", "model.arch: there is no 'rwkv9'; use 'rwkv4', 'rwkv5', 'rwkv6' or 'rwkv7'"),
         ("model.lora_ranks=best", "model.lora_ranks is 'best' but should be 'original' or 'revised'"),
         ("model.lora_ranks={q: 1}", "model.lora_ranks.q: no such setting; there are w, a, v, g"),
         ("trainer.global_batch_size=33", "global_batch_size (33) must be a multiple of 8"),
@@ -84,7 +92,7 @@ def test_accumulation_is_derived(file):
             "trainer.max_steps=99999999999999999999",
             "trainer.max_steps is 99999999999999999999 but should be less",
         ),
-        ("model.arch=null", "model.arch: it must be set, to 'rwkv4' or 'rwkv7'"),
+        ("model.arch=null", "model.arch: it must be set, to 'rwkv4', 'rwkv5', 'rwkv6' or 'rwkv7'"),
         ("model.embedding_scale=1", "model.embedding_scale: no such setting; only rwkv4 has it"),
         ("optim.seed=1", "optim.seed: no such setting; did you mean 'trainer.seed'?"),
         ("model=null", "model is nothing but must be a section of settings"),
@@ -163,6 +171,13 @@ def test_sizes_of_weights_fill_what_the_file_leaves_out():
     filled = fill_sizes(tree, {"arch": "rwkv4", "n_layer": 3, "ctx_len": 1024})
 
     assert filled["model"] == {"init_from": "x.pth", "ctx_len": 64, "arch": "rwkv4", "n_layer": 3}
+
+
+def test_what_no_published_file_tells_may_differ_from_the_weights():
+    tree = {"model": {"init_from": "x.pth", "head_size_divisor": 4.0}}
+    assert fill_sizes(tree, {"head_size_divisor": 8.0})["model"]["head_size_divisor"] == 4.0
+    silent = fill_sizes({"model": {"init_from": "x.pth"}}, {"head_size_divisor": 2.0})
+    assert silent["model"]["head_size_divisor"] == 2.0
 
 
 def test_a_size_that_differs_from_the_weights_is_refused():

@@ -1,8 +1,8 @@
 import pytest
 from pydantic import ValidationError
 
-from rwkv_train.config.load import check_model
-from rwkv_train.config.model import Rwkv4Config, Rwkv7Config, lora_ranks_by_rule
+from rwkv_train.config.load import check_model, check_tree
+from rwkv_train.config.model import Rwkv4Config, Rwkv5Config, Rwkv6Config, Rwkv7Config, lora_ranks_by_rule
 from rwkv_train.errors import ConfigError
 
 # The table of published ranks (w, a, v, g) by width, as the two trainers print them.
@@ -35,11 +35,70 @@ def test_a_rule_and_explicit_ranks_both_give_ranks():
     assert by_rule.ranks == explicit.ranks
 
 
-def test_dropout_is_a_setting_of_rwkv4_alone():
-    section = {"arch": "rwkv4", "n_layer": 1, "n_embd": 64, "dropout": 0.1}
+@pytest.mark.parametrize("arch", ["rwkv4", "rwkv5", "rwkv6"])
+def test_dropout_is_a_setting_of_the_older_versions(arch):
+    section = {"arch": arch, "n_layer": 1, "n_embd": 64, "dropout": 0.1}
     assert check_model(section).dropout == 0.1
-    with pytest.raises(ConfigError, match=r"model\.dropout: no such setting; only rwkv4 has it"):
+    sentence = r"model\.dropout: no such setting; only rwkv4, rwkv5 and rwkv6 have it"
+    with pytest.raises(ConfigError, match=sentence):
         check_model(section | {"arch": "rwkv7"})
+
+
+# floor(3.5 C / 32) * 32, the published formula, by hand.
+@pytest.mark.parametrize("kind", [Rwkv5Config, Rwkv6Config])
+@pytest.mark.parametrize(("n_embd", "ffn_width"), [(2048, 7168), (4096, 14336), (24, 64), (72, 224), (8, 32)])
+def test_the_ffn_width_is_the_published_one_unless_it_is_set(kind, n_embd, ffn_width):
+    sizes = {"n_layer": 1, "n_embd": n_embd, "head_size": 8}
+    assert kind(**sizes).ffn_width == ffn_width
+    assert kind(**sizes, ffn_width=100).ffn_width == 100
+
+
+def test_a_wrong_width_is_the_only_problem_that_is_told():
+    with pytest.raises(ConfigError) as caught:
+        check_model({"arch": "rwkv6", "n_layer": 1, "n_embd": 0})
+    assert str(caught.value) == "model.n_embd is 0 but should be greater than 0"
+
+
+@pytest.mark.parametrize("arch", ["rwkv5", "rwkv6", "rwkv7"])
+def test_heads_fill_the_width(arch):
+    with pytest.raises(ConfigError, match=r"n_embd \(100\) must be a multiple of head_size \(64\)"):
+        check_model({"arch": arch, "n_layer": 1, "n_embd": 100})
+
+
+def test_rwkv5_2_has_its_bonus_under_one_name():
+    with pytest.raises(ConfigError, match=r"bonus is 'time_first', but version '5\.2' has 'time_faaaa'"):
+        check_model({"arch": "rwkv5", "n_layer": 1, "n_embd": 64, "bonus": "time_first"})
+
+
+@pytest.mark.parametrize("version", ["5.0", "5.1"])
+def test_older_rwkv5_is_trained_from_weights_alone(version):
+    model = {"arch": "rwkv5", "n_layer": 1, "n_embd": 64, "version": version}
+    tree = {"model": model, "trainer": {"max_steps": 1, "out_dir": "run"}}
+    sentence = (
+        rf"model\.version is '{version}', but initial values are published for '5\.2'.*model\.init_from"
+    )
+    with pytest.raises(ConfigError, match=sentence):
+        check_tree(tree)
+    assert check_tree({**tree, "model": {**model, "init_from": "x.pth"}}).model.version == version
+
+
+def test_every_version_tells_the_same_facts():
+    sizes = {"n_layer": 1, "n_embd": 128}
+    facts = {
+        config.version: (config.n_head, config.head_size, config.ffn_width, config.low_ranks)
+        for config in (
+            Rwkv4Config(**sizes),
+            Rwkv5Config(**sizes),
+            Rwkv6Config(**sizes),
+            Rwkv7Config(**sizes, lora_ranks="original"),
+        )
+    }
+    assert facts == {
+        "4": (None, None, 512, {}),
+        "5.2": (2, 64, 448, {}),
+        "6": (2, 64, 448, {"shift": 32, "decay": 64}),
+        "7": (2, 64, 512, {"w": 32, "a": 32, "v": 32, "g": 32}),
+    }
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0])

@@ -3,17 +3,31 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rwkv_train.config.model import ModelConfig, Rwkv4Config, Rwkv7Config
+from rwkv_train.config.model import (
+    ModelConfig,
+    Rwkv4Config,
+    Rwkv5Config,
+    Rwkv6Config,
+    Rwkv6Ranks,
+    Rwkv7Config,
+)
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.models.registry import build_model, initialize
 
+CONFIGS: dict[str, ModelConfig] = {
+    "rwkv4": Rwkv4Config(n_layer=2, n_embd=32, vocab_size=50),
+    "rwkv5": Rwkv5Config(n_layer=2, n_embd=32, head_size=8, vocab_size=50),
+    "rwkv6": Rwkv6Config(
+        n_layer=2, n_embd=32, head_size=8, vocab_size=50, lora_ranks=Rwkv6Ranks(shift=4, decay=6)
+    ),
+    "rwkv7": Rwkv7Config(n_layer=2, n_embd=32, head_size=8, vocab_size=50),
+}
 
-@pytest.fixture(params=["rwkv4", "rwkv7"])
+
+@pytest.fixture(params=CONFIGS)
 def config(request) -> ModelConfig:
     """A tiny model of each version."""
-    if request.param == "rwkv4":
-        return Rwkv4Config(n_layer=2, n_embd=32, vocab_size=50)
-    return Rwkv7Config(n_layer=2, n_embd=32, head_size=8, vocab_size=50)
+    return CONFIGS[request.param]
 
 
 @pytest.fixture

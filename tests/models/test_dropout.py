@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
-from rwkv_train.config.model import Rwkv4Config
+from rwkv_train.config.model import Rwkv4Config, Rwkv5Config, Rwkv6Config
 from rwkv_train.models.registry import build_model, initialize
 
 P = 0.3
-CONFIG = Rwkv4Config(n_layer=2, n_embd=128, vocab_size=50)
+SIZES = {"n_layer": 2, "n_embd": 128, "vocab_size": 50}
+CONFIG = Rwkv4Config(**SIZES)
 DROPPING = CONFIG.model_copy(update={"dropout": P})
+EACH = pytest.mark.parametrize("kind", [Rwkv4Config, Rwkv5Config, Rwkv6Config])
 TOKENS = torch.randint(0, 50, (4, 64), generator=torch.Generator().manual_seed(0))
 
 
@@ -40,15 +42,17 @@ def assert_dropped(after, before, n_times):
     torch.testing.assert_close(after, torch.where(after != 0, before / kept, 0))
 
 
-def test_embeddings_are_dropped_before_the_first_norm():
+@EACH
+def test_embeddings_are_dropped_before_the_first_norm(kind):
     torch.manual_seed(0)
-    model = model_of(DROPPING)
+    model = model_of(kind(**SIZES, dropout=P))
     assert_dropped(seen_by(model, "blocks.0.ln0"), model.emb(TOKENS).detach(), 1)
 
 
-def test_the_stream_is_dropped_after_each_mix_of_each_block():
+@EACH
+def test_the_stream_is_dropped_after_each_mix_of_each_block(kind):
     torch.manual_seed(0)
-    model = model_of(DROPPING)
+    model = model_of(kind(**SIZES, dropout=P))
     stream = []
     model.blocks[0].ln0.register_forward_hook(lambda module, inputs, output: stream.append(output.detach()))
     assert_dropped(seen_by(model, "blocks.0.ln2"), stream[-1], 1)

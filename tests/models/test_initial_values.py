@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_train.config.model import LoraRanks, Rwkv4Config, Rwkv7Config
+from rwkv_train.config.model import LoraRanks, Rwkv4Config, Rwkv5Config, Rwkv6Config, Rwkv6Ranks, Rwkv7Config
 from rwkv_train.models.registry import build_model, initialize
 
 C, N = 48, 8
@@ -29,6 +29,23 @@ def rwkv7(n_layer, initialization="revised", vocab_size=100):
 
 def rwkv4(n_layer, vocab_size=100):
     return Rwkv4Config(n_layer=n_layer, n_embd=C, vocab_size=vocab_size, embedding_scale=3e-4)
+
+
+def rwkv5(n_layer, vocab_size=100):
+    return Rwkv5Config(n_layer=n_layer, n_embd=C, head_size=N, vocab_size=vocab_size)
+
+
+def rwkv6(n_layer, vocab_size=100):
+    return Rwkv6Config(
+        n_layer=n_layer,
+        n_embd=C,
+        head_size=N,
+        vocab_size=vocab_size,
+        lora_ranks=Rwkv6Ranks(shift=6, decay=7),
+    )
+
+
+ALL = pytest.mark.parametrize("make", [rwkv4, rwkv5, rwkv6, rwkv7])
 
 
 def initial(config, dtype=torch.float32, seed=0):
@@ -95,6 +112,45 @@ def rwkv4_vectors(layer, n_layer):
     }
 
 
+def rwkv5_and_6_vectors(layer, n_layer):
+    r01, _ = ratios(layer, n_layer)
+    n = np.arange(C)
+    return {
+        "att.time_decay": -6 + 5 * (n / (C - 1)) ** (0.7 + 1.3 * r01),
+        "att.time_faaaa": r01 * (1 - n / (C - 1)) + np.array([0.0, 0.1, -0.1] * C)[:C],
+        "att.ln_x.weight": np.full(C, ((1 + layer) / n_layer) ** 0.7),
+        "att.ln_x.bias": np.zeros(C),
+    }
+
+
+def rwkv5_vectors(layer, n_layer):
+    r01, r10 = ratios(layer, n_layer)
+    d = np.arange(C) / C
+    return rwkv5_and_6_vectors(layer, n_layer) | {
+        "att.time_mix_k": d**r10,
+        "att.time_mix_v": d**r10 + 0.3 * r01,
+        "att.time_mix_r": d ** (0.5 * r10),
+        "att.time_mix_g": d ** (0.5 * r10),
+        "ffn.time_mix_k": d**r10,
+        "ffn.time_mix_r": d**r10,
+    }
+
+
+def rwkv6_vectors(layer, n_layer):
+    r01, r10 = ratios(layer, n_layer)
+    d = np.arange(C) / C
+    return rwkv5_and_6_vectors(layer, n_layer) | {
+        "att.time_maa_x": 1 - d**r10,
+        "att.time_maa_w": 1 - d**r10,
+        "att.time_maa_k": 1 - d**r10,
+        "att.time_maa_v": 1 - (d**r10 + 0.3 * r01),
+        "att.time_maa_r": 1 - d ** (0.5 * r10),
+        "att.time_maa_g": 1 - d ** (0.5 * r10),
+        "ffn.time_maa_k": 1 - d ** (r10**3),
+        "ffn.time_maa_r": 1 - d ** (r10**3),
+    }
+
+
 def assert_vectors(values, layer, expected, dtype):
     for name, vector in expected.items():
         value = values[f"blocks.{layer}.{name}"]
@@ -131,6 +187,17 @@ def test_rwkv4_vectors_have_the_published_values(n_layer, dtype):
 
 @DTYPES
 @DEPTHS
+@pytest.mark.parametrize(
+    ("make", "vectors"), [(rwkv5, rwkv5_vectors), (rwkv6, rwkv6_vectors)], ids=["rwkv5", "rwkv6"]
+)
+def test_rwkv5_and_6_vectors_have_the_published_values(make, vectors, n_layer, dtype):
+    values = initial(make(n_layer), dtype)
+    for layer in range(n_layer):
+        assert_vectors(values, layer, vectors(layer, n_layer), dtype)
+
+
+@DTYPES
+@DEPTHS
 @pytest.mark.parametrize("initialization", ["revised", "original"])
 def test_rwkv7_matrices_are_orthogonal_or_zero(n_layer, dtype, initialization):
     values = initial(rwkv7(n_layer, initialization), dtype)
@@ -160,14 +227,40 @@ def test_rwkv4_matrices_are_orthogonal_or_zero(n_layer, dtype):
 
 
 @DTYPES
+@DEPTHS
+@pytest.mark.parametrize("make", [rwkv5, rwkv6])
+def test_rwkv5_and_6_matrices_are_orthogonal_or_zero(make, n_layer, dtype):
+    values = initial(make(n_layer), dtype)
+    for layer in range(n_layer):
+        att, ffn = f"blocks.{layer}.att", f"blocks.{layer}.ffn"
+        for name, gain in (("receptance", 1), ("value", 1), ("key", 0.1), ("gate", 0.1)):
+            assert_orthogonal(values[f"{att}.{name}.weight"], gain)
+        assert_orthogonal(values[f"{ffn}.key.weight"], 1)
+        for name in (f"{att}.output", f"{ffn}.value", f"{ffn}.receptance"):
+            assert not values[f"{name}.weight"].any(), name
+
+
+@DTYPES
+@DEPTHS
+def test_nothing_in_rwkv6_depends_on_the_text_at_first(n_layer, dtype):
+    values = initial(rwkv6(n_layer), dtype)
+    for layer in range(n_layer):
+        for pair in ("time_maa", "time_decay"):
+            first, second = (values[f"blocks.{layer}.att.{pair}_w{i}"].double() for i in (1, 2))
+            assert not first.any()
+            assert 0.0095 < second.abs().max() <= 0.01004  # bfloat16 rounds the bound itself up
+            assert abs(second.mean()) < 0.0013  # 336 values: 4 standard errors of 0.01 / sqrt(3 * 336)
+
+
+@DTYPES
 @pytest.mark.parametrize(("vocab_size", "gain"), [(4 * C, 1.0), (C, 0.5), (C // 2, 0.5)])
-@pytest.mark.parametrize("make", [rwkv4, rwkv7])
+@ALL
 def test_the_head_is_orthogonal_with_a_gain_that_grows_with_the_vocabulary(make, vocab_size, gain, dtype):
     assert_orthogonal(initial(make(2, vocab_size=vocab_size), dtype)["head.weight"], gain)
 
 
 @DTYPES
-@pytest.mark.parametrize(("make", "bound"), [(rwkv4, 3e-4), (rwkv7, 1e-4)])
+@pytest.mark.parametrize(("make", "bound"), [(rwkv4, 3e-4), (rwkv5, 1e-4), (rwkv6, 1e-4), (rwkv7, 1e-4)])
 def test_embeddings_are_uniform_within_the_published_bound(make, bound, dtype):
     embedding = initial(make(2), dtype)["emb.weight"].double() / bound
     assert 0.99 < embedding.abs().max() <= 1.004  # bfloat16 rounds the bound itself up
@@ -175,7 +268,7 @@ def test_embeddings_are_uniform_within_the_published_bound(make, bound, dtype):
     assert abs(embedding.std() - 3**-0.5) < 0.02
 
 
-@pytest.mark.parametrize("make", [rwkv4, rwkv7])
+@ALL
 def test_norms_start_as_the_plain_normalization(make):
     norms = {
         name: value for name, value in initial(make(2)).items() if ".ln" in f".{name}" and "ln_x" not in name
@@ -185,14 +278,14 @@ def test_norms_start_as_the_plain_normalization(make):
         assert (value == (1 if name.endswith("weight") else 0)).all(), name
 
 
-@pytest.mark.parametrize("make", [rwkv4, rwkv7])
+@ALL
 def test_a_seed_means_the_same_model_in_every_precision(make):
     exact, rounded = initial(make(2)), initial(make(2), torch.bfloat16)
     for name, value in exact.items():
         assert torch.equal(value.bfloat16(), rounded[name]), name
 
 
-@pytest.mark.parametrize("make", [rwkv4, rwkv7])
+@ALL
 def test_the_seed_alone_decides(make):
     first = initial(make(2), seed=5)
     torch.rand(3)
@@ -202,7 +295,7 @@ def test_the_seed_alone_decides(make):
     assert not torch.equal(first["emb.weight"], other["emb.weight"])
 
 
-@pytest.mark.parametrize("make", [rwkv4, rwkv7])
+@ALL
 def test_building_and_initializing_leave_the_global_random_numbers_alone(make):
     before = torch.get_rng_state()
     initial(make(1))
@@ -210,6 +303,7 @@ def test_building_and_initializing_leave_the_global_random_numbers_alone(make):
 
 
 @pytest.mark.parametrize("n_embd", [1, 3])
-def test_heads_of_one_channel_start_finite(n_embd):
-    config = Rwkv7Config(n_layer=1, n_embd=n_embd, head_size=1, vocab_size=5)
+@pytest.mark.parametrize("kind", [Rwkv5Config, Rwkv6Config, Rwkv7Config])
+def test_heads_of_one_channel_start_finite(kind, n_embd):
+    config = kind(n_layer=1, n_embd=n_embd, head_size=1, vocab_size=5)
     assert all(value.isfinite().all() for value in initial(config).values())

@@ -33,7 +33,7 @@ def test_the_last_token_does_not_keep_the_others_in_memory():
 def test_head_norm_is_group_norm_with_a_group_for_each_head():
     generator = torch.Generator().manual_seed(0)
     published = nn.GroupNorm(4, 24, eps=64e-5)
-    norm = HeadNorm(24)
+    norm = HeadNorm(24, 64e-5)
     with torch.no_grad():
         for name, parameter in published.named_parameters():
             parameter.copy_(torch.randn(24, generator=generator))

@@ -3,8 +3,8 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rwkv_train.config.model import Rwkv7Config
-from rwkv_train.models import rwkv7
+from rwkv_train.config.model import Rwkv5Config, Rwkv6Config, Rwkv7Config
+from rwkv_train.models import rwkv5, rwkv6, rwkv7
 from rwkv_train.models.registry import unused_parameters
 
 # bfloat16 keeps 8 bits; through two layers the logits (standard deviation about 0.6) lose a little more.
@@ -193,6 +193,50 @@ def test_the_log_decay_of_rwkv7_reaches_the_operator_unrounded(perturbed_model, 
         assert w.dtype == torch.float32
         assert not torch.equal(w, w.bfloat16().float())
         assert {tensor.dtype for tensor in layer.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16-weights"])
+@pytest.mark.parametrize(
+    ("module", "op", "kind"),
+    [(rwkv5, "wkv5", Rwkv5Config), (rwkv6, "wkv6", Rwkv6Config)],
+    ids=["rwkv5", "rwkv6"],
+)
+def test_the_log_decay_of_rwkv5_and_6_reaches_the_operator_unrounded(
+    perturbed_model, tokens, monkeypatch, module, op, kind, autocast
+):
+    seen = []
+    operator = getattr(module, op)
+
+    def watch(r, w, k, v, *rest, **options):
+        seen.append((r, w, k, v))
+        return operator(r, w, k, v, *rest, **options)
+
+    monkeypatch.setattr(module, op, watch)
+    model = perturbed_model(kind(n_layer=2, n_embd=32, head_size=8, vocab_size=50))
+    if not autocast:
+        model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(tokens)
+
+    assert len(seen) == 2
+    for r, w, k, v in seen:
+        assert w.dtype == torch.float32
+        assert (w < 0).all()
+        assert not torch.equal(w, w.bfloat16().float())
+        assert {tensor.dtype for tensor in (r, k, v)} == {torch.bfloat16}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Rwkv5Config, Rwkv6Config])
+def test_dividing_the_heads_before_their_norm_is_a_larger_epsilon(perturbed_model, tokens, kind):
+    sizes = {"n_layer": 1, "n_embd": 32, "head_size": 8, "vocab_size": 50}
+    logits = []
+    for divisor, factor in ((8.0, 1.0), (2.0, 0.25), (2.0, 1.0)):
+        model = perturbed_model(kind(**sizes, head_size_divisor=divisor))
+        model.blocks[0].att.value.weight.mul_(factor)  # the recurrence is linear in the values
+        logits.append(model(tokens).logits)
+    torch.testing.assert_close(logits[0], logits[1])
+    assert not torch.allclose(logits[0], logits[2])
 
 
 @torch.no_grad()

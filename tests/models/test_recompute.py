@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from rwkv_train.config.model import Rwkv4Config, Rwkv7Config
+from rwkv_train.config.model import Rwkv4Config, Rwkv5Config, Rwkv6Config, Rwkv7Config
 
 CONFIGS = {
     "rwkv4": Rwkv4Config(n_layer=3, n_embd=32, vocab_size=50),
     "rwkv4 with dropout": Rwkv4Config(n_layer=3, n_embd=32, vocab_size=50, dropout=0.2),
+    "rwkv5": Rwkv5Config(n_layer=3, n_embd=32, head_size=8, vocab_size=50),
+    "rwkv6 with dropout": Rwkv6Config(n_layer=3, n_embd=32, head_size=8, vocab_size=50, dropout=0.2),
     "rwkv7": Rwkv7Config(n_layer=3, n_embd=32, head_size=8, vocab_size=50),
 }
 

@@ -19,6 +19,7 @@ VECTORS = {
     "r_k": (0.0, 0.3),
     "time_decay": (-1.0, 2.0),
     "time_first": (0.0, 1.0),
+    "time_faaaa": (0.0, 1.0),
     "bias": (0.0, 0.2),
 }
 
@@ -32,12 +33,14 @@ def fill(model: LanguageModel, seed: int) -> None:
         if last in VECTORS:
             mean, deviation = VECTORS[last]
             value = mean + deviation * noise
-        elif last.startswith(("x_", "time_mix_")):
+        elif (
+            last[-1] in "12"
+        ):  # low-rank pairs, [in, rank] and [rank, out]; RWKV-6 has five of the latter in one
+            value = noise / math.sqrt(parameter.shape[-2])
+        elif last.startswith(("x_", "time_mix_", "time_maa_")):
             value = torch.rand(parameter.shape, generator=generator)
         elif parameter.ndim == 1:  # the weights of norms
             value = 1 + 0.2 * noise
-        elif last[-1] in "12":  # low-rank pairs, [in, rank] and [rank, out]
-            value = noise / math.sqrt(parameter.shape[0])
         else:
             value = noise / math.sqrt(parameter.shape[-1])
         parameter.copy_(value)

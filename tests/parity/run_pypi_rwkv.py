@@ -1,7 +1,7 @@
 """Run the PyPI package ``rwkv`` on saved models and write its logits; a program of its own.
 
 The package chooses its classes by environment variables when it is imported, so each version needs its own
-process. Usage: ``python run_pypi_rwkv.py MODE_ENV FOLDER...`` with ``model.pth`` and ``tokens.pt`` in each
+process. Usage: ``python run_pypi_rwkv.py MODE_ENV SPLIT FOLDER...`` with ``model.pth`` and ``tokens.pt`` in each
 folder; writes ``logits.pt`` there: the logits of every position, read in three ways.
 """
 
@@ -25,14 +25,14 @@ def read(model: RWKV, tokens: list[int], lengths: list[int]) -> torch.Tensor:
     return torch.cat(rows)
 
 
-for folder in map(Path, sys.argv[2:]):
+for folder in map(Path, sys.argv[3:]):
     model = RWKV(model=str(folder / "model"), strategy="cpu fp32")
     tokens = torch.load(folder / "tokens.pt").tolist()
     torch.save(
         {
             "parallel": read(model, tokens, []),
             "recurrent": read(model, tokens, list(range(1, len(tokens)))),
-            "split": read(model, tokens, [1, len(tokens) // 2]),
+            "split": read(model, tokens, [1, int(sys.argv[2])]),
         },
         folder / "logits.pt",
     )

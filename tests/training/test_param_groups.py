@@ -2,7 +2,7 @@
 
 import pytest
 
-from rwkv_train.config.model import LoraRanks, Rwkv4Config, Rwkv7Config
+from rwkv_train.config.model import LoraRanks, Rwkv4Config, Rwkv5Config, Rwkv6Config, Rwkv7Config
 from rwkv_train.config.optim import OptimConfig
 from rwkv_train.models.registry import build_model
 from rwkv_train.training.param_groups import parameter_groups
@@ -10,6 +10,8 @@ from rwkv_train.training.param_groups import parameter_groups
 OPTIM = OptimConfig(lr=1e-3, lr_final=1e-4, weight_decay=0.1)
 RANKS = LoraRanks(w=8, a=8, v=8, g=8)
 V7 = Rwkv7Config(n_layer=2, n_embd=64, head_size=32, vocab_size=50, lora_ranks=RANKS)
+V6 = Rwkv6Config(n_layer=2, n_embd=64, head_size=32, vocab_size=50)
+V5 = Rwkv5Config(n_layer=2, n_embd=64, head_size=32, vocab_size=50)
 V4 = Rwkv4Config(n_layer=2, n_embd=64, vocab_size=50)
 
 PLAIN, MATRIX = (1.0, False), (1.0, True)  # factor of the learning rate, whether it decays
@@ -72,6 +74,44 @@ V4_BLOCK = NORMS | {
     "ffn.receptance.weight": MATRIX,
     "ffn.value.weight": MATRIX,
 }
+# RWKV-LM, RWKV-v5: time_decay at twice the rate; matrices named ".weight" decay; nothing else does.
+V5_AND_6_BLOCK = NORMS | {
+    "att.time_decay": (2.0, False),
+    "att.time_faaaa": PLAIN,
+    "att.receptance.weight": MATRIX,
+    "att.key.weight": MATRIX,
+    "att.value.weight": MATRIX,
+    "att.gate.weight": MATRIX,
+    "att.output.weight": MATRIX,
+    "att.ln_x.weight": PLAIN,
+    "att.ln_x.bias": PLAIN,
+    "ffn.key.weight": MATRIX,
+    "ffn.receptance.weight": MATRIX,
+    "ffn.value.weight": MATRIX,
+}
+V5_BLOCK = V5_AND_6_BLOCK | {
+    "att.time_mix_k": PLAIN,
+    "att.time_mix_v": PLAIN,
+    "att.time_mix_r": PLAIN,
+    "att.time_mix_g": PLAIN,
+    "ffn.time_mix_k": PLAIN,
+    "ffn.time_mix_r": PLAIN,
+}
+V6_BLOCK = V5_AND_6_BLOCK | {
+    "att.time_maa_x": PLAIN,
+    "att.time_maa_w": PLAIN,
+    "att.time_maa_k": PLAIN,
+    "att.time_maa_v": PLAIN,
+    "att.time_maa_r": PLAIN,
+    "att.time_maa_g": PLAIN,
+    "att.time_maa_w1": PLAIN,
+    "att.time_maa_w2": PLAIN,
+    "att.time_decay_w1": PLAIN,
+    "att.time_decay_w2": PLAIN,
+    "ffn.time_maa_k": PLAIN,
+    "ffn.time_maa_r": PLAIN,
+}
+ALL = pytest.mark.parametrize("config", [V4, V5, V6, V7], ids=["rwkv4", "rwkv5", "rwkv6", "rwkv7"])
 
 
 def of_model(block, unused=frozenset()):
@@ -81,8 +121,13 @@ def of_model(block, unused=frozenset()):
 
 @pytest.mark.parametrize(
     ("config", "published"),
-    [(V4, of_model(V4_BLOCK)), (V7, of_model(V7_BLOCK, V7_UNUSED))],
-    ids=["rwkv4", "rwkv7"],
+    [
+        (V4, of_model(V4_BLOCK)),
+        (V5, of_model(V5_BLOCK)),
+        (V6, of_model(V6_BLOCK)),
+        (V7, of_model(V7_BLOCK, V7_UNUSED)),
+    ],
+    ids=["rwkv4", "rwkv5", "rwkv6", "rwkv7"],
 )
 def test_every_trained_parameter_learns_and_decays_as_published(config, published):
     groups = parameter_groups(build_model(config), config.arch, OPTIM)
@@ -91,7 +136,7 @@ def test_every_trained_parameter_learns_and_decays_as_published(config, publishe
     assert dict(pairs) == published
 
 
-@pytest.mark.parametrize("config", [V4, V7], ids=["rwkv4", "rwkv7"])
+@ALL
 def test_a_group_starts_with_the_rates_of_its_kind(config):
     groups = parameter_groups(build_model(config), config.arch, OPTIM)
     for group in groups:
@@ -99,7 +144,7 @@ def test_a_group_starts_with_the_rates_of_its_kind(config):
         assert group["weight_decay"] == (0.1 if group["has_weight_decay"] else 0.0)
 
 
-@pytest.mark.parametrize("config", [V4, V7], ids=["rwkv4", "rwkv7"])
+@ALL
 def test_names_stand_beside_their_parameters(config):
     model = build_model(config)
     for group in parameter_groups(model, config.arch, OPTIM):
