@@ -5,6 +5,7 @@ import yaml
 
 from rwkv_train.assets import find_asset_folder
 from rwkv_train.config.load import load_train_config
+from rwkv_train.config.save import to_tree
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.models.registry import count_parameters
 
@@ -26,7 +27,22 @@ RWKV7 = {
     "rwkv7-2.9b": (32, 2560, (96, 96, 64, 320)),
     "rwkv7-7.2b": (32, 4096, (128, 128, 96, 480)),
 }
-PRESETS = [*RWKV4, *RWKV7]
+# name -> layers, width, learning rate at the start and at the end, tokens in a batch (arXiv 2404.05892, table 17;
+# RWKV-6 of 7B and 14B came later: no recipe is known)
+RWKV5 = {
+    "rwkv5-0.4b": (24, 1024, 4e-4, 2e-5, 786_432),
+    "rwkv5-1.5b": (24, 2048, 3e-4, 2e-5, 1_572_864),
+    "rwkv5-3b": (32, 2560, 2e-4, 1.5e-5, 786_432),
+    "rwkv5-7b": (32, 4096, 1.5e-4, 1e-5, 2_359_296),
+}
+RWKV6 = {
+    "rwkv6-1.6b": (24, 2048, 3e-4, 2e-5, 1_572_864),
+    "rwkv6-3b": (32, 2560, 2e-4, 1.5e-5, 786_432),
+    "rwkv6-7b": (32, 4096, 1.5e-4, 1e-5, 2_359_296),
+    "rwkv6-14b": (61, 4096, 1e-4, 1e-5, 2_359_296),
+}
+RWKV5_AND_6 = RWKV5 | RWKV6
+PRESETS = [*RWKV4, *RWKV5_AND_6, *RWKV7]
 
 
 def rwkv7_parameters(n_layer, n_embd, ranks, vocab_size=65_536):
@@ -43,8 +59,23 @@ def rwkv4_parameters(n_layer, n_embd, vocab_size=50_277):
     return 2 * vocab_size * n_embd + 13 * n_embd * n_embd * n_layer + n_embd * (11 * n_layer + 4)
 
 
+def rwkv5_parameters(n_layer, n_embd, vocab_size=65_536):
+    """Count by hand: as RWKV-7, with what the names of RWKV-5.2 say."""
+    ffn_width = n_embd * 7 // 2
+    att = (4 + 2 + 2) * n_embd + 5 * n_embd * n_embd  # time_mix_*; decay and bonus; ln_x; linears
+    ffn = 2 * n_embd + 2 * n_embd * ffn_width + n_embd * n_embd
+    return 2 * vocab_size * n_embd + 2 * 2 * n_embd + n_layer * (att + ffn + 2 * 2 * n_embd)
+
+
+def rwkv6_parameters(n_layer, n_embd):
+    """What RWKV-6 adds to RWKV-5.2: two vectors and the low-rank pairs."""
+    shift, decay = (64, 128) if n_embd == 4096 else (32, 64)
+    pairs = 2 * n_embd * (5 * shift + decay)
+    return rwkv5_parameters(n_layer, n_embd) + n_layer * (2 * n_embd + pairs)
+
+
 def test_every_published_size_has_a_preset():
-    shipped = {path.stem for path in (find_asset_folder("configs") / "pretrain").glob("rwkv[47]-*.yaml")}
+    shipped = {path.stem for path in (find_asset_folder("configs") / "pretrain").glob("rwkv*-*.yaml")}
     assert shipped == set(PRESETS)
 
 
@@ -77,6 +108,36 @@ def test_rwkv4_presets_have_the_published_sizes_and_recipe(name):
     assert count_parameters(model) == rwkv4_parameters(L, C)
 
 
+@pytest.mark.parametrize("name", RWKV5_AND_6)
+def test_rwkv5_and_6_presets_have_the_published_sizes_and_recipe(name):
+    L, C, lr, lr_final, batch_tokens = RWKV5_AND_6[name]
+    settings = load_train_config(name)
+    model, optim = settings.model, settings.optim
+    assert (model.version, model.n_layer, model.n_embd, model.head_size) == (
+        "5.2" if name in RWKV5 else "6",
+        L,
+        C,
+        64,
+    )
+    assert (model.vocab_size, model.ctx_len, settings.data.tokenizer) == (65_536, 4096, "world")
+    assert (optim.lr, optim.lr_final, optim.weight_decay, optim.schedule) == (lr, lr_final, 0.001, "cosine")
+    assert (optim.warmup_steps, optim.warmup_start) == (10, 0.2)
+    assert settings.trainer.global_batch_size * model.ctx_len == batch_tokens
+    count = rwkv5_parameters if name in RWKV5 else rwkv6_parameters
+    assert count_parameters(model) == count(L, C)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart-rwkv5", "quickstart-rwkv6"])
+def test_the_small_presets_differ_in_their_version_alone(name):
+    ours, first = (to_tree(load_train_config(other)) for other in (name, "quickstart"))
+    ours["trainer"]["out_dir"] = first["trainer"]["out_dir"]
+    assert {key: ours[key] for key in ours if key != "model"} == {
+        key: first[key] for key in first if key != "model"
+    }
+    sizes = ("n_layer", "n_embd", "head_size", "vocab_size", "ctx_len")
+    assert [ours["model"][key] for key in sizes] == [first["model"][key] for key in sizes]
+
+
 @pytest.mark.parametrize("name", RWKV7)
 def test_rwkv7_presets_have_the_published_sizes(name):
     L, C, ranks = RWKV7[name]
@@ -100,6 +161,15 @@ def test_rwkv7_presets_have_the_published_sizes(name):
 )
 def test_known_counts(name, count):
     assert count_parameters(load_train_config(name).model) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("rwkv5-0.4b", "0.46"), ("rwkv5-7b", "7.5"), ("rwkv6-1.6b", "1.6"), ("rwkv6-3b", "3.1")],
+)
+def test_counts_in_the_abstract_of_the_paper(name, billions):
+    count = count_parameters(load_train_config(name).model)
+    assert f"{count / 1e9:.{len(billions) - 2}f}" == billions
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -11,7 +11,11 @@ from rwkv_train.training.precision import prepare_forward
 B, T, C, V, L = 3, 24, 32, 50, 2
 RWKV4 = {"arch": "rwkv4", "n_layer": L, "n_embd": C, "vocab_size": V, "ctx_len": T}
 RWKV7 = {**RWKV4, "arch": "rwkv7", "head_size": 16, "lora_ranks": {"w": 8, "a": 8, "v": 8, "g": 8}}
-BOTH = pytest.mark.parametrize("section", [RWKV4, RWKV7], ids=["rwkv4", "rwkv7"])
+RWKV6 = {**RWKV4, "arch": "rwkv6", "head_size": 16, "lora_ranks": {"shift": 4, "decay": 8}}
+RWKV5 = {**RWKV4, "arch": "rwkv5", "head_size": 16}
+EACH = pytest.mark.parametrize(
+    "section", [RWKV4, RWKV5, RWKV6, RWKV7], ids=["rwkv4", "rwkv5", "rwkv6", "rwkv7"]
+)
 N_RWKV4 = 2 * V * C + 13 * C * C * L + C * (11 * L + 4)
 """30,656 parameters, a multiple of 4."""
 GRADIENT_OF_LOGITS = 4 * B * T * V
@@ -47,7 +51,7 @@ def bytes_kept(parameters, call, besides=()):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-params"])
-@BOTH
+@EACH
 def test_the_estimate_is_what_a_real_step_keeps(section, precision):
     config = settings(section, precision=precision)
     model = real_model(config)
@@ -56,7 +60,7 @@ def test_the_estimate_is_what_a_real_step_keeps(section, precision):
     assert estimate_memory(config, "cpp").activation_bytes == real + GRADIENT_OF_LOGITS
 
 
-@BOTH
+@EACH
 def test_the_pytorch_backend_is_counted_as_well(section):
     config = settings(section)
     model = build_model(config.model, wkv_backend="torch")
@@ -71,17 +75,18 @@ def bytes_of_block_inputs(section):
     stream = 4 * B * T * C
     if section["arch"] == "rwkv4":
         return L * (stream + 4 * B * (2 * C + 3 * C))
-    return L * (stream + 4 * B * (2 * C + C * 16)) + stream
+    values = stream if section["arch"] == "rwkv7" else 0
+    return L * (stream + 4 * B * (2 * C + C * 16)) + values
 
 
-@BOTH
+@EACH
 def test_recomputation_keeps_the_inputs_of_blocks_and_one_block(section):
     config = settings(section, grad_checkpointing=True)
     model = real_model(config)
     x, first = torch.randn(2, B, T, C, requires_grad=True)
     state = model.zero_state(B)
     # The second block: the first one of RWKV-7 has no mix with the first values, which costs memory.
-    block, values = model.blocks[1], None if section["arch"] == "rwkv4" else first
+    block, values = model.blocks[1], first if section["arch"] == "rwkv7" else None
     inputs = [x, first, *state[1]]
     one_block = bytes_kept(block.parameters(), lambda: block(x, state[1], values, ()), inputs)
 
@@ -91,7 +96,7 @@ def test_recomputation_keeps_the_inputs_of_blocks_and_one_block(section):
     assert estimate == bytes_of_block_inputs(section) + max(one_block, others)
 
 
-@BOTH
+@EACH
 def test_under_recomputation_a_large_vocabulary_counts_more_than_a_block(section):
     words = 20_000
     config = settings({**section, "vocab_size": words}, grad_checkpointing=True)
