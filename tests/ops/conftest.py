@@ -1,5 +1,6 @@
 """Inputs for the recurrences, from a seeded generator."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,6 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from rwkv_train.ops.wkv4 import wkv4, wkv4_zero_state
+from rwkv_train.ops.wkv5 import wkv5, wkv5_zero_state
+from rwkv_train.ops.wkv6 import wkv6, wkv6_zero_state
+from rwkv_train.ops.wkv7 import wkv7, wkv7_zero_state
 
 
 class Problem(NamedTuple):
@@ -45,6 +51,33 @@ def _wkv7(batch=2, n_tokens=21, n_head=2, head_size=8, decay="model", seed=0):
     return Problem(inputs, random(*shape), random(batch, n_head, head_size, head_size))
 
 
+def _wkv6(batch=2, n_tokens=21, n_head=2, head_size=8, decay="model", static=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    shape, by_head = (batch, n_tokens, n_head, head_size), (n_head, head_size)
+    w_shape = by_head if static else shape
+    w = {
+        "model": lambda: (
+            -torch.exp(10 * torch.rand(w_shape, generator=generator) - 8)
+        ),  # raw decay of -8 to 2
+        "slow": lambda: torch.full(w_shape, -math.exp(-8)),
+        "none": lambda: torch.zeros(w_shape),
+        "strong": lambda: torch.full(w_shape, -math.exp(5)),
+        "total": lambda: torch.full(w_shape, -1000.0),
+        "mixed": lambda: -torch.exp(3 * random(*w_shape)),  # from 1e-4 to 1e4
+    }[decay]()
+    state_shape = (batch, n_head, head_size, head_size)
+    inputs = (random(*shape), w, 0.5 * random(*shape), random(*shape), random(*by_head), random(*state_shape))
+    return Problem(inputs, random(*shape), random(*state_shape))
+
+
+def _wkv5(**options):
+    return _wkv6(**options, static=True)
+
+
 def _wkv4(batch=2, n_tokens=21, n_embd=6, decay="model", key_scale=1.0, empty_state=False, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
@@ -68,9 +101,43 @@ def _wkv4(batch=2, n_tokens=21, n_embd=6, decay="model", key_scale=1.0, empty_st
     return Problem(inputs, random(*shape), random(batch, 2, n_embd))
 
 
+class Operator(NamedTuple):
+    """A recurrence as the tests that hold for all of them see it."""
+
+    run: Callable[..., tuple[Tensor, Tensor]]
+    problem: Callable[..., Problem]
+    zero_state: Callable[[], Tensor]
+    """The state before a text, for a problem of the usual size."""
+    full_precision: tuple[int, ...]
+    """Inputs that stay float32 where the rest is bfloat16: the log decay and the state."""
+
+
+OPERATORS = {
+    "wkv7": Operator(wkv7, _wkv7, lambda: wkv7_zero_state(2, 2, 8), (1, 6)),
+    "wkv6": Operator(wkv6, _wkv6, lambda: wkv6_zero_state(2, 2, 8), (1, 5)),
+    "wkv5": Operator(wkv5, _wkv5, lambda: wkv5_zero_state(2, 2, 8), (1, 5)),
+    "wkv4": Operator(wkv4, _wkv4, lambda: wkv4_zero_state(2, 6), (0, 4)),
+}
+
+
+@pytest.fixture(scope="session")
+def operators() -> dict[str, Operator]:
+    return OPERATORS
+
+
 @pytest.fixture(scope="session")
 def wkv7_problem() -> Callable[..., Problem]:
     return _wkv7
+
+
+@pytest.fixture(scope="session")
+def wkv6_problem() -> Callable[..., Problem]:
+    return _wkv6
+
+
+@pytest.fixture(scope="session")
+def wkv5_problem() -> Callable[..., Problem]:
+    return _wkv5
 
 
 @pytest.fixture(scope="session")

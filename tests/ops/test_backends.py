@@ -10,17 +10,14 @@ from rwkv_train.errors import BackendError
 from rwkv_train.ops.backends import Backend, Problem, choose_backend, kernel_for, resolve_backend
 from rwkv_train.ops.context import PLAIN
 from rwkv_train.ops.prepare import OPERATORS, prepare_backend
-from rwkv_train.ops.wkv4 import BACKENDS as WKV4_BACKENDS
-from rwkv_train.ops.wkv4 import wkv4
 from rwkv_train.ops.wkv7 import BACKENDS as WKV7_BACKENDS
-from rwkv_train.ops.wkv7 import wkv7
 
 ON_CPU = Problem("cpu", torch.float32, 64)
 ON_GPU = Problem("cuda", torch.bfloat16, 64)
-BOTH = pytest.mark.parametrize("backends", [WKV7_BACKENDS, WKV4_BACKENDS], ids=["wkv7", "wkv4"])
+ALL = pytest.mark.parametrize("backends", list(OPERATORS.values()), ids=list(OPERATORS))
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize(
     ("problem", "expected"),
     [
@@ -35,7 +32,7 @@ def test_auto_takes_the_fastest_backend_that_fits(backends, problem, expected):
     assert choose_backend(backends, problem, "auto").name == expected
 
 
-@BOTH
+@ALL
 def test_the_reason_says_why_no_faster_backend_was_taken(backends):
     reason = choose_backend(backends, ON_GPU, "auto").reason
     assert reason == (
@@ -43,7 +40,7 @@ def test_the_reason_says_why_no_faster_backend_was_taken(backends):
     )
 
 
-@BOTH
+@ALL
 def test_a_backend_asked_for_by_name_is_never_replaced(backends):
     assert choose_backend(backends, ON_CPU, "reference").name == "reference"
     with pytest.raises(BackendError, match="'cpp' cannot run this problem: it needs CPU tensors, not cuda"):
@@ -52,17 +49,16 @@ def test_a_backend_asked_for_by_name_is_never_replaced(backends):
         choose_backend(backends, Problem("cpu", torch.float64, 64), "cpp")
 
 
-@BOTH
+@ALL
 def test_an_unknown_name_is_answered_with_the_known_ones(backends):
     with pytest.raises(BackendError, match="no backend 'fast'; choose one of auto, cpp, torch, reference"):
         choose_backend(backends, ON_CPU, "fast")
 
 
-def test_the_operators_refuse_as_the_choice_does(wkv7_problem, wkv4_problem):
+@pytest.mark.parametrize("op", list(OPERATORS))
+def test_the_operators_refuse_as_the_choice_does(operators, op):
     with pytest.raises(BackendError, match="'cpp' cannot run this problem: it computes in float32"):
-        wkv7(*(x.double() for x in wkv7_problem().inputs), PLAIN, backend="cpp")
-    with pytest.raises(BackendError, match="'cpp' cannot run this problem: it computes in float32"):
-        wkv4(*(x.double() for x in wkv4_problem().inputs), PLAIN, backend="cpp")
+        operators[op].run(*(x.double() for x in operators[op].problem().inputs), PLAIN, backend="cpp")
 
 
 def _table_with_a_broken_backend():

@@ -5,6 +5,8 @@ import torch
 
 from rwkv_train.ops.cpp import addresses
 from rwkv_train.ops.wkv4 import cpp as wkv4_cpp
+from rwkv_train.ops.wkv5 import cpp as wkv5_cpp
+from rwkv_train.ops.wkv6 import cpp as wkv6_cpp
 from rwkv_train.ops.wkv7 import cpp as wkv7_cpp
 
 GUARD = 64
@@ -49,6 +51,32 @@ def test_wkv7_writes_all_of_its_outputs_and_nothing_else(wkv7_problem, shape):
     gradients = [guarded.output(*shape) for _ in range(6)] + [guarded.output(*state_shape)]
     given = [guarded.copy(problem.dy), guarded.copy(problem.d_final)]
     library.rwkv_wkv7_backward(*shape, *addresses(*inputs[:-1], checkpoints, *given, *gradients), 2)
+
+    guarded.assert_untouched()
+    for output in (y, final_state, checkpoints, *gradients):
+        assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 37, 3, 20), (1, 33, 2, 64), (1, 40, 13, 17)], ids=str)
+@pytest.mark.parametrize("op", ["wkv5", "wkv6"])
+def test_wkv5_and_wkv6_write_all_of_their_outputs_and_nothing_else(operators, op, shape):
+    batch, n_tokens, n_head, head_size = shape
+    problem = operators[op].problem(batch=batch, n_tokens=n_tokens, n_head=n_head, head_size=head_size)
+    backend = {"wkv5": wkv5_cpp, "wkv6": wkv6_cpp}[op]
+    library = backend.load()
+    forward, backward = (getattr(library, f"rwkv_{op}_{name}") for name in ("forward", "backward"))
+    guarded = Guarded()
+    inputs = [guarded.copy(x) for x in problem.inputs]
+    state_shape, by_row = problem.d_final.shape, (batch, n_head, head_size)
+    n_checkpoints = -(-n_tokens // backend.CHECKPOINT_TOKENS)
+    y, final_state = guarded.output(*shape), guarded.output(*state_shape)
+    checkpoints = guarded.output(batch, n_head, n_checkpoints, head_size, head_size)
+
+    forward(*shape, *addresses(*inputs, y, final_state, checkpoints), 2)
+    dw_shape = by_row if op == "wkv5" else shape
+    gradients = [guarded.output(*size) for size in (shape, dw_shape, shape, shape, by_row, state_shape)]
+    given = [guarded.copy(problem.dy), guarded.copy(problem.d_final)]
+    backward(*shape, *addresses(*inputs[:-1], checkpoints, *given, *gradients), 2)
 
     guarded.assert_untouched()
     for output in (y, final_state, checkpoints, *gradients):

@@ -1,13 +1,16 @@
-"""Every backend of wkv7 and wkv4, held to the float64 loop and to what is known from elsewhere."""
+"""Every backend of wkv7 and wkv4, held to the float64 loop and to what is known from elsewhere.
+
+wkv5 and wkv6 are in ``test_linear_attention.py``; what holds for all operators is in ``test_contracts.py``.
+"""
 
 import pytest
 import torch
 
 from rwkv_train.ops.context import PLAIN
 from rwkv_train.ops.wkv4 import BACKENDS as WKV4_BACKENDS
-from rwkv_train.ops.wkv4 import wkv4, wkv4_zero_state
+from rwkv_train.ops.wkv4 import wkv4
 from rwkv_train.ops.wkv7 import BACKENDS as WKV7_BACKENDS
-from rwkv_train.ops.wkv7 import wkv7, wkv7_zero_state
+from rwkv_train.ops.wkv7 import wkv7
 
 # Relative errors, of norms. Rounding float32 once costs 3e-8; about 10 such roundings follow each other in wkv7.
 WKV7_FLOAT32 = 1e-6
@@ -15,8 +18,6 @@ WKV7_FLOAT32 = 1e-6
 WKV4_FLOAT32 = 3e-5
 # The same with keys of 30 and 100: an exponent of that size is rounded to 2e-6 to 8e-6, at every token.
 WKV4_FLOAT32_LARGE_KEYS = 2e-3
-# Outputs and gradients are rounded to bfloat16 (1.7e-3); what is inside is float32.
-BFLOAT16 = 4e-3
 FLOAT64 = 1e-12
 
 WKV7_NAMES = ("y", "final_state", "dr", "dw", "dk", "dv", "da", "db", "dstate")
@@ -24,10 +25,6 @@ WKV4_NAMES = ("y", "final_sums", "dw", "du", "dk", "dv", "dstate")
 
 wkv7_backends = pytest.mark.parametrize("backend", list(WKV7_BACKENDS))
 wkv4_backends = pytest.mark.parametrize("backend", list(WKV4_BACKENDS))
-both_with_backends = pytest.mark.parametrize(
-    ("op", "backend"),
-    [("wkv7", name) for name in WKV7_BACKENDS] + [("wkv4", name) for name in WKV4_BACKENDS],
-)
 
 WKV7_CASES = {
     "model-size": {"n_tokens": 75, "head_size": 64},
@@ -200,164 +197,3 @@ def test_wkv4_is_a_mean_weighted_by_key_and_age(wkv4_problem, backend):
     future = torch.ones(n_tokens, n_tokens, dtype=torch.bool).triu(1).unsqueeze(-1)
     weights = log_weights.masked_fill(future, -torch.inf).softmax(dim=2)
     torch.testing.assert_close(y, torch.einsum("btsc,bsc->btc", weights, v))
-
-
-@wkv7_backends
-@pytest.mark.parametrize("split", [1, 8, 17, 40])
-def test_the_state_of_wkv7_carries_everything_across_a_split(wkv7_problem, backend, split):
-    *inputs, state = wkv7_problem(n_tokens=41).inputs
-    whole, final = wkv7(*inputs, state, PLAIN, backend=backend)
-
-    head, state = wkv7(*(x[:, :split] for x in inputs), state, PLAIN, backend=backend)
-    tail, state = wkv7(*(x[:, split:] for x in inputs), state, PLAIN, backend=backend)
-
-    torch.testing.assert_close(torch.cat([head, tail], dim=1), whole, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(state, final, atol=1e-5, rtol=1e-5)
-
-
-@wkv4_backends
-@pytest.mark.parametrize("split", [1, 8, 32, 40])
-def test_the_state_of_wkv4_carries_everything_across_a_split(wkv4_problem, backend, split):
-    w, u, k, v, _ = wkv4_problem(n_tokens=41).inputs
-    whole, final = wkv4(w, u, k, v, None, PLAIN, backend=backend)
-
-    head, state = wkv4(w, u, k[:, :split], v[:, :split], None, PLAIN, backend=backend)
-    tail, state = wkv4(w, u, k[:, split:], v[:, split:], state, PLAIN, backend=backend)
-
-    torch.testing.assert_close(torch.cat([head, tail], dim=1), whole, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(state, final, atol=1e-5, rtol=1e-5)
-
-
-# ---- the contract
-
-
-@both_with_backends
-def test_bfloat16_inputs_are_computed_in_float32(wkv7_problem, wkv4_problem, op, backend):
-    """Log decay and state stay float32, as the models pass them."""
-    if op == "wkv7":
-        problem, run, full = wkv7_problem(n_tokens=75), wkv7, (1, 6)
-    else:
-        problem, run, full = wkv4_problem(n_tokens=75, n_embd=64), wkv4, (0, 4)
-    mixed = [x if i in full else x.bfloat16() for i, x in enumerate(problem.inputs)]
-
-    def results(inputs, name):
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        y, final_state = run(*leaves, PLAIN, backend=name)
-        return [y.detach(), final_state.detach(), *torch.autograd.grad((y * problem.dy.to(y)).sum(), leaves)]
-
-    found = results(mixed, backend)
-    expected = results([x.double() for x in mixed], "reference")
-
-    assert [x.dtype for x in found] == [torch.bfloat16, torch.float32, *(x.dtype for x in mixed)]
-    errors = [relative_error(x, y) for x, y in zip(found, expected, strict=True)]
-    assert max(errors) < BFLOAT16, errors
-
-
-@both_with_backends
-def test_the_same_call_gives_the_same_bits(wkv7_problem, wkv4_problem, op, backend):
-    def results():
-        if op == "wkv7":
-            return wkv7_results(wkv7_problem(n_tokens=75, head_size=64), backend, torch.float32)
-        return wkv4_results(wkv4_problem(n_tokens=75, n_embd=200), backend, torch.float32, 0.0)
-
-    assert all(torch.equal(x, y) for x, y in zip(results(), results(), strict=True))
-
-
-@pytest.mark.parametrize("op", ["wkv7", "wkv4"])
-def test_the_number_of_threads_changes_no_bit_of_cpp(wkv7_problem, wkv4_problem, op):
-    def results(n_threads):
-        torch.set_num_threads(n_threads)
-        if op == "wkv7":
-            return wkv7_results(wkv7_problem(batch=3, n_tokens=40, n_head=5), "cpp", torch.float32)
-        return wkv4_results(wkv4_problem(batch=3, n_tokens=40, n_embd=200), "cpp", torch.float32, 0.0)
-
-    n_threads = torch.get_num_threads()
-    try:
-        assert all(torch.equal(x, y) for x, y in zip(results(1), results(3), strict=True))
-    finally:
-        torch.set_num_threads(n_threads)
-
-
-@both_with_backends
-def test_views_with_gaps_are_read_as_what_they_show(wkv7_problem, wkv4_problem, op, backend):
-    problem, run = (wkv7_problem(), wkv7) if op == "wkv7" else (wkv4_problem(), wkv4)
-    expected, _ = run(*problem.inputs, PLAIN, backend=backend)
-    views = [torch.stack((x, x + 1), dim=-1)[..., 0] for x in problem.inputs]
-    assert not views[0].is_contiguous()
-    y, _ = run(*views, PLAIN, backend=backend)
-    assert torch.equal(y, expected)
-
-
-@both_with_backends
-def test_a_gradient_through_one_output_alone_is_right(wkv7_problem, wkv4_problem, op, backend):
-    problem, run = (wkv7_problem(), wkv7) if op == "wkv7" else (wkv4_problem(), wkv4)
-
-    def gradients(name, dtype, output):
-        k = problem.inputs[2].to(dtype).requires_grad_()
-        inputs = [x.to(dtype) for x in problem.inputs]
-        outputs = run(*inputs[:2], k, *inputs[3:], PLAIN, backend=name)
-        (dk,) = torch.autograd.grad(outputs[output][:, :2].sum(), k)
-        return dk
-
-    for output in (0, 1):
-        expected = gradients("reference", torch.float64, output)
-        assert relative_error(gradients(backend, torch.float32, output), expected) < WKV4_FLOAT32
-
-
-@both_with_backends
-def test_a_nan_is_not_hidden(wkv7_problem, wkv4_problem, op, backend):
-    problem, run = (wkv7_problem(), wkv7) if op == "wkv7" else (wkv4_problem(), wkv4)
-    for i, x in enumerate(problem.inputs):
-        inputs = list(problem.inputs)
-        inputs[i] = x.clone()
-        inputs[i].view(-1)[0] = torch.nan
-        y, _ = run(*inputs, PLAIN, backend=backend)
-        assert y.isnan().any(), i
-
-
-@both_with_backends
-def test_no_tokens_leave_the_state_as_it_is(wkv7_problem, wkv4_problem, op, backend):
-    problem = wkv7_problem(n_tokens=0) if op == "wkv7" else wkv4_problem(n_tokens=0)
-    run = wkv7 if op == "wkv7" else wkv4
-    y, final_state = run(*problem.inputs, PLAIN, backend=backend)
-    assert y.shape == problem.dy.shape
-    assert torch.equal(final_state, problem.inputs[-1])
-
-
-@both_with_backends
-def test_no_state_means_the_state_before_a_text(wkv7_problem, wkv4_problem, op, backend):
-    if op == "wkv7":
-        *inputs, _ = wkv7_problem(batch=2, n_head=3, head_size=8).inputs
-        run, start = wkv7, wkv7_zero_state(2, 3, 8)
-    else:
-        *inputs, _ = wkv4_problem(batch=2, n_embd=6).inputs
-        run, start = wkv4, wkv4_zero_state(2, 6)
-    without = run(*inputs, None, PLAIN, backend=backend)
-    given = run(*inputs, start, PLAIN, backend=backend)
-    assert all(torch.equal(x, y) for x, y in zip(without, given, strict=True))
-
-
-def test_wkv7_names_the_shapes_that_disagree(wkv7_problem):
-    r, w, k, v, a, b, state = wkv7_problem(batch=2, n_tokens=21, n_head=2, head_size=8).inputs
-    with pytest.raises(ValueError, match=r"one shape .* \(2, 20, 2, 8\)"):
-        wkv7(r, w, k[:, :20], v, a, b, state, PLAIN)
-
-
-@pytest.mark.parametrize("wrong", [torch.zeros(2, 2, 8, 7), torch.zeros(2, 2, 8, 8, dtype=torch.bfloat16)])
-def test_wkv7_refuses_a_state_of_another_shape_or_dtype(wkv7_problem, wrong):
-    *inputs, _ = wkv7_problem(batch=2, n_head=2, head_size=8).inputs
-    with pytest.raises(ValueError, match=r"state must be torch\.float32 of shape"):
-        wkv7(*inputs, wrong, PLAIN)
-
-
-def test_wkv4_names_the_shapes_that_disagree(wkv4_problem):
-    w, u, k, v, state = wkv4_problem(n_embd=6).inputs
-    with pytest.raises(ValueError, match=r"w and u must be \[C\].*\(5,\)"):
-        wkv4(w, u[:5], k, v, state, PLAIN)
-
-
-@pytest.mark.parametrize("wrong", [torch.zeros(2, 2, 6), torch.zeros(2, 3, 6, dtype=torch.float64)])
-def test_wkv4_refuses_a_state_of_another_shape_or_dtype(wkv4_problem, wrong):
-    *inputs, _ = wkv4_problem(batch=2, n_embd=6).inputs
-    with pytest.raises(ValueError, match=r"state must be torch\.float32 of shape"):
-        wkv4(*inputs, wrong, PLAIN)

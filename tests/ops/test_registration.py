@@ -4,22 +4,20 @@ import pytest
 import torch
 
 from rwkv_train.ops.context import PLAIN
-from rwkv_train.ops.wkv4 import wkv4
-from rwkv_train.ops.wkv7 import wkv7
+from rwkv_train.ops.prepare import OPERATORS
 
-COMPILED = ["wkv7_cpp", "wkv7_torch", "wkv4_cpp", "wkv4_torch"]
+COMPILED = [f"{op}_{backend}" for op in OPERATORS for backend in ("cpp", "torch")]
 NAMES = pytest.mark.parametrize("name", COMPILED)
 
 
 @pytest.fixture
-def call(wkv7_problem, wkv4_problem):
+def call(operators):
     """Return (function of the tensors, fresh inputs that want gradients) for an operator's name."""
 
     def of(name):
         op, backend = name.split("_")
-        problem, run = (wkv7_problem(), wkv7) if op == "wkv7" else (wkv4_problem(), wkv4)
-        inputs = [x.clone().requires_grad_() for x in problem.inputs]
-        return (lambda *x: run(*x, PLAIN, backend=backend)), inputs
+        inputs = [x.clone().requires_grad_() for x in operators[op].problem().inputs]
+        return (lambda *x: operators[op].run(*x, PLAIN, backend=backend)), inputs
 
     return of
 
@@ -58,10 +56,11 @@ def test_compiled_as_one_graph_it_gives_the_same_bits(call, name):
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
-def test_compiled_with_auto_it_is_still_one_graph(wkv7_problem):
-    inputs = wkv7_problem().inputs
-    compiled = torch.compile(lambda *x: wkv7(*x, PLAIN)[0], fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*inputs), wkv7(*inputs, PLAIN, backend="cpp")[0])
+@pytest.mark.parametrize("op", list(OPERATORS))
+def test_compiled_with_auto_it_is_still_one_graph(operators, op):
+    run, inputs = operators[op].run, operators[op].problem().inputs
+    compiled = torch.compile(lambda *x: run(*x, PLAIN)[0], fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs), run(*inputs, PLAIN, backend="cpp")[0])
 
 
 @NAMES
