@@ -14,6 +14,8 @@ from rwkv_train.ops.backends import AUTO, Problem
 from rwkv_train.ops.context import PLAIN
 from rwkv_train.ops.prepare import OPERATORS, prepare_backend
 from rwkv_train.ops.wkv4 import wkv4
+from rwkv_train.ops.wkv5 import wkv5
+from rwkv_train.ops.wkv6 import wkv6
 from rwkv_train.ops.wkv7 import wkv7
 
 N_WARM_UP = 3
@@ -33,9 +35,20 @@ class KernelSize(NamedTuple):
 STANDARD_SIZES = (
     KernelSize("wkv7", B=4, T=512, H=12, N=64),
     KernelSize("wkv7", B=12, T=64, H=2, N=64),
+    KernelSize("wkv6", B=4, T=512, H=12, N=64),
+    KernelSize("wkv6", B=12, T=64, H=2, N=64),
+    KernelSize("wkv5", B=4, T=512, H=12, N=64),
+    KernelSize("wkv5", B=12, T=64, H=2, N=64),
     KernelSize("wkv4", B=4, T=512, H=1, N=768),
     KernelSize("wkv4", B=12, T=64, H=1, N=128),
 )
+
+RECURRENCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "wkv4": wkv4,
+    "wkv5": wkv5,
+    "wkv6": wkv6,
+    "wkv7": wkv7,
+}
 
 Row = dict[str, str | int | float]
 Kind = tuple[str, str]
@@ -73,7 +86,7 @@ def bench_kernels(
     for size in sizes:
         if size.op not in OPERATORS:
             raise BackendError(f"there is no operator '{size.op}'; choose one of {', '.join(OPERATORS)}")
-        problem = Problem(device.type, dtype, size.N if size.op == "wkv7" else None)
+        problem = Problem(device.type, dtype, None if size.op == "wkv4" else size.N)
         names = list(dict.fromkeys(prepare_backend(size.op, problem, name).name for name in backends))
         inputs, dy = _inputs(size, device, dtype)
         calls = {
@@ -120,11 +133,7 @@ def _wait(device: torch.device) -> None:
 
 def _call(op: str, backend: str, kind: str, inputs: Sequence[Tensor], dy: Tensor) -> Callable[[], None]:
     def run() -> Tensor:
-        if op == "wkv7":
-            r, w, k, v, a, b = inputs
-            return wkv7(r, w, k, v, a, b, None, PLAIN, backend=backend)[0]
-        w, u, k, v = inputs
-        return wkv4(w, u, k, v, None, PLAIN, backend=backend)[0]
+        return RECURRENCES[op](*inputs, None, PLAIN, backend=backend)[0]
 
     def forward() -> None:
         with torch.no_grad():
@@ -143,15 +152,19 @@ def _inputs(size: KernelSize, device: torch.device, dtype: torch.dtype) -> tuple
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
+    shape: tuple[int, ...] = (size.B, size.T, size.H, size.N)
     if size.op == "wkv7":
-        shape: tuple[int, ...] = (size.B, size.T, size.H, size.N)
         w = -0.6065 * torch.sigmoid(random(*shape))
         key = F.normalize(random(*shape), dim=-1)
         others = [random(*shape), random(*shape), random(*shape), -key, key * torch.sigmoid(random(*shape))]
         inputs = [others[0], w, *others[1:]]
-    else:
+    elif size.op == "wkv4":
         shape = (size.B, size.T, size.N)
         w = -torch.exp(random(size.N))
         inputs = [w, random(size.N), random(*shape), random(*shape)]
+    else:
+        by_head = (size.H, size.N)
+        w = -torch.exp(random(*(by_head if size.op == "wkv5" else shape)) - 3)
+        inputs = [random(*shape), w, random(*shape), random(*shape), random(*by_head)]
     inputs = [x.to(device, torch.float32 if x is w else dtype).requires_grad_() for x in inputs]
     return inputs, random(*shape).to(device, dtype)

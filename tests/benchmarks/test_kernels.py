@@ -4,8 +4,14 @@ import pytest
 
 from rwkv_train.benchmarks.kernels import STANDARD_SIZES, KernelSize, bench_kernels
 from rwkv_train.errors import BackendError
+from rwkv_train.ops.prepare import OPERATORS
 
-SMALL = (KernelSize("wkv7", B=1, T=9, H=2, N=8), KernelSize("wkv4", B=1, T=9, H=1, N=16))
+SMALL = (
+    KernelSize("wkv7", B=1, T=9, H=2, N=8),
+    KernelSize("wkv6", B=1, T=9, H=2, N=8),
+    KernelSize("wkv5", B=1, T=9, H=2, N=8),
+    KernelSize("wkv4", B=1, T=9, H=1, N=16),
+)
 
 
 def test_there_is_a_row_for_each_size_backend_and_pass():
@@ -13,7 +19,7 @@ def test_there_is_a_row_for_each_size_backend_and_pass():
     found = [(row["op"], row["N"], row["backend"], row["pass"]) for row in rows]
     expected = [
         (op, width, backend, kind)
-        for op, width in (("wkv7", 8), ("wkv4", 16))
+        for op, width in (("wkv7", 8), ("wkv6", 8), ("wkv5", 8), ("wkv4", 16))
         for backend in ("cpp", "torch")
         for kind in ("forward", "forward+backward")
     ]
@@ -33,8 +39,12 @@ def test_a_backend_that_cannot_run_is_refused():
 
 
 def test_an_unknown_operator_is_refused():
-    with pytest.raises(BackendError, match="no operator 'wkv9'; choose one of wkv4, wkv7"):
+    with pytest.raises(BackendError, match="no operator 'wkv9'; choose one of wkv4, wkv5, wkv6, wkv7"):
         bench_kernels((KernelSize("wkv9", 1, 1, 1, 1),), repeats=1)
+
+
+def test_every_operator_has_usual_sizes():
+    assert {size.op for size in STANDARD_SIZES} == set(OPERATORS)
 
 
 def test_the_usual_sizes_hold_the_one_that_the_goal_is_stated_for():
