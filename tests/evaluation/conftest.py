@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_train.config.model import LoraRanks, Rwkv4Config, Rwkv7Config
+from rwkv_train.config.model import LoraRanks, Rwkv4Config, Rwkv5Config, Rwkv6Config, Rwkv7Config
 from rwkv_train.data.stored import TokenDocument
 from rwkv_train.models.lm import LmOutput
 from rwkv_train.models.registry import build_model, initialize
@@ -15,6 +15,8 @@ CONFIGS = {
     "rwkv7": Rwkv7Config(
         n_layer=2, n_embd=32, head_size=16, vocab_size=257, lora_ranks=LoraRanks(w=8, a=8, v=8, g=8)
     ),
+    "rwkv6": Rwkv6Config(n_layer=2, n_embd=32, head_size=16, vocab_size=257),
+    "rwkv5": Rwkv5Config(n_layer=2, n_embd=32, head_size=16, vocab_size=257),
     "rwkv4": Rwkv4Config(n_layer=2, n_embd=32, vocab_size=257),
 }
 

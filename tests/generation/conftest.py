@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rwkv_train.config.model import LoraRanks, Rwkv4Config, Rwkv7Config
+from rwkv_train.config.model import LoraRanks, Rwkv4Config, Rwkv5Config, Rwkv6Config, Rwkv7Config
 from rwkv_train.models.lm import LmOutput
 from rwkv_train.models.registry import build_model, initialize
 from rwkv_train.models.state import LayerState
@@ -13,6 +13,8 @@ CONFIGS = {
     "rwkv7": Rwkv7Config(
         n_layer=2, n_embd=32, head_size=16, vocab_size=300, lora_ranks=LoraRanks(w=8, a=8, v=8, g=8)
     ),
+    "rwkv6": Rwkv6Config(n_layer=2, n_embd=32, head_size=16, vocab_size=300),
+    "rwkv5": Rwkv5Config(n_layer=2, n_embd=32, head_size=16, vocab_size=300),
     "rwkv4": Rwkv4Config(n_layer=2, n_embd=32, vocab_size=300),
 }
 

@@ -38,7 +38,10 @@ def test_greedy_text_is_that_of_reading_everything_again_for_each_token(model, t
     n_prompt = len(tokens)
     for _ in range(12):
         logits = model(torch.tensor([tokens])).logits[0, -1, : tokenizer.vocab_size]
+        if logits.argmax() == tokenizer.end_of_document:
+            break
         tokens.append(int(logits.argmax()))
+    assert len(tokens) > n_prompt + 5
     expected = tokenizer.decode_bytes(tokens[n_prompt:]).decode(errors="replace")
 
     assert "".join(start(model, tokenizer, prompt, max_tokens=12)) == expected

@@ -26,10 +26,12 @@ def losses(summary):
         return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
 
 
-@pytest.fixture(params=["rwkv7", "rwkv4"])
+@pytest.fixture(params=["rwkv7", "rwkv6", "rwkv5", "rwkv4"])
 def any_arch(request, tree):
-    if request.param == "rwkv4":
-        tree["model"] = dict(RWKV4)
+    if request.param != "rwkv7":
+        tree["model"] = {**RWKV4, "arch": request.param}
+    if request.param in {"rwkv5", "rwkv6"}:
+        tree["model"]["head_size"] = 16
     return request.param
 
 

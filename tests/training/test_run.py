@@ -52,10 +52,12 @@ def stop_after(monkeypatch, step):
     monkeypatch.setattr(RunCallback, "_after_step", after_step)
 
 
-@pytest.mark.parametrize("arch", ["rwkv7", "rwkv4"])
+@pytest.mark.parametrize("arch", ["rwkv7", "rwkv6", "rwkv5", "rwkv4"])
 def test_a_run_learns_and_leaves_its_files(settings, tree, arch):
-    if arch == "rwkv4":
-        tree["model"] = RWKV4
+    if arch != "rwkv7":
+        tree["model"] = {**RWKV4, "arch": arch}
+    if arch in {"rwkv5", "rwkv6"}:
+        tree["model"]["head_size"] = 16
     summary = run_pretraining(settings({"trainer.max_steps": 30}))
 
     assert summary.completed_steps == 30
