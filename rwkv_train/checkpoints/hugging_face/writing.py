@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from rwkv_train.checkpoints.descriptions import Json
@@ -65,7 +66,11 @@ def hugging_face_layout(
 
     headers = {theirs: _header(row, ours) for theirs, row in rows.items()}
     names = {"architectures": [layout.architecture], "model_type": layout.model_type}
-    return HfLayout(TensorSource(headers, make), {**names, **config_json, **_dtype(headers)}, layout.title)
+    return HfLayout(
+        TensorSource(headers, make),
+        {**names, **config_json, **_precision(config_json, headers)},
+        layout.title,
+    )
 
 
 def _choose(config: ModelConfig, to: LayoutName) -> Layout:
@@ -94,7 +99,16 @@ def _header(row: Row, ours: Mapping[str, Tensor]) -> Tensor:
     return header_of(row.change.write([ours[name] for name in row.ours]))
 
 
-def _dtype(headers: Mapping[str, Tensor]) -> Json:
-    """In which dtype a library should load the model; nothing where its tensors differ."""
+def _precision(config_json: Json, headers: Mapping[str, Tensor]) -> Json:
+    """What depends on the dtypes of the tensors.
+
+    With ``rescale_every`` a class halves the residual stream after so many layers, lest float16 overflow, and
+    divides weights in place for it. That makes the epsilons of norms larger, so only float16 gets it.
+    """
     dtypes = {header.dtype for header in headers.values()}
-    return {"torch_dtype": str(dtypes.pop()).removeprefix("torch.")} if len(dtypes) == 1 else {}
+    found: Json = {}
+    if "rescale_every" in config_json and torch.float16 not in dtypes:
+        found["rescale_every"] = 0
+    if len(dtypes) == 1:
+        found["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
+    return found
