@@ -24,7 +24,10 @@ def multiplied(name: str, tensor: Tensor, factor: float) -> Tensor:
     pieces = torch.split(tensor.reshape(-1), _PIECE_NUMEL)
     for piece, target in zip(pieces, torch.split(result.view(-1), _PIECE_NUMEL), strict=True):
         torch.mul(piece, factor, out=target)
-        if not ((target / factor == piece) | piece.isnan()).all():
+        nan = piece.isnan()
+        if nan.any():
+            target[nan] = piece[nan]  # arithmetic keeps that it is none, but not its bits
+        if not ((target / factor == piece) | nan).all():
             raise CheckpointError(
                 f"{name} holds a number that cannot be multiplied by {factor:g} in {tensor.dtype} without loss; "
                 "choose another dtype"
