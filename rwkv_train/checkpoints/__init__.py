@@ -21,9 +21,8 @@ from rwkv_train.checkpoints.weights import (
     load_model,
     locate_checkpoint,
     read_weights,
-    write_pth,
-    write_safetensors,
 )
+from rwkv_train.checkpoints.writing import write_weights
 
 __all__ = [
     "Conversion",
@@ -48,6 +47,5 @@ __all__ = [
     "read_weights",
     "require_space",
     "save_training_checkpoint",
-    "write_pth",
-    "write_safetensors",
+    "write_weights",
 ]

@@ -1,29 +1,31 @@
-"""From any format of weights to one of two."""
+"""From any format of weights to one of those that are written."""
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
-from rwkv_train.checkpoints.weights import UnusedTensors, read_weights, write_pth, write_safetensors
+from rwkv_train.checkpoints.formats import SourceFormat
+from rwkv_train.checkpoints.weights import read_weights
+from rwkv_train.checkpoints.writing import TargetFormat, UnusedTensors, carry_out, plan_writing
 from rwkv_train.errors import CheckpointError
-from rwkv_train.models.registry import unused_parameters
-
-TargetFormat = Literal["pth", "safetensors"]
-"""``"pth"``: an official file. ``"safetensors"``: a folder of weights and their description."""
-
-_WRITERS = {"pth": write_pth, "safetensors": write_safetensors}
 
 
 class Conversion(NamedTuple):
-    """What was written."""
+    """What was written, or would be."""
 
     path: Path
     """The file or folder."""
+    to: TargetFormat
+    """Its format."""
+    arch: str
+    """``"rwkv4"``, ``"rwkv7"``."""
     n_tensors: int
     """Number of tensors in it."""
     size_bytes: int
-    """Size of the file, or of all files of the folder."""
+    """Size of the file, or of all files of the folder; of the tensors alone where nothing was written."""
+    is_written: bool
+    """False after a dry run."""
 
 
 def convert(
@@ -31,32 +33,40 @@ def convert(
     dst: str | Path,
     to: TargetFormat,
     *,
+    source_format: SourceFormat | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     v7_block0: UnusedTensors = "keep",
+    dry_run: bool = False,
 ) -> Conversion:
     """Write the weights of ``src`` to ``dst``, read them back and compare every bit.
 
+    One tensor at a time is read and written, so a model need not fit into memory.
+
     Args:
         src: as in :func:`read_weights`.
-        dst: a file for ``"pth"``, a folder for ``"safetensors"``.
+        dst: a file or folder, as the format is.
         to: the format to write.
+        source_format: what ``src`` must be; ``None``: whatever its content says.
         dtype: round every weight to this dtype; ``None`` keeps each as it is.
         overwrite: replace what is at ``dst``, once the new one is complete.
-        v7_block0: whether RWKV-7's unused ``blocks.0.att.v0/v1/v2`` are in what is written; kept ones that
-            ``src`` lacks are zeros.
+        v7_block0: which of RWKV-7's unused ``blocks.0.att.v0/v1/v2`` are in what is written.
+        dry_run: check all that can be checked without writing.
 
     Raises:
         CheckpointError: ``src`` cannot be read or ``dst`` not written; what was at ``dst`` is still there.
         ValueError: there is no format ``to``.
     """
-    if to not in _WRITERS:
-        raise ValueError(f"to ({to!r}) must be one of {', '.join(_WRITERS)}")
-    # Before the reading, which may take minutes; the writers look again.
+    if to not in get_args(TargetFormat):
+        raise ValueError(f"to ({to!r}) must be one of {', '.join(get_args(TargetFormat))}")
+    # Before the reading, which may take minutes; the plan looks again.
     if (Path(dst).exists() or Path(dst).is_symlink()) and not overwrite:
         raise CheckpointError(f"{dst} is already there; choose another name, or replace it with --overwrite")
-    weights = read_weights(src)
-    path = _WRITERS[to](dst, weights, dtype, v7_block0=v7_block0, overwrite=overwrite)
-    n_dropped = len(unused_parameters(weights.config.arch)) if v7_block0 == "drop" else 0
+    weights = read_weights(src, source_format)
+    plan = plan_writing(dst, weights, to, dtype, v7_block0=v7_block0, overwrite=overwrite)
+    facts = plan.target, to, weights.config.arch, len(plan.tensors)
+    if dry_run:
+        return Conversion(*facts, plan.tensors.n_bytes, is_written=False)
+    path = carry_out(plan)
     files = path.iterdir() if path.is_dir() else [path]
-    return Conversion(path, len(weights.tensors) - n_dropped, sum(file.stat().st_size for file in files))
+    return Conversion(*facts, sum(file.stat().st_size for file in files), is_written=True)

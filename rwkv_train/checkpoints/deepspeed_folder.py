@@ -15,6 +15,8 @@ from torch import Tensor
 from rwkv_train.checkpoints.deepspeed_files import DeepSpeedFiles, StateFile, open_deepspeed_folder
 from rwkv_train.checkpoints.pth import named_tensors
 from rwkv_train.checkpoints.stand_ins import StandIn
+from rwkv_train.checkpoints.tensor_source import TensorSource
+from rwkv_train.checkpoints.tensors import require_dense
 from rwkv_train.checkpoints.zero_partitions import (
     MisfitError,
     Shapes,
@@ -32,7 +34,7 @@ _ZERO3_MASTERS = "fp32_flat_groups"
 _PLACES = "param_slice_mappings"
 
 
-def read_deepspeed_folder(folder: Path) -> tuple[dict[str, Tensor], int | None]:
+def read_deepspeed_folder(folder: Path) -> tuple[TensorSource, int | None]:
     """Read the weights of a checkpoint that DeepSpeed or Lightning's DeepSpeedStrategy wrote.
 
     Under ZeRO 1, 2 and 3 they are the float32 master weights; parameters that were not trained, and buffers,
@@ -43,7 +45,8 @@ def read_deepspeed_folder(folder: Path) -> tuple[dict[str, Tensor], int | None]:
         folder: the folder of a tag, or the one above it that has ``latest``.
 
     Returns:
-        Name in the module -> tensor, and the number of optimizer steps where it is told.
+        Name in the module -> tensor, put together when it is asked for; and the number of optimizer steps where it
+        is told.
 
     Raises:
         CheckpointError: a file is missing, damaged, malicious, or from another world size or step.
@@ -51,47 +54,45 @@ def read_deepspeed_folder(folder: Path) -> tuple[dict[str, Tensor], int | None]:
     files = open_deepspeed_folder(folder)
     first = files.models[0]
     module = named_tensors(first.path, first.content["module"])
+    require_dense(first.path, module)
     step = first.content.get("global_steps")
     tensors = _with_masters(files, module) if files.optimizers else _module_alone(files, module)
     return tensors, step if isinstance(step, int) else None
 
 
-def _with_masters(files: DeepSpeedFiles, module: dict[str, Tensor]) -> dict[str, Tensor]:
+def _with_masters(files: DeepSpeedFiles, module: dict[str, Tensor]) -> TensorSource:
     first, optimizers = files.models[0], files.optimizers
     groups = [_shapes(first.path, group) for group in first.sequence("param_shapes")]
-    is_zero3 = _ZERO3_MASTERS in optimizers[0].content
-    found: dict[str, Tensor] = {}
     try:
-        if is_zero3:
+        if _ZERO3_MASTERS in optimizers[0].content:
             by_rank = [_partitions(optimizer, _ZERO3_MASTERS, len(groups)) for optimizer in optimizers]
-            for shapes, *partitions in zip(groups, *by_rank, strict=True):
-                found |= join_parts(shapes, partitions)
-            found |= _zero3_frozen(files)
+            masters = [
+                join_parts(shapes, partitions) for shapes, *partitions in zip(groups, *by_rank, strict=True)
+            ]
+            masters += _zero3_frozen(files)
         else:
-            found = _zero12_masters(optimizers, groups)
+            masters = _zero12_masters(optimizers, groups)
     except MisfitError as problem:
         raise CheckpointError(f"{files.tag} cannot be put together: {problem}") from None
-    return _complete(first, module, found)
+    return _complete(first, module, masters)
 
 
-def _zero12_masters(optimizers: list[StateFile], groups: Sequence[Shapes]) -> dict[str, Tensor]:
+def _zero12_masters(optimizers: list[StateFile], groups: Sequence[Shapes]) -> list[TensorSource]:
     by_rank = [_partitions(optimizer, _ZERO12_MASTERS, len(groups)) for optimizer in optimizers]
     # Not written before 2023. Places know of padding between parameters; the order alone does not.
     if not all(_PLACES in optimizer.content for optimizer in optimizers):
-        cut = [cut_row(shapes, partitions) for shapes, *partitions in zip(groups, *by_rank, strict=True)]
-        return {name: tensor for group in cut for name, tensor in group.items()}
+        return [cut_row(shapes, partitions) for shapes, *partitions in zip(groups, *by_rank, strict=True)]
     places = [_places(optimizer, len(groups)) for optimizer in optimizers]
-    masters: dict[str, Tensor] = {}
-    for index, shapes in enumerate(groups):
-        partitions = [partitions[index] for partitions in by_rank]
-        masters |= join_slices(shapes, partitions, [place[index] for place in places])
-    return masters
+    return [
+        join_slices(shapes, [partitions[index] for partitions in by_rank], [place[index] for place in places])
+        for index, shapes in enumerate(groups)
+    ]
 
 
-def _zero3_frozen(files: DeepSpeedFiles) -> dict[str, Tensor]:
+def _zero3_frozen(files: DeepSpeedFiles) -> list[TensorSource]:
     """Parameters that no optimizer has; each process holds its part of them in its model states."""
     first = files.models[0]
-    frozen: dict[str, Tensor] = {}
+    frozen = []
     for name, shape in _shapes(first.path, first.mapping("frozen_param_shapes")).items():
         parts = []
         for model in files.models:
@@ -99,31 +100,41 @@ def _zero3_frozen(files: DeepSpeedFiles) -> dict[str, Tensor]:
             if not _is_dense(part):
                 raise CheckpointError(f"{model.path} lacks its part of parameter '{name}'")
             parts.append(part.detach().flatten())
-        frozen |= join_parts({name: shape}, parts)
+        frozen.append(join_parts({name: shape}, parts))
     return frozen
 
 
-def _complete(first: StateFile, module: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
+def _complete(first: StateFile, module: dict[str, Tensor], masters: Sequence[TensorSource]) -> TensorSource:
     """All weights in the module's order and float32.
 
     They are what was put together, second names of the same, and what only the module has: buffers, and
     under ZeRO 1 and 2 the parameters that are not trained.
     """
+    source_of = {name: source for source in masters for name in source}
     shared, buffers = first.mapping("shared_params"), first.sequence("buffer_names")
-    places = {_place(tensor): name for name, tensor in module.items() if name in found and tensor.numel()}
-    complete: dict[str, Tensor] = {}
+    places = {_place(tensor): name for name, tensor in module.items() if name in source_of and tensor.numel()}
+    complete: dict[str, tuple[TensorSource, str]] = {}
     for name, tensor in module.items():
-        original = name if name in found else str(shared.get(name, places.get(_place(tensor))))
-        if original in found:
-            complete[name] = found[original]
+        original = name if name in source_of else str(shared.get(name, places.get(_place(tensor))))
+        if original in source_of:
+            complete[name] = source_of[original], original
         # Under ZeRO 3 the module has an empty tensor for each parameter; only its buffers are whole.
         elif tensor.numel() or name in buffers:
-            complete[name] = tensor
-    complete |= {name: tensor for name, tensor in found.items() if name not in complete}
-    return {name: t.float() if t.is_floating_point() else t for name, t in complete.items()}
+            complete[name] = TensorSource.of(module), name
+    complete |= {name: (source, name) for name, source in source_of.items() if name not in complete}
+
+    def widened(name: str) -> Tensor:
+        source, original = complete[name]
+        tensor = source[original]
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    headers = {name: source.headers[original] for name, (source, original) in complete.items()}
+    return TensorSource(
+        {name: h.float() if h.is_floating_point() else h for name, h in headers.items()}, widened
+    )
 
 
-def _module_alone(files: DeepSpeedFiles, module: dict[str, Tensor]) -> dict[str, Tensor]:
+def _module_alone(files: DeepSpeedFiles, module: dict[str, Tensor]) -> TensorSource:
     """The module's own weights, where no file has the master weights."""
     first = files.models[0]
     groups = [*first.sequence("param_shapes"), first.mapping("frozen_param_shapes")]
@@ -140,7 +151,7 @@ def _module_alone(files: DeepSpeedFiles, module: dict[str, Tensor]) -> dict[str,
             files.tag,
             ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in rounded)),
         )
-    return module
+    return TensorSource.of(module)
 
 
 def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:

@@ -1,7 +1,9 @@
 """What lies at a path, told by its content: names and endings of files are not trusted."""
 
+from collections.abc import Collection, Mapping
 from enum import Enum
 from pathlib import Path
+from typing import Literal
 
 from rwkv_train.checkpoints.deepspeed_files import is_deepspeed_folder
 from rwkv_train.checkpoints.lightning_ckpt import VERSION_KEY
@@ -37,6 +39,18 @@ class Format(Enum):
     LIGHTNING_CKPT = "Lightning .ckpt"
 
 
+SourceFormat = Literal["pth", "safetensors", "training", "deepspeed", "lightning"]
+"""What a user calls the kinds that are read."""
+
+SOURCE_FORMATS: Mapping[SourceFormat, Collection[Format]] = {
+    "pth": (Format.PTH, Format.LEGACY_PTH),
+    "safetensors": (Format.SAFETENSORS_FILE, Format.SAFETENSORS_FOLDER),
+    "training": (Format.TRAINING_CHECKPOINT, Format.RUN),
+    "deepspeed": (Format.DEEPSPEED_FOLDER,),
+    "lightning": (Format.LIGHTNING_CKPT,),
+}
+"""What a user calls a kind -> the kinds that are meant."""
+
 _FIRST_BYTES = {
     ZIP_MAGIC: Format.PTH,
     LEGACY_MAGIC: Format.LEGACY_PTH,
@@ -54,6 +68,7 @@ _FOREIGN_FIRST_BYTES = {
 _FOLDER_MARKS = {
     MANIFEST_FILE: Format.TRAINING_CHECKPOINT,
     WEIGHTS_FILE: Format.SAFETENSORS_FOLDER,
+    f"{WEIGHTS_FILE}.index.json": Format.SAFETENSORS_FOLDER,
     CHECKPOINTS_FOLDER: Format.RUN,
 }
 """An entry of a folder -> what the folder is; the first that is there decides."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_train.checkpoints.tensor_source import TensorSource
 from rwkv_train.config.model import (
     LoraRanks,
     ModelConfig,
@@ -112,18 +113,23 @@ def make_explicit(config: ModelConfig) -> ModelConfig:
     return config.explicit()
 
 
-def fill_unused(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fill_unused(config: ModelConfig, tensors: Mapping[str, Tensor]) -> TensorSource:
     """Return all tensors of the model in its own order; unused ones that are absent become zeros.
 
     Args:
         config: settings that the tensors were checked against.
         tensors: name -> tensor. Zeros get the dtype of ``emb.weight``.
     """
-    dtype = tensors["emb.weight"].dtype
-    return {
-        name: tensors[name] if name in tensors else torch.zeros(shape, dtype=dtype)
-        for name, shape in expected_shapes(config).items()
+    source, shapes = TensorSource.of(tensors), expected_shapes(config)
+    dtype = source.headers["emb.weight"].dtype
+    headers = {
+        name: source.headers.get(name, torch.empty(shape, dtype=dtype, device="meta"))
+        for name, shape in shapes.items()
     }
+    return TensorSource(
+        headers,
+        lambda name: source[name] if name in source else torch.zeros(shapes[name], dtype=dtype),
+    )
 
 
 @lru_cache(maxsize=8)

@@ -6,17 +6,17 @@ settings of the run. The settings may be objects of any class, which are never m
 
 from pathlib import Path
 
-from torch import Tensor
-
 from rwkv_train.checkpoints.pth import named_tensors, read_pickle
 from rwkv_train.checkpoints.stand_ins import STAND_INS
+from rwkv_train.checkpoints.tensor_source import TensorSource
+from rwkv_train.checkpoints.tensors import require_dense
 from rwkv_train.errors import CheckpointError
 
 VERSION_KEY = "pytorch-lightning_version"
 """The key that every such file has."""
 
 
-def read_lightning_ckpt(path: Path) -> tuple[dict[str, Tensor], int | None]:
+def read_lightning_ckpt(path: Path) -> tuple[TensorSource, int | None]:
     """Read the weights of a ``.ckpt`` file.
 
     Returns:
@@ -30,4 +30,6 @@ def read_lightning_ckpt(path: Path) -> tuple[dict[str, Tensor], int | None]:
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointError(f"{path} is a file of Lightning without a 'state_dict', so it has no weights")
     step = content.get("global_step")
-    return named_tensors(path, content["state_dict"]), step if isinstance(step, int) else None
+    tensors = named_tensors(path, content["state_dict"])
+    require_dense(path, tensors)
+    return TensorSource.of(tensors), step if isinstance(step, int) else None

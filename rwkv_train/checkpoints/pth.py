@@ -5,17 +5,22 @@ then builds tensors and refuses everything else before it runs. Damage is found 
 file carries.
 """
 
+import io
+import pickle
 import re
 import struct
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rwkv_train.checkpoints.tensors import with_own_memory
+from rwkv_train.checkpoints.tensor_source import TensorSource
+from rwkv_train.checkpoints.tensors import as_bytes
 from rwkv_train.errors import CheckpointError
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -107,18 +112,88 @@ def mentions(path: Path, text: str) -> bool:
 
 
 def save_pth(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to ``path`` as the published trainer does; use :func:`new_file` to do it safely.
+    """Write tensors to ``path`` as ``torch.save`` does, but one at a time; use :func:`new_file` to do it safely.
 
     Raises:
-        CheckpointError: PyTorch could not write the file.
+        OSError: the operating system refuses.
     """
-    content = with_own_memory(tensors)
-    try:
-        # Through an open file: given a path, torch.save writes the (temporary) name into every record.
-        with path.open("wb") as file:
-            torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer raises the latter when the disk is full
-        raise CheckpointError(f"{path.parent}: the .pth file cannot be written: {_reason(error)}") from error
+    keys = {name: str(number) for number, name in enumerate(tensors)}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        _write_record(archive, "data.pkl", _pickled_table(TensorSource.of(tensors).headers, keys))
+        _write_record(archive, "byteorder", b"little")
+        for name, tensor in tensors.items():
+            _write_record(archive, f"data/{keys[name]}", as_bytes(tensor))
+        _write_record(archive, "version", b"3\n")
+
+
+def _write_record(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
+    """Append a record whose content starts at a multiple of 64 bytes, as PyTorch's writer aligns it."""
+    n_bytes = memoryview(content).nbytes
+    record = zipfile.ZipInfo(f"archive/{name}", date_time=(1980, 1, 1, 0, 0, 0))
+    record.file_size, record.CRC = n_bytes, 0  # the checksum is counted, and put there, while it is written
+    is_large = n_bytes >= zipfile.ZIP64_LIMIT
+    assert archive.fp is not None
+    start = archive.fp.tell() + len(record.FileHeader(zip64=is_large)) + _EXTRA_FIELD.size
+    padding = -start % _ALIGNMENT
+    record.extra = _EXTRA_FIELD.pack(b"FB", padding) + b"Z" * padding
+    with archive.open(record, "w", force_zip64=is_large) as file:
+        file.write(content)
+
+
+_ALIGNMENT = 64
+_EXTRA_FIELD = struct.Struct("<2sH")
+"""Kind and length of what stands between a record's name and its content; PyTorch calls its padding FB."""
+
+
+class _Values(NamedTuple):
+    """Stands for a tensor's values in the pickle, which lie in a record of their own."""
+
+    key: str
+    header: Tensor
+
+
+class _Entry(NamedTuple):
+    """Stands for a tensor in the pickle."""
+
+    values: _Values
+
+
+class _TablePickler(pickle.Pickler):
+    """Writes names, shapes and dtypes as ``torch.save`` does, for tensors that are not there yet."""
+
+    def persistent_id(self, obj: object) -> object:
+        if not isinstance(obj, _Values):
+            return None
+        return "storage", _STORAGES[obj.header.dtype], obj.key, "cpu", obj.header.numel()
+
+    def reducer_override(self, obj: object) -> Any:
+        if not isinstance(obj, _Entry):
+            return NotImplemented
+        header = obj.values.header
+        start = 0
+        return torch._utils._rebuild_tensor_v2, (
+            obj.values,
+            start,
+            tuple(header.shape),
+            header.stride(),
+            False,
+            OrderedDict(),
+        )
+
+
+_STORAGES = {
+    torch.float32: torch.FloatStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.float16: torch.HalfStorage,
+}
+"""What a pickle of ``torch.save`` names a dtype by."""
+
+
+def _pickled_table(headers: Mapping[str, Tensor], keys: Mapping[str, str]) -> bytes:
+    table = io.BytesIO()
+    entries = {name: _Entry(_Values(keys[name], header)) for name, header in headers.items()}
+    _TablePickler(table, protocol=2).dump(entries)
+    return table.getvalue()
 
 
 @contextmanager

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from rwkv_train.checkpoints.descriptions import write_json
-from rwkv_train.checkpoints.safetensors_file import SafetensorsWriter
+from rwkv_train.checkpoints.safetensors_file import DTYPES_BY_NAME, SafetensorsWriter, table_size
+from rwkv_train.checkpoints.tensor_source import TensorSource, header_of
 from rwkv_train.errors import CheckpointError
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""What safetensors calls the dtypes that weights may have, and one that they may be mistaken for."""
+MAX_FILE_BYTES = 5_000_000_000
+"""Size above which tensors of a kind go to several files, as published models do."""
 
 
 class TensorFilesWriter:
@@ -36,7 +37,7 @@ class TensorFilesWriter:
 
     def __init__(self, folder: Path, stem: str, table_bytes: int, max_file_bytes: int) -> None:
         self.headers: dict[str, Tensor] = {}
-        """Name -> a tensor of the shape that was written, without values."""
+        """Name -> a tensor of the shape and dtype that were written, without values."""
         self._folder = folder
         self._stem = stem
         self._table_bytes = table_bytes
@@ -52,7 +53,7 @@ class TensorFilesWriter:
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Append a contiguous float32 tensor on the CPU.
+        """Append a tensor on the CPU.
 
         Raises:
             ValueError: a tensor of that name is already there.
@@ -63,7 +64,7 @@ class TensorFilesWriter:
             self._stack.close()
             self._next_file()
         self._current.add(name, tensor)
-        self.headers[name] = torch.empty(tensor.shape, device="meta")
+        self.headers[name] = header_of(tensor)
         self._file_of[name] = len(self._unnamed)
         self._total_bytes += tensor.nbytes
 
@@ -92,8 +93,28 @@ class TensorFilesWriter:
             write_json(self._folder / index_name(self._stem), index)
 
 
-class TensorFiles:
-    """The tensors of several safetensors files, read one by one.
+def write_tensor_files(folder: Path, stem: str, tensors: TensorSource) -> list[str]:
+    """Write all tensors of a source, one at a time, to one file or to several of ``MAX_FILE_BYTES``.
+
+    Args:
+        folder: as for :class:`TensorFilesWriter`.
+        stem: likewise.
+        tensors: what to write.
+
+    Returns:
+        Names of the files that hold them.
+    """
+    table_bytes = table_size((name, header.shape) for name, header in tensors.headers.items())
+    # Wide dtypes first: readers need each tensor at a multiple of its own width, and the format knows no gaps.
+    by_width = sorted(tensors, key=lambda name: -tensors.headers[name].element_size())
+    with TensorFilesWriter(folder, stem, table_bytes, MAX_FILE_BYTES) as files:
+        for name in by_width:
+            files.add(name, tensors[name])
+    return tensor_file_names(stem, [path.name for path in folder.iterdir()])
+
+
+class TensorFiles(TensorSource):
+    """The tensors of several safetensors files, mapped from the disk.
 
     Args:
         folder: where the files lie.
@@ -104,27 +125,22 @@ class TensorFiles:
     """
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
-        self.headers: dict[str, Tensor] = {}
-        """Name -> a tensor of its shape and dtype, without values."""
         self._files: dict[Path, Any] = {}
         self._path_of: dict[str, Path] = {}
+        headers: dict[str, Tensor] = {}
         for path in (folder / name for name in names):
             for name, header in self._open(path).items():
-                if name in self.headers:
+                if name in headers:
                     raise CheckpointError(f"{path}: tensor '{name}' is in {self._path_of[name].name} too")
-                self.headers[name] = header
+                headers[name] = header
                 self._path_of[name] = path
+        super().__init__(headers, self._read_from_file)
 
     def path_of(self, name: str) -> Path:
         """Return the file that holds a tensor."""
         return self._path_of[name]
 
-    def read(self, name: str) -> Tensor:
-        """Return a tensor, mapped from the disk: copy before you change it.
-
-        Raises:
-            CheckpointError: its file is damaged.
-        """
+    def _read_from_file(self, name: str) -> Tensor:
         path = self._path_of[name]
         try:
             tensor: Tensor = self._files[path].get_tensor(name)
@@ -146,10 +162,10 @@ class TensorFiles:
             ) from error
         self._files[path] = file
         for name, found in slices.items():
-            if found.get_dtype() not in _DTYPES:
+            if found.get_dtype() not in DTYPES_BY_NAME:
                 raise CheckpointError(f"{path}: tensor '{name}' is {found.get_dtype()}, which no weight is")
         return {
-            name: torch.empty(found.get_shape(), dtype=_DTYPES[found.get_dtype()], device="meta")
+            name: torch.empty(found.get_shape(), dtype=DTYPES_BY_NAME[found.get_dtype()], device="meta")
             for name, found in slices.items()
         }
 
@@ -167,6 +183,11 @@ def tensor_file_names(stem: str, listed: Collection[str]) -> list[str]:
             n_files = int(match[1])
             return [_name(stem, number, n_files) for number in range(1, n_files + 1)]
     return [_name(stem, 1, 1)]
+
+
+def is_tensor_file(stem: str, name: str) -> bool:
+    """Tell whether a name is one that :class:`TensorFilesWriter` gives."""
+    return name == index_name(stem) or name in tensor_file_names(stem, [name])
 
 
 def index_name(stem: str) -> str:

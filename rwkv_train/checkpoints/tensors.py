@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rwkv_train.checkpoints.tensor_source import TensorSource
 from rwkv_train.errors import CheckpointError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What weights may be stored in, by the names that users write."""
 
-_SAME_WIDTH_INTEGER = {2: torch.int16, 4: torch.int32}
+_SAME_WIDTH_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of one weight -> the integer type with which its bits can be compared."""
 
 _WRAPPER_PREFIXES = ("module.", "_forward_module.", "_orig_mod.", "model.")
@@ -23,43 +26,47 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
 
-def size_in_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Return the memory that the values of all tensors take, in bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def check_dense_floats(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse anything but dense CPU tensors in float32, bfloat16 or float16.
+def require_dense(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are sparse, quantized or without values.
 
     Raises:
         CheckpointError: it names the file, the tensor and what it is.
     """
     for name, tensor in tensors.items():
-        if (
-            tensor.device.type != "cpu"
-            or tensor.layout != torch.strided
-            or tensor.dtype not in DTYPES.values()
-        ):
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_quantized:
             raise CheckpointError(
                 f"{path}: tensor '{name}' is {tensor.dtype}, {tensor.layout}, on {tensor.device}; weights "
                 "must be dense, in float32, bfloat16 or float16"
             )
 
 
-def strip_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def require_floats(path: Path, tensors: TensorSource) -> None:
+    """Refuse anything but float32, bfloat16 and float16.
+
+    Raises:
+        CheckpointError: it names the file, the tensor and what it is.
+    """
+    for name, header in tensors.headers.items():
+        if header.dtype not in DTYPES.values():
+            raise CheckpointError(
+                f"{path}: tensor '{name}' is {header.dtype}; weights must be in float32, bfloat16 or float16"
+            )
+
+
+def strip_wrappers(tensors: TensorSource) -> TensorSource:
     """Return the tensors without the prefixes that wrappers put before every name.
 
     Example:
-        >>> list(strip_wrappers({"module.model.emb.weight": torch.zeros(1)}))
+        >>> list(strip_wrappers(TensorSource.of({"module.model.emb.weight": torch.zeros(1)})))
         ['emb.weight']
     """
-    stripped = dict(tensors)
-    while stripped:
-        prefix = next((p for p in _WRAPPER_PREFIXES if all(name.startswith(p) for name in stripped)), None)
+    names = {name: name for name in tensors}
+    while names:
+        prefix = next((p for p in _WRAPPER_PREFIXES if all(name.startswith(p) for name in names)), None)
         if prefix is None:
             break
-        stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
-    return stripped
+        names = {name.removeprefix(prefix): original for name, original in names.items()}
+    return tensors.renamed(names)
 
 
 def cast(source: object, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -91,20 +98,22 @@ def cast(source: object, name: str, tensor: Tensor, dtype: torch.dtype | None) -
     return converted
 
 
-def with_own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU, contiguous, none of them part of another or of something larger.
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Return the values of a tensor on the CPU as they lie in a file: row by row, little-endian."""
+    width = tensor.element_size()
+    values: npt.NDArray[Any] = tensor.detach().contiguous().view(_SAME_WIDTH_INTEGER[width]).numpy()
+    return values.astype(f"<i{width}", copy=False).data
 
-    Writers need that: one stores all of the memory behind a view, the other refuses memory that is shared.
-    """
-    separate: dict[str, Tensor] = {}
-    taken: set[int] = set()
-    for name, tensor in tensors.items():
-        whole = tensor.detach().cpu().contiguous()
-        if whole.untyped_storage().nbytes() != whole.nbytes or whole.data_ptr() in taken:
-            whole = whole.clone()
-        taken.add(whole.data_ptr())
-        separate[name] = whole
-    return separate
+
+def cast_all(source: object, tensors: TensorSource, dtype: torch.dtype | None) -> TensorSource:
+    """Return tensors that are :func:`cast` when they are read; ``None`` keeps each as it is."""
+    if dtype is None:
+        return tensors
+    headers = {
+        name: torch.empty(header.shape, dtype=dtype, device="meta")
+        for name, header in tensors.headers.items()
+    }
+    return TensorSource(headers, lambda name: cast(source, name, tensors[name], dtype))
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -115,8 +124,8 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(integer), other.contiguous().view(integer))
 
 
-def require_same_bits(path: Path, written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
-    """Compare what was read back from ``path`` with what was to be written.
+def require_same_bits(path: Path, written: TensorSource, read: TensorSource) -> None:
+    """Compare what was read back from ``path`` with what was to be written, one tensor at a time.
 
     Raises:
         CheckpointError: a name, dtype, shape or bit differs: the disk or the memory is at fault.

@@ -109,7 +109,7 @@ class TrainingCheckpoint:
         self._moments = TensorFiles(folder, tensor_files(folder, manifest, OPTIMIZER))
         config = parse_model(folder / MANIFEST_FILE, manifest["arch_config"])
         _check_state(folder, config, self._weights.headers, self._moments.headers)
-        self.names = tuple(name for name in expected_shapes(config) if name in self._weights.headers)
+        self.names = tuple(name for name in expected_shapes(config) if name in self._weights)
         """Names of the parameters, in the order of the model; unused ones may be absent."""
 
     def parameter(self, name: str) -> ParameterState:
@@ -120,14 +120,14 @@ class TrainingCheckpoint:
             KeyError: there is no such parameter.
         """
         exp_avg, exp_avg_sq = (
-            self._moments.read(moment).clone() if moment in self._moments.headers else None
+            self._moments[moment].clone() if moment in self._moments else None
             for moment in (f"{kind}.{name}" for kind in _MOMENTS)
         )
-        return ParameterState(name, self._weights.read(name).clone(), exp_avg, exp_avg_sq)
+        return ParameterState(name, self._weights[name].clone(), exp_avg, exp_avg_sq)
 
     def weights(self) -> dict[str, Tensor]:
         """Read all weights from the disk, into memory of their own."""
-        return {name: self._weights.read(name).clone() for name in self.names}
+        return {name: self._weights[name].clone() for name in self.names}
 
 
 def checkpoint_bytes(config: ModelConfig) -> int:

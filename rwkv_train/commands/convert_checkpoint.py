@@ -14,9 +14,18 @@ class _Target(StrEnum):
     SAFETENSORS = "safetensors"
 
 
+class _Source(StrEnum):
+    PTH = "pth"
+    SAFETENSORS = "safetensors"
+    TRAINING = "training"
+    DEEPSPEED = "deepspeed"
+    LIGHTNING = "lightning"
+
+
 class _Unused(StrEnum):
     KEEP = "keep"
     DROP = "drop"
+    FILL = "fill"
 
 
 _SOURCE_HELP = f"{CHECKPOINT_HELP} Also a checkpoint folder of DeepSpeed or a .ckpt of Lightning."
@@ -25,6 +34,10 @@ Destination = Annotated[
     Path, typer.Argument(metavar="DST", help="What to write: a file for pth, a folder for safetensors.")
 ]
 To = Annotated[_Target, typer.Option(help="Format to write.")]
+From = Annotated[
+    _Source | None,
+    typer.Option("--from", help="What SRC must be; by default whatever its content says."),
+]
 Dtype = Annotated[
     DtypeName | None, typer.Option(help="Round every weight to this; by default each stays as it is.")
 ]
@@ -34,18 +47,26 @@ Overwrite = Annotated[
 Block0 = Annotated[
     _Unused,
     typer.Option(
-        help="RWKV-7's unused blocks.0.att.v0/v1/v2: written (zeros if SRC lacks them) or left out."
+        help="RWKV-7's unused blocks.0.att.v0/v1/v2: as SRC has or lacks them, left out, or filled in (zeros)."
     ),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Read SRC, check everything, say what would be written; write nothing."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a sentence.")]
 
 
 def convert_checkpoint(
     src: Source,
     dst: Destination,
     to: To,
+    source_format: From = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
     v7_block0: Block0 = _Unused.KEEP,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write weights in another format, read them back and compare every bit."""
     from rwkv_train.checkpoints import convert
@@ -55,11 +76,16 @@ def convert_checkpoint(
         src,
         dst,
         to.value,
+        source_format=None if source_format is None else source_format.value,
         dtype=None if dtype is None else DTYPES[dtype.value],
         overwrite=overwrite,
         v7_block0=v7_block0.value,
+        dry_run=dry_run,
     )
-    typer.echo(
-        f"wrote {written.path} ({to.value}, {written.n_tensors} tensors, {written.size_bytes:,} bytes), "
-        "read back bit for bit"
-    )
+    if as_json:
+        import json
+
+        typer.echo(json.dumps({**written._asdict(), "path": str(written.path)}, indent=2, ensure_ascii=False))
+        return
+    what = f"{written.path} ({to.value}, {written.n_tensors} tensors, {written.size_bytes:,} bytes)"
+    typer.echo(f"wrote {what}, read back bit for bit" if written.is_written else f"would write {what}")

@@ -16,7 +16,7 @@ def init_weights(
     config: ConfigName, output: Output, overrides: Overrides = None, overwrite: Overwrite = False
 ) -> None:
     """Write the initial weights of a run, to evaluate them or to start several runs from them."""
-    from rwkv_train.checkpoints import Weights, write_safetensors
+    from rwkv_train.checkpoints import Weights, write_weights
     from rwkv_train.config.load import load_train_config
     from rwkv_train.models.registry import build_model, initialize
     from rwkv_train.tokenizers import load_tokenizer
@@ -30,7 +30,6 @@ def init_weights(
     model = build_model(settings.model)
     initialize(model, settings.trainer.seed)
     tokenizer = load_tokenizer(settings.data.tokenizer).identity
-    folder = write_safetensors(
-        output, Weights(settings.model, model.state_dict(), tokenizer, step=0), overwrite=overwrite
-    )
+    weights = Weights(settings.model, model.state_dict(), tokenizer, step=0)
+    folder = write_weights(output, weights, "safetensors", overwrite=overwrite)
     typer.echo(f"wrote {folder}")

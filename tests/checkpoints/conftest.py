@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rwkv_train.checkpoints import TrainingState, safetensors_file, save_training_checkpoint
+from rwkv_train.checkpoints import TrainingState, save_training_checkpoint, writing
 from rwkv_train.checkpoints.safetensors_file import SafetensorsWriter
 from rwkv_train.config.model import (
     LoraRanks,
@@ -276,17 +276,16 @@ def die_after(monkeypatch) -> Callable[[int], object]:
                 Path, "write_text", lambda write, path, text, **kw: write(path, text[: len(text) // 2], **kw)
             )
             wrap(shutil, "rmtree", _remove_one_file)
-            wrap(safetensors_file, "save_file", _write_half)
             wrap(SafetensorsWriter, "_write_table")
-            wrap(torch, "save", lambda save, content, file: _write_half(save, content, Path(file.name)))
+            wrap(writing, "save_pth", _write_half)
             wrap(os, "fsync")
             yield
 
     return until
 
 
-def _write_half(save: Callable[..., None], content: object, path: Path, **kwargs: object) -> None:
-    save(content, path, **kwargs)
+def _write_half(save: Callable[..., None], path: Path, tensors: object) -> None:
+    save(path, tensors)
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size // 2)
 

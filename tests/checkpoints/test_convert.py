@@ -1,9 +1,11 @@
 import os
+import weakref
 
 import pytest
 import torch
 
-from rwkv_train.checkpoints import convert, read_weights, save_training_checkpoint, weights
+from rwkv_train.checkpoints import convert, read_weights, save_training_checkpoint, tensor_files, writing
+from rwkv_train.checkpoints.tensor_source import TensorSource
 from rwkv_train.errors import CheckpointError
 
 ARCHES = pytest.mark.parametrize("arch", ["rwkv4", "rwkv7"])
@@ -39,30 +41,29 @@ def test_there_and_back_every_bit_is_the_same(tmp_path, tensors_of, config_of, a
     back = torch.load(tmp_path / "c.pth", weights_only=True)
     assert_same_bits({name: back[name] for name in tensors}, tensors)
     assert back.keys() == tensors.keys()
-    assert written == (tmp_path / "c.pth", len(tensors), (tmp_path / "c.pth").stat().st_size)
+    size_bytes = (tmp_path / "c.pth").stat().st_size
+    assert written == (tmp_path / "c.pth", "pth", arch, len(tensors), size_bytes, True)
 
 
 @pytest.mark.parametrize("has_them", [True, False], ids=["source-has-them", "source-lacks-them"])
 @pytest.mark.parametrize("to", ["pth", "safetensors"])
 def test_unused_tensors_are_written_or_left_out_as_asked(tmp_path, tensors_of, has_them, to):
     tensors = tensors_of("rwkv7")
-    published = tensors if has_them else {n: t for n, t in tensors.items() if n not in UNUSED}
-    torch.save(published, tmp_path / "a.pth")
-    kept = convert(tmp_path / "a.pth", tmp_path / "kept", to)
-    dropped = convert(tmp_path / "a.pth", tmp_path / "dropped", to, v7_block0="drop")
-    assert (kept.n_tensors, dropped.n_tensors) == (len(tensors), len(tensors) - 3)
-    for conversion in (kept, dropped):
-        convert(conversion.path, tmp_path / f"{conversion.path.name}.pth", "pth", v7_block0="drop")
-        read = torch.load(tmp_path / f"{conversion.path.name}.pth", weights_only=True)
-        assert_same_bits(
-            {name: read[name] for name in tensors if name not in UNUSED},
-            {name: tensors[name] for name in tensors if name not in UNUSED},
-        )
-    values = read_weights(kept.path).tensors
-    for name in UNUSED:
-        expected = tensors[name] if has_them else torch.zeros_like(tensors[name])
-        assert values[name].equal(expected)
-        assert not read_weights(dropped.path).tensors[name].any()
+    used = {name: tensor for name, tensor in tensors.items() if name not in UNUSED}
+    torch.save(tensors if has_them else used, tmp_path / "a.pth")
+    zeros = {name: tensor if name in used else torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    expected = {
+        "keep": tensors if has_them else used,
+        "drop": used,
+        "fill": tensors if has_them else zeros,
+    }
+    for v7_block0, wanted in expected.items():
+        written = convert(tmp_path / "a.pth", tmp_path / v7_block0, to, v7_block0=v7_block0)
+        assert written.n_tensors == len(wanted)
+        convert(written.path, tmp_path / "back.pth", "pth", overwrite=True)
+        read = torch.load(tmp_path / "back.pth", weights_only=True)
+        assert read.keys() == wanted.keys()
+        assert_same_bits({name: read[name] for name in wanted}, wanted)
 
 
 def test_a_training_checkpoint_becomes_an_official_file(tmp_path, training_state):
@@ -162,20 +163,18 @@ def test_a_write_that_does_not_read_back_is_refused_and_the_old_one_stays(tmp_pa
     target = convert(source, tmp_path / "x", to).path
 
     def flip_a_bit(read):
-        def read_and_flip(path):
-            tensors = {name: tensor.clone() for name, tensor in read(path).items()}
+        def read_and_flip(*where):
+            tensors = {name: tensor.clone() for name, tensor in read(*where).items()}
             tensors["head.weight"].view(torch.int32)[5, 5] ^= 1
-            return tensors
+            return TensorSource.of(tensors)
 
         return read_and_flip
 
-    with monkeypatch.context() as patch:
-        name = "read_pth" if to == "pth" else "read_safetensors"
-        patch.setattr(weights, name, flip_a_bit(getattr(weights, name)))
-        other = read_weights(target)._replace(step=3)
-        writer = weights.write_pth if to == "pth" else weights.write_safetensors
-        with pytest.raises(CheckpointError, match=r"x: tensor 'head.weight' does not read back"):
-            writer(target, other, overwrite=True)
+    other = read_weights(target)._replace(step=3)
+    name = "read_pth" if to == "pth" else "TensorFiles"
+    monkeypatch.setattr(writing, name, flip_a_bit(getattr(writing, name)))
+    with pytest.raises(CheckpointError, match=r"x: tensor 'head.weight' does not read back"):
+        writing.write_weights(target, other, to, overwrite=True)
     assert names_in(tmp_path) == ["source.pth", "x"]
     assert read_weights(target).config.arch == "rwkv7"
 
@@ -210,3 +209,63 @@ def test_an_unknown_format_is_refused(tmp_path, source):
 def test_a_dtype_that_is_not_read_is_not_written(tmp_path, source):
     with pytest.raises(ValueError, match=r"torch.float64"):
         convert(source, tmp_path / "x", "pth", dtype=torch.float64)
+
+
+def test_a_source_is_what_it_is_said_to_be_or_refused(tmp_path, source):
+    convert(source, tmp_path / "a", "safetensors", source_format="pth")
+    with pytest.raises(CheckpointError, match=r"found safetensors folder, wanted official \.pth"):
+        convert(tmp_path / "a", tmp_path / "b", "pth", source_format="pth")
+    assert names_in(tmp_path) == ["a", "source.pth"]
+
+
+@pytest.mark.parametrize("to", ["pth", "safetensors"])
+def test_a_dry_run_says_what_would_be_written_and_writes_nothing(tmp_path, source, tensors_of, to):
+    would = convert(source, tmp_path / "x", to, dtype=torch.bfloat16, dry_run=True)
+    weights_bytes = 2 * sum(tensor.numel() for tensor in tensors_of("rwkv7").values())
+    assert would == (tmp_path / "x", to, "rwkv7", len(tensors_of("rwkv7")), weights_bytes, False)
+    assert names_in(tmp_path) == ["source.pth"]
+
+
+def test_a_dry_run_refuses_what_a_conversion_would(tmp_path, source):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letters").write_text("dear")
+    with pytest.raises(CheckpointError, match="home is not replaced"):
+        convert(source, tmp_path / "home", "safetensors", overwrite=True, dry_run=True)
+    with pytest.raises(CheckpointError, match=r"source.pth is already there"):
+        convert(source, source, "pth", dry_run=True)
+
+
+def test_a_large_model_becomes_several_files_that_are_read_as_one(tmp_path, source, tensors_of, monkeypatch):
+    monkeypatch.setattr(tensor_files, "MAX_FILE_BYTES", 20_000)
+    folder = convert(source, tmp_path / "x", "safetensors").path
+    names = names_in(folder)
+    assert names[0] == "config.json"
+    assert names[-1] == "model.safetensors.index.json"
+    assert len(names) > 4
+    back = convert(folder, tmp_path / "back.pth", "pth").path
+    read = torch.load(back, weights_only=True)
+    assert_same_bits({name: read[name] for name in tensors_of("rwkv7")}, tensors_of("rwkv7"))
+    (folder / names[2]).unlink()
+    with pytest.raises(CheckpointError, match=f"{names[2]} cannot be read: No such file"):
+        read_weights(folder)
+    convert(source, folder, "safetensors", overwrite=True)  # a folder in several files may be replaced too
+
+
+def test_a_conversion_holds_one_tensor_at_a_time(tmp_path, source, monkeypatch):
+    alive, most = set(), 0
+
+    def counting(self, name):
+        nonlocal most
+        tensor = read(self, name).clone()
+        key = object()
+        alive.add(key)
+        weakref.finalize(tensor, alive.discard, key)
+        most = max(most, len(alive))
+        return tensor
+
+    read = TensorSource.__getitem__
+    monkeypatch.setattr(TensorSource, "__getitem__", counting)
+    for to in ("safetensors", "pth"):
+        convert(source, tmp_path / to, to, dtype=torch.bfloat16)
+    # A tensor in two dtypes, the one before it until its name is taken, and while comparing what was read back.
+    assert 1 <= most <= 6

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rwkv_train.checkpoints.io import new_file
 from rwkv_train.checkpoints.pth import mentions, read_pickle, read_pth, save_pth
 from rwkv_train.checkpoints.stand_ins import StandIn
 from rwkv_train.errors import CheckpointError
@@ -45,6 +46,24 @@ def test_files_of_torch_save_are_read(tmp_path, save):
 def test_what_is_written_torch_load_reads(tmp_path):
     save_pth(tmp_path / "x", some_tensors())
     assert_same(torch.load(tmp_path / "x", weights_only=True), some_tensors())
+
+
+def test_the_table_of_what_is_written_is_that_of_torch_save(tmp_path):
+    save_pth(tmp_path / "ours", some_tensors())
+    with (tmp_path / "theirs").open("wb") as file:
+        torch.save(some_tensors(), file)
+    ours, theirs = (zipfile.ZipFile(tmp_path / name) for name in ("ours", "theirs"))
+    for record in ("archive/data.pkl", "archive/byteorder", "archive/version", "archive/data/1"):
+        assert ours.read(record) == theirs.read(record)
+    assert ours.testzip() is None
+
+
+def test_values_start_where_processors_like_it_also_in_records_of_the_largest_kind(tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 90)  # instead of 2 GiB
+    save_pth(tmp_path / "x", some_tensors())
+    read = torch.load(tmp_path / "x", weights_only=True, mmap=True)
+    assert_same(read, some_tensors())
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in read.values())
 
 
 def test_the_same_tensors_give_the_same_bytes_whatever_the_name(tmp_path):
@@ -176,8 +195,11 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
-        with pytest.raises(CheckpointError, match=r"the .pth file cannot be written"):
-            save_pth(tmp_path / "x", {"a": torch.zeros(10_000)})
+        with (
+            pytest.raises(CheckpointError, match=r"x cannot be written: File too large"),
+            new_file(tmp_path / "x", 0) as new,
+        ):
+            save_pth(new, {"a": torch.zeros(10_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rwkv_train.checkpoints import Weights, write_safetensors
+from rwkv_train.checkpoints import Weights, write_weights
 from rwkv_train.config.model import LoraRanks, Rwkv7Config
 from rwkv_train.models.registry import build_model, initialize
 from rwkv_train.tokenizers import load_tokenizer
@@ -28,4 +28,4 @@ def weights():
 @pytest.fixture(scope="session")
 def checkpoint(weights, tmp_path_factory):
     """The path of a safetensors folder."""
-    return str(write_safetensors(tmp_path_factory.mktemp("checkpoint") / "model", weights))
+    return str(write_weights(tmp_path_factory.mktemp("checkpoint") / "model", weights, "safetensors"))

@@ -1,3 +1,4 @@
+import json
 import sys
 
 import pytest
@@ -86,3 +87,30 @@ def test_an_unknown_format_is_refused(tmp_path, source, command):
     code, _, err = command(source, tmp_path / "x", "--to", "gguf")
     assert code == 2
     assert "gguf" in err
+
+
+def test_a_dry_run_says_what_would_be_written(tmp_path, source, command):
+    code, out, _ = command(source, tmp_path / "x", "--to", "safetensors", "--dry-run")
+    assert code == 0
+    assert out.startswith(f"would write {tmp_path / 'x'} (safetensors, ")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_program_gets_one_json_object(tmp_path, source, command):
+    code, out, _ = command(source, tmp_path / "x.pth", "--to", "pth", "--v7-block0", "drop", "--json")
+    assert code == 0
+    assert json.loads(out) == {
+        "path": str(tmp_path / "x.pth"),
+        "to": "pth",
+        "arch": "rwkv7",
+        "n_tensors": len(torch.load(tmp_path / "x.pth", weights_only=True)),
+        "size_bytes": (tmp_path / "x.pth").stat().st_size,
+        "is_written": True,
+    }
+
+
+def test_a_source_of_another_format_than_was_said_is_refused(tmp_path, source, command):
+    code, _, err = command(source, tmp_path / "x", "--to", "pth", "--from", "deepspeed")
+    assert code == 2
+    assert "found official .pth, wanted DeepSpeed checkpoint folder" in err
+    assert not (tmp_path / "x").exists()

@@ -8,7 +8,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from rwkv_train.checkpoints import load_model, write_pth, write_safetensors
+from rwkv_train.checkpoints import load_model, write_weights
 from rwkv_train.commands.eval_ppl import eval_ppl
 from rwkv_train.config.data import DataConfig
 from rwkv_train.errors import ConfigError, DataError
@@ -146,7 +146,7 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(checkpoint, 
 def test_another_tokenizer_than_the_models_is_refused(weights, checkpoint, data, tmp_path):
     message = error_of(DataError, "--checkpoint", checkpoint, *data, "--tokenizer", "world")
     assert "is not the one the model was trained with" in message
-    file = write_pth(tmp_path / "model.pth", weights)
+    file = write_weights(tmp_path / "model.pth", weights, "pth")
     message = error_of(DataError, "--checkpoint", file, *data, "--tokenizer", "world")
     assert "more than the model's 257" in message
 
@@ -154,7 +154,7 @@ def test_another_tokenizer_than_the_models_is_refused(weights, checkpoint, data,
 def test_a_model_of_damaged_weights_gives_no_number(weights, data, tmp_path):
     tensors = dict(weights.tensors)
     tensors["ln_out.bias"] = torch.full_like(tensors["ln_out.bias"], math.nan)
-    folder = write_safetensors(tmp_path / "nan", weights._replace(tensors=tensors))
+    folder = write_weights(tmp_path / "nan", weights._replace(tensors=tensors), "safetensors")
     result = run("--checkpoint", folder, *data, "--json", tmp_path / "out.json")
     assert "is nan, not finite" in str(result.exception)
     assert not (tmp_path / "out.json").exists()

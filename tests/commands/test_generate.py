@@ -3,7 +3,7 @@ import inspect
 import typer
 from typer.testing import CliRunner
 
-from rwkv_train.checkpoints import load_model, write_pth, write_safetensors
+from rwkv_train.checkpoints import load_model, write_weights
 from rwkv_train.commands.generate import generate
 from rwkv_train.errors import BackendError, ConfigError, DataError
 from rwkv_train.generation import generate as library
@@ -89,7 +89,7 @@ def test_a_device_that_is_not_there_is_refused(checkpoint):
 
 
 def test_a_checkpoint_that_names_no_tokenizer_needs_one_named(weights, tmp_path):
-    file = write_pth(tmp_path / "model.pth", weights)
+    file = write_weights(tmp_path / "model.pth", weights, "pth")
     rest = ["--checkpoint", file, "--prompt", "a", "--max-tokens", 5]
     assert "name it with --tokenizer" in error_of(DataError, *rest)
     assert text_of(*rest, "--tokenizer", "bytes")
@@ -101,12 +101,12 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(weights, checkpoint, 
     assert "is not the one the model was trained with: 'bytes'" in message
 
     changed = weights._replace(tokenizer=TokenizerIdentity("bytes", "0" * 64))
-    folder = write_safetensors(tmp_path / "changed", changed)
+    folder = write_weights(tmp_path / "changed", changed, "safetensors")
     assert "sha256 0000000000000000" in error_of(DataError, "--checkpoint", folder, "--prompt", "a")
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(weights, tmp_path):
-    file = write_pth(tmp_path / "model.pth", weights)
+    file = write_weights(tmp_path / "model.pth", weights, "pth")
     message = error_of(DataError, "--checkpoint", file, "--prompt", "a", "--tokenizer", "world")
     assert "has 65530 tokens, more than the model's 257" in message
 

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from rwkv_train.checkpoints import ParameterState, Weights, save_training_checkpoint, write_safetensors
+from rwkv_train.checkpoints import ParameterState, Weights, save_training_checkpoint, write_weights
 from rwkv_train.commands import main
 from rwkv_train.config.model import LoraRanks, Rwkv4Config, Rwkv5Config, Rwkv6Config, Rwkv6Ranks, Rwkv7Config
 from rwkv_train.config.save import to_tree
@@ -104,7 +104,7 @@ def test_an_official_file_is_described_to_a_person(tmp_path, command):
 
 def test_a_safetensors_folder_shows_tokenizer_step_and_ranks(tmp_path, command):
     weights = Weights(RWKV7, weights_of(RWKV7), TokenizerIdentity("[world]", "cd" * 32), step=7_000)
-    write_safetensors(tmp_path / "x", weights)
+    write_weights(tmp_path / "x", weights, "safetensors")
     code, out, _ = command(tmp_path / "x")
     assert code == 0
     expected = {

@@ -5,9 +5,9 @@ import shutil
 import pytest
 import yaml
 
+from rwkv_train.checkpoints import write_weights
 from rwkv_train.checkpoints.infer import make_explicit
 from rwkv_train.checkpoints.training_state import ParameterState, save_training_checkpoint
-from rwkv_train.checkpoints.weights import write_pth
 from rwkv_train.config.save import to_tree
 from rwkv_train.errors import CheckpointError, ConfigError
 from rwkv_train.training.settings import load_settings
@@ -16,7 +16,7 @@ from rwkv_train.training.settings import load_settings
 @pytest.fixture
 def started(weights, tmp_path):
     """Settings of a run that starts from published weights, and the path of the weights."""
-    path = write_pth(tmp_path / "published.pth", weights)
+    path = write_weights(tmp_path / "published.pth", weights, "pth")
     settings = {
         "model": {"init_from": str(path), "ctx_len": 16},
         "trainer": {"out_dir": str(tmp_path / "run"), "max_steps": 3},

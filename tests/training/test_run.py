@@ -14,7 +14,7 @@ from rwkv_train.checkpoints import (
     list_training_checkpoints,
     load_training_checkpoint,
     read_weights,
-    write_pth,
+    write_weights,
 )
 from rwkv_train.errors import CheckpointError, ConfigError, DataError, TrainingError
 from rwkv_train.training.callbacks import RunCallback
@@ -160,7 +160,7 @@ def test_the_best_and_the_newest_checkpoints_stay(settings):
 
 def test_a_run_starts_from_published_weights(settings, tmp_path):
     source = run_pretraining(settings({"trainer.out_dir": str(tmp_path / "source")}))
-    path = write_pth(tmp_path / "published.pth", read_weights(source.out_dir))
+    path = write_weights(tmp_path / "published.pth", read_weights(source.out_dir), "pth")
 
     changes = {
         "model.init_from": str(path),
