@@ -9,7 +9,7 @@ from rwkv_train.checkpoints.descriptions import read_json
 from rwkv_train.checkpoints.pth import read_pth
 from rwkv_train.checkpoints.tensor_files import TensorFiles
 from rwkv_train.checkpoints.tensor_source import TensorSource
-from rwkv_train.checkpoints.tensors import DTYPES, check_dense_floats
+from rwkv_train.checkpoints.tensors import require_dense, require_floats
 from rwkv_train.errors import CheckpointError
 
 
@@ -51,24 +51,21 @@ def _indexed(path: Path, open_files: Callable[[Path, list[str]], TensorSource]) 
 
 def _open_safetensors(folder: Path, names: list[str]) -> TensorSource:
     files = TensorFiles(folder, names)
-    for name, header in files.headers.items():
-        if header.dtype not in DTYPES.values():
-            raise CheckpointError(
-                f"{files.path_of(name)}: tensor '{name}' is {header.dtype}; weights must be in float32, bfloat16 or "
-                "float16"
-            )
-    return TensorSource(files.headers, files.read)
+    require_floats(folder, files)
+    return files
 
 
 def _open_pickles(folder: Path, names: list[str]) -> TensorSource:
     tensors: dict[str, Tensor] = {}
     for path in (folder / name for name in names):
         content = read_pth(path)
-        check_dense_floats(path, content)
+        require_dense(path, content)
         if both := tensors.keys() & content.keys():
             raise CheckpointError(f"{path}: tensor '{min(both)}' is in another file too")
         tensors |= content
-    return TensorSource.of(tensors)
+    source = TensorSource.of(tensors)
+    require_floats(folder, source)
+    return source
 
 
 _KINDS: Mapping[str, Callable[[Path, list[str]], TensorSource]] = {
