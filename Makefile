@@ -7,7 +7,7 @@ RWKV := .venv/bin/rwkv-train
 DEMO := demo
 # Many tests wait for processes of their own, so several at a time; those of a file share what they make.
 TESTS := -m "not gpu and not slow and not network" -n logical --maxprocesses 8 --dist loadfile
-CAMPAIGNS := kill faults
+CAMPAIGNS := kill faults corrupt
 NAME ?= $(filter $(CAMPAIGNS),$(MAKECMDGOALS))
 
 .PHONY: env demo test check campaign $(CAMPAIGNS) format wheel clean

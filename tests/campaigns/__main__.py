@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
 from pathlib import Path
 
-from tests.campaigns import faults, kill
+from tests.campaigns import corrupt, faults, kill
 from tests.campaigns.record import Record
 from tests.campaigns.runs import CHECKOUT
 
@@ -35,10 +35,18 @@ def run_faults(record: Record, work: Path, workers: int) -> None:
             record.add(done.result())
 
 
+def run_corrupt(record: Record, work: Path) -> None:
+    """Try each format that was not tried yet."""
+    trial = corrupt.CorruptTrial(work)
+    for name in corrupt.FORMATS:
+        if not record.has(name):
+            record.add(trial.run(name))
+
+
 def main() -> int:
     """Run what the command line names; return 1 if something was not as promised."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaigns", description=__doc__)
-    parser.add_argument("name", choices=["kill", "faults"])
+    parser.add_argument("name", choices=["kill", "faults", "corrupt"])
     parser.add_argument("--kills", type=int, default=200, help="how many kills there are to be")
     parser.add_argument("--workers", type=int, help="cases at a time (kill: 2, faults: 1)")
     parser.add_argument("--output", type=Path, help="the JSON file (benchmarks/results/campaign-NAME.json)")
@@ -51,6 +59,9 @@ def main() -> int:
     if given.name == "kill":
         record = Record(output, command, "seed", kill.totals)
         run_kill(record, work, given.kills, given.workers or 2)
+    elif given.name == "corrupt":
+        record = Record(output, command, "name", corrupt.totals)
+        run_corrupt(record, work)
     else:
         record = Record(output, command, "name", faults.totals)
         run_faults(record, work, given.workers or 1)

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from tests.campaigns import faults_at_start, faults_while_running
+from tests.campaigns.corrupt import FORMATS, CorruptTrial
 from tests.campaigns.disk import can_mount
 from tests.campaigns.faults import Fault, FaultsTrial
 from tests.campaigns.kill import Case, KillTrial, Moment
@@ -43,3 +44,10 @@ def test_a_killed_run_goes_on_to_the_undisturbed_end(tmp_path, kind, strategy, m
 def test_a_fault_is_answered_as_promised(tmp_path, try_it, devices):
     row = FaultsTrial(tmp_path, is_timed=False).run(Fault(try_it, devices))
     assert row["outcome"] == AS_PROMISED
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_damaged_checkpoints_are_refused_or_read_right(tmp_path, name):
+    row = CorruptTrial(tmp_path).run(name, n_variants=8)
+    assert row["outcome"] == AS_PROMISED
+    assert row["ends"]["refused"] > 0
