@@ -1,6 +1,6 @@
 # make demo   the main job on built-in data      make test    the tests
 # make check  format, lint, types, tests         make wheel   the package
-# make campaign NAME=kill   a long trial outside the tests (kill, faults); goes on where it was stopped
+# make campaign NAME=kill   a long trial outside the tests (kill, faults, corrupt); goes on where it was stopped
 # Paths here are relative, so the checkout may lie anywhere, also below a folder with spaces in its name.
 PY := .venv/bin/python
 RWKV := .venv/bin/rwkv-train
