@@ -48,6 +48,8 @@ class HuggingFaceTokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # the *names* of special tokens in a text are text
+        self.path = path
+        """The file."""
         self._backend = backend
         self._added: dict[int, AddedToken] = backend.get_added_tokens_decoder()
         self._token_of_id = {token: text for text, token in backend.get_vocab().items()}

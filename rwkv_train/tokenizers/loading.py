@@ -39,6 +39,14 @@ def load_tokenizer(name: str) -> Tokenizer:
     return HuggingFaceTokenizer(path, name)
 
 
+def find_cached_neox_file() -> Path | None:
+    """Return the GPT-NeoX-20B tokenizer of the Hugging Face cache, or ``None``; the network is not asked."""
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
+
+    cached = try_to_load_from_cache(_NEOX_REPOSITORY, "tokenizer.json")
+    return Path(cached) if isinstance(cached, str) else None
+
+
 def _find_neox_file() -> Path:
     from huggingface_hub import hf_hub_download  # noqa: PLC0415
     from huggingface_hub.errors import EntryNotFoundError  # noqa: PLC0415

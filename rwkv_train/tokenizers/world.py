@@ -11,9 +11,11 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from pyrwkv_tokenizer import RWKVTokenizer
+import pyrwkv_tokenizer
 
 from rwkv_train.tokenizers.base import TokenArray, TokenizerIdentity, encode_utf8, unknown_token
+
+_VOCABULARY_FILE = Path(pyrwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
 
 
 class WorldTokenizer:
@@ -27,9 +29,9 @@ class WorldTokenizer:
     end_of_document = 0
 
     def __init__(self) -> None:
-        self._backend = RWKVTokenizer()
-        self._vocabulary = _read_vocabulary(Path(self._backend.vocab_filepath))
-        self.identity = TokenizerIdentity("world", hashlib.sha256(self._vocabulary).hexdigest())
+        self.vocabulary = _read_vocabulary(_VOCABULARY_FILE)
+        """The published file of it, lines of "ID LITERAL LENGTH" with Unix line ends."""
+        self.identity = TokenizerIdentity("world", hashlib.sha256(self.vocabulary).hexdigest())
 
     def encode(self, text: str) -> list[int]:
         """Return the longest tokens that match, from the left."""
@@ -58,9 +60,14 @@ class WorldTokenizer:
         return b"".join([pieces[token] for token in tokens])
 
     @cached_property
+    def _backend(self) -> pyrwkv_tokenizer.RWKVTokenizer:
+        """What encodes; made when first needed, since it takes 240 MB and half a second."""
+        return pyrwkv_tokenizer.RWKVTokenizer(vocab_filepath=str(_VOCABULARY_FILE))
+
+    @cached_property
     def _pieces(self) -> list[bytes]:
         """The bytes of each token; made when first needed, since it takes half a second."""
-        lines = self._vocabulary.decode().strip().split("\n")
+        lines = self.vocabulary.decode().strip().split("\n")
         # A line is "ID LITERAL LENGTH", and the literal may hold spaces. One call for all literals is
         # several times faster than one for each.
         literals = ast.literal_eval(

@@ -2,13 +2,16 @@
 
 from rwkv_train.checkpoints.hugging_face.layouts import LayoutName
 from rwkv_train.checkpoints.hugging_face.reading import HfModel, is_hugging_face, read_hugging_face
+from rwkv_train.checkpoints.hugging_face.tokenizer_files import TokenizerFiles, tokenizer_files
 from rwkv_train.checkpoints.hugging_face.writing import HfLayout, hugging_face_layout
 
 __all__ = [
     "HfLayout",
     "HfModel",
     "LayoutName",
+    "TokenizerFiles",
     "hugging_face_layout",
     "is_hugging_face",
     "read_hugging_face",
+    "tokenizer_files",
 ]
