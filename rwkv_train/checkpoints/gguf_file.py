@@ -69,6 +69,9 @@ _HEADER_BYTES = 1 << 21
 _PUBLISHED_VOCAB_SIZE = 65_536
 """Rows of the embedding of all published models with the World vocabulary."""
 
+_BLANK_LINE = 261
+"""World's token with which an answer of the chat models ends."""
+
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # kinds of tokens
 
 _CHAT_TEMPLATE = """\
@@ -256,8 +259,7 @@ def _add_vocabulary(writer: "GGUFWriter", vocab_size: int, world: Tokenizer) -> 
     writer.add_token_types([_CONTROL] + [_NORMAL] * len(pieces) + [_UNUSED] * n_unused)
     writer.add_bos_token_id(world.end_of_document)
     writer.add_eos_token_id(world.end_of_document)
-    # An answer of the chat models ends with a blank line.
-    writer.add_eot_token_id(world.encode("\n\n")[0])
+    writer.add_eot_token_id(_BLANK_LINE)
     writer.add_chat_template(_CHAT_TEMPLATE)
 
 
@@ -286,9 +288,11 @@ def _encoded(target: Path, entry: _Entry, tensors: TensorSource) -> Iterator[npt
     rows = values.reshape(-1, values.shape[-1])
     n_rows = max(1, _PIECE // rows.shape[-1])
     for first in range(0, len(rows), n_rows):
-        numbers = rows[first : first + n_rows].float() / entry.tensor.divisor
+        numbers = rows[first : first + n_rows]
+        if entry.tensor.divisor != 1:
+            numbers = numbers.float() / entry.tensor.divisor
         if entry.type == "Q8_0":
-            yield _quantized(target, name, numbers)
+            yield _quantized(target, name, numbers.float())
         else:
             stored = cast(target, name, numbers, _DTYPES[entry.type])
             yield stored.contiguous().view(torch.uint8).numpy()

@@ -289,7 +289,7 @@ def test_the_vocabulary_is_world(tmp_path):
     assert (kinds[1:65_530] == gguf.TokenType.NORMAL).all()
     assert (kinds[65_530:] == gguf.TokenType.UNUSED).all()
     roles = {role: number(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos", "eot")}
-    assert roles == {"bos": 0, "eos": 0, "eot": 261}  # the end of a document; a blank line
+    assert roles == {"bos": 0, "eos": 0, "eot": world.encode("\n\n")[0]}
 
 
 def test_the_chat_template_is_that_of_the_published_models(write):
