@@ -275,6 +275,7 @@ REFUSED = {
         _set(hidden_size="wide"),
         "config.json: model.n_embd is 'wide' but should be",
     ),
+    "a-size-beyond-all": ("rwkv6", _set(gate_low_rank_dim=10**18), "model of impossible size"),
     "no-heads": ("rwkv6", _set(num_heads=0), "describes no model"),
     "other-size": ("rwkv4", _set(hidden_size=48), r"has shape \[60, 32\]; RWKV-4 .* has \[60, 48\]"),
 }

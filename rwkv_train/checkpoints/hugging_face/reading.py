@@ -52,8 +52,7 @@ def read_hugging_face(folder: Path) -> HfModel:
     layout = _recognize(folder, content, theirs)
     content = with_defaults(layout.keys, content)
     config = parse_config(path, layout.keys, content, theirs.headers)
-    unused = unused_parameters(config.arch)
-    shapes = {name: shape for name, shape in expected_shapes(config).items() if name not in unused}
+    shapes = _shapes(path, config)
     rows = expand(layout.rows, shapes, config.n_layer)
     _check_headers(folder, layout, config, theirs.headers, _their_headers(rows, shapes))
     places = {name: (row, place) for row in rows for place, name in enumerate(row.ours)}
@@ -88,6 +87,20 @@ def _recognize(folder: Path, content: Json, tensors: Mapping[str, Tensor]) -> La
     raise CheckpointError(
         f"{folder}: tensor {marks} is missing, which every Hugging Face model of type {kind!r} has"
     )
+
+
+def _shapes(path: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The official name and shape of each tensor that a folder holds."""
+    unused = unused_parameters(config.arch)
+    try:
+        expected = expected_shapes(config)
+    except (
+        RuntimeError,
+        TypeError,
+        OverflowError,
+    ) as error:  # so PyTorch says that a number is too large for it
+        raise CheckpointError(f"{path} describes a model of impossible size") from error
+    return {name: shape for name, shape in expected.items() if name not in unused}
 
 
 def _their_headers(rows: list[Row], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

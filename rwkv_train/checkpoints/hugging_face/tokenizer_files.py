@@ -7,9 +7,7 @@ from typing import NamedTuple
 from rwkv_train.checkpoints.hugging_face.longest_match import END_OF_DOCUMENT, longest_match_json
 from rwkv_train.errors import DataError
 from rwkv_train.tokenizers import Tokenizer, TokenizerIdentity, load_tokenizer
-from rwkv_train.tokenizers.huggingface import HuggingFaceTokenizer
 from rwkv_train.tokenizers.loading import find_cached_neox_file
-from rwkv_train.tokenizers.world import WorldTokenizer
 
 WORLD_FILE = "rwkv_vocab_v20230424.txt"
 """Name of the published World vocabulary, which llama.cpp and the code in the ``RWKV/`` repositories ask for."""
@@ -40,6 +38,10 @@ def tokenizer_files(identity: TokenizerIdentity | None, vocab_size: int) -> Toke
             the World vocabulary, as all published ones have.
         vocab_size: of the model.
     """
+    # Not at the top: who only reads weights should not wait for tokenizers.
+    from rwkv_train.tokenizers.huggingface import HuggingFaceTokenizer  # noqa: PLC0415
+    from rwkv_train.tokenizers.world import WorldTokenizer  # noqa: PLC0415
+
     note = None
     if identity is None:
         if vocab_size != _WORLD_ROWS:
@@ -79,6 +81,8 @@ def _load(name: str) -> Tokenizer:
         raise DataError(
             "the tokenizer 'neox' is not in the Hugging Face cache, and nothing is downloaded for it"
         )
+    from rwkv_train.tokenizers.huggingface import HuggingFaceTokenizer  # noqa: PLC0415
+
     return HuggingFaceTokenizer(path, name)
 
 
