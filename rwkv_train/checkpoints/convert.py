@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-import torch
-
 from rwkv_train.checkpoints.formats import SourceFormat
 from rwkv_train.checkpoints.weights import read_weights
-from rwkv_train.checkpoints.writing import TargetFormat, UnusedTensors, carry_out, plan_writing
+from rwkv_train.checkpoints.writing import StoredDtype, TargetFormat, UnusedTensors, carry_out, plan_writing
 from rwkv_train.errors import CheckpointError
 
 
@@ -19,7 +17,7 @@ class Conversion(NamedTuple):
     to: TargetFormat
     """Its format."""
     arch: str
-    """``"rwkv4"``, ``"rwkv7"``."""
+    """``"rwkv4"`` to ``"rwkv7"``."""
     n_tensors: int
     """Number of tensors in it."""
     size_bytes: int
@@ -34,7 +32,7 @@ def convert(
     to: TargetFormat,
     *,
     source_format: SourceFormat | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: StoredDtype | None = None,
     overwrite: bool = False,
     v7_block0: UnusedTensors = "keep",
     dry_run: bool = False,
@@ -64,9 +62,9 @@ def convert(
         raise CheckpointError(f"{dst} is already there; choose another name, or replace it with --overwrite")
     weights = read_weights(src, source_format)
     plan = plan_writing(dst, weights, to, dtype, v7_block0=v7_block0, overwrite=overwrite)
-    facts = plan.target, to, weights.config.arch, len(plan.tensors)
+    facts = plan.target, to, weights.config.arch, plan.n_tensors
     if dry_run:
-        return Conversion(*facts, plan.tensors.n_bytes, is_written=False)
+        return Conversion(*facts, plan.n_bytes, is_written=False)
     path = carry_out(plan)
     files = path.iterdir() if path.is_dir() else [path]
     return Conversion(*facts, sum(file.stat().st_size for file in files), is_written=True)

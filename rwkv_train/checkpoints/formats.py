@@ -1,5 +1,6 @@
 """What lies at a path, told by its content: names and endings of files are not trusted."""
 
+import json
 from collections.abc import Collection, Mapping
 from enum import Enum
 from pathlib import Path
@@ -37,14 +38,16 @@ class Format(Enum):
     RUN = "out_dir of a run"
     DEEPSPEED_FOLDER = "DeepSpeed checkpoint folder"
     LIGHTNING_CKPT = "Lightning .ckpt"
+    HUGGING_FACE_FOLDER = "Hugging Face folder"
 
 
-SourceFormat = Literal["pth", "safetensors", "training", "deepspeed", "lightning"]
+SourceFormat = Literal["pth", "safetensors", "hf", "training", "deepspeed", "lightning"]
 """What a user calls the kinds that are read."""
 
 SOURCE_FORMATS: Mapping[SourceFormat, Collection[Format]] = {
     "pth": (Format.PTH, Format.LEGACY_PTH),
     "safetensors": (Format.SAFETENSORS_FILE, Format.SAFETENSORS_FOLDER),
+    "hf": (Format.HUGGING_FACE_FOLDER,),
     "training": (Format.TRAINING_CHECKPOINT, Format.RUN),
     "deepspeed": (Format.DEEPSPEED_FOLDER,),
     "lightning": (Format.LIGHTNING_CKPT,),
@@ -90,6 +93,8 @@ def recognize_format(path: Path) -> Format:
 
 
 def _of_folder(folder: Path) -> Format:
+    if _is_hugging_face(folder):
+        return Format.HUGGING_FACE_FOLDER
     for entry, kind in _FOLDER_MARKS.items():
         if (folder / entry).exists():
             return kind
@@ -101,6 +106,15 @@ def _of_folder(folder: Path) -> Format:
         )
     wanted = f"{WEIGHTS_FILE}, a training checkpoint has {MANIFEST_FILE}, a run has {CHECKPOINTS_FOLDER}/"
     raise CheckpointError(f"{folder} is not a checkpoint: a safetensors folder has {wanted}")
+
+
+def _is_hugging_face(folder: Path) -> bool:
+    """Tell whether a folder's ``config.json`` is one of Hugging Face's, of whatever model, and not one of ours."""
+    try:
+        description = json.loads((folder / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False  # who reads it will say so
+    return isinstance(description, dict) and "model_type" in description and "format" not in description
 
 
 def _of_file(path: Path) -> Format:

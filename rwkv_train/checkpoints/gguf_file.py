@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.checkpoints.gguf_layout import GgufTensor, gguf_metadata, gguf_tensors
-from rwkv_train.checkpoints.infer import check_tensors
-from rwkv_train.checkpoints.io import new_file, resolve_target, sha256_of
+from rwkv_train.checkpoints.io import sha256_of
 from rwkv_train.checkpoints.tensor_source import TensorSource
 from rwkv_train.checkpoints.tensors import cast
 from rwkv_train.config.model import ModelConfig
@@ -86,59 +85,72 @@ _CHAT_TEMPLATE = """\
 # Its first line is the name by which a llama.cpp without Jinja knows it.
 
 
-def write_gguf(
-    path: str | Path,
+class GgufPlan(NamedTuple):
+    """What is to be written; nothing has changed yet."""
+
+    target: Path
+    """Where the file goes in the end; it names the model."""
+    config: ModelConfig
+    tensors: TensorSource
+    """Weights by their official names."""
+    float_type: FloatType
+    entries: "Sequence[_Entry]"
+    """What the file holds, in its order."""
+    world: Tokenizer
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the file, roughly."""
+        return sum(entry.n_bytes for entry in self.entries) + _HEADER_BYTES
+
+
+def plan_gguf(
+    target: Path,
     config: ModelConfig,
     tensors: TensorSource,
-    *,
-    float_type: FloatType = "F16",
+    float_type: FloatType,
     tokenizer: TokenizerIdentity | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Write a file that llama.cpp runs, read it back and compare it, and only then give it its name.
+) -> GgufPlan:
+    """Check that a model can become a file that llama.cpp runs.
 
     Matrices are stored as ``float_type``; one whose rows are no whole blocks of Q8_0 as F16, as llama.cpp
     does it. Norms, mixes and low-rank factors are float32.
 
     Args:
-        path: the file.
+        target: where the file goes.
         config: settings of the model.
-        tensors: its weights by their official names, dense floats.
+        tensors: its weights by their official names, dense floats that fit ``config``.
         float_type: type of the matrices.
         tokenizer: the tokenizer it was trained with; ``None`` where nothing tells, which is taken for World
             if the model has 65536 tokens, like the published ones.
-        overwrite: replace a file that is there.
-
-    Returns:
-        The path of the file, symbolic links followed.
 
     Raises:
-        CheckpointError: llama.cpp cannot run this model or has not its tokenizer; the package ``gguf`` is
-            missing; there is something at ``path``, it cannot be written, or a weight is too large for
-            ``float_type``.
+        CheckpointError: llama.cpp cannot run this model or has not its tokenizer, or the package ``gguf`` is
+            missing.
     """
-    if float_type not in _TYPES:
-        raise ValueError(f"float_type ({float_type!r}) must be one of {', '.join(_TYPES)}")
-    target = resolve_target(path)
-    if target.is_dir():
-        raise CheckpointError(f"{target} is a folder; a .gguf needs the name of a file")
-    if target.exists() and not overwrite:
-        raise CheckpointError(
-            f"{target} is already there; choose another name or ask for it to be overwritten"
-        )
-    rescale_every = _TYPES[float_type].rescale_every
-    layout = gguf_tensors(config, rescale_every)
-    check_tensors(config, tensors.headers)
+    layout = gguf_tensors(config, _TYPES[float_type].rescale_every)
     world = _require_world(config.vocab_size, tokenizer)
     _require_package()
     entries = [_Entry(tensor, _header(tensor, tensors), float_type) for tensor in layout]
     _tell_of_unfit_rows(entries, float_type)
-    with new_file(target, sum(entry.n_bytes for entry in entries) + _HEADER_BYTES) as new:
-        metadata = gguf_metadata(config, rescale_every)
-        _write_head(new, target.stem, config, metadata, float_type, entries, world)
-        if _append_values(new, target, entries, tensors) != sha256_of(new):
-            raise CheckpointError(f"{target} does not read back as it was written; check the disk")
-    return target
+    return GgufPlan(target, config, tensors, float_type, entries, world)
+
+
+def write_gguf(path: Path, plan: GgufPlan) -> None:
+    """Write what was planned, read it back and compare it; use :func:`new_file` to do it safely.
+
+    Args:
+        path: the file.
+        plan: from :func:`plan_gguf`.
+
+    Raises:
+        CheckpointError: a weight is too large for the type, or the disk is at fault.
+        OSError: the operating system refuses.
+    """
+    metadata = gguf_metadata(plan.config, _TYPES[plan.float_type].rescale_every)
+    _write_head(path, plan.target.stem, plan.config, metadata, plan.float_type, plan.entries, plan.world)
+    if _append_values(path, plan.target, plan.entries, plan.tensors) != sha256_of(path):
+        raise CheckpointError(f"{plan.target} does not read back as it was written; check the disk")
 
 
 class _Entry:

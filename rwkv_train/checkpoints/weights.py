@@ -25,6 +25,7 @@ from rwkv_train.checkpoints.formats import (
     recognize_format,
 )
 from rwkv_train.checkpoints.hub import resolve_path
+from rwkv_train.checkpoints.hugging_face import read_hugging_face
 from rwkv_train.checkpoints.infer import check_tensors, fill_unused, infer_config, make_explicit
 from rwkv_train.checkpoints.lightning_ckpt import read_lightning_ckpt
 from rwkv_train.checkpoints.manifest import WEIGHTS, tensor_files, verify_checkpoint
@@ -173,9 +174,6 @@ def _read_safetensors_folder(folder: Path) -> Weights:
             f"{folder} has no {CONFIG_FILE}; give the path of its {WEIGHTS_FILE} to do without"
         )
     description = read_json(path)
-    if "model_type" in description and "format" not in description:
-        kind = description["model_type"]
-        raise CheckpointError(f"{folder} is a Hugging Face model of type {kind!r}, which is not supported")
     problem = find_problem(description, _CONFIG_KEYS)
     if problem is not None:
         raise CheckpointError(f"{path} cannot be used: {problem}")
@@ -194,6 +192,11 @@ def _read_training_checkpoint(folder: Path) -> Weights:
     files = TensorFiles(folder, tensor_files(folder, manifest, WEIGHTS))
     weights = _checked_weights(folder / WEIGHTS_FILE, config, files)
     return weights._replace(tokenizer=parse_tokenizer(path, manifest["tokenizer"]), step=manifest["step"])
+
+
+def _read_hugging_face_weights(folder: Path) -> Weights:
+    model = read_hugging_face(folder)
+    return _of_model(model.config, model.tensors)
 
 
 def _checked_weights(path: Path, config: ModelConfig, tensors: TensorSource) -> Weights:
@@ -228,5 +231,6 @@ _READERS: Mapping[Format, Callable[[Path], Weights]] = {
     Format.SAFETENSORS_FOLDER: _read_safetensors_folder,
     Format.TRAINING_CHECKPOINT: _read_training_checkpoint,
     Format.DEEPSPEED_FOLDER: _read_foreign_weights(read_deepspeed_folder),
+    Format.HUGGING_FACE_FOLDER: _read_hugging_face_weights,
     Format.LIGHTNING_CKPT: _read_foreign_weights(read_lightning_ckpt),
 }

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 
 from rwkv_train.checkpoints.descriptions import write_json
 from rwkv_train.checkpoints.formats import CONFIG_FILE, FORMAT_VERSION
+from rwkv_train.checkpoints.gguf_file import FloatType, plan_gguf, write_gguf
+from rwkv_train.checkpoints.hugging_face import LayoutName, hugging_face_layout
 from rwkv_train.checkpoints.infer import check_tensors, make_explicit
 from rwkv_train.checkpoints.io import new_file, new_folder, require_space, resolve_target, sha256_of
 from rwkv_train.checkpoints.manifest import WEIGHTS
@@ -20,22 +22,54 @@ from rwkv_train.config.save import to_tree
 from rwkv_train.errors import CheckpointError
 from rwkv_train.models.registry import unused_parameters
 
-TargetFormat = Literal["pth", "safetensors"]
-"""``"pth"``: an official file. ``"safetensors"``: a folder of weights and their description."""
+TargetFormat = Literal["pth", "safetensors", "hf", "hf-remote", "gguf"]
+"""What is written: an official file; our folder of weights and their description; a folder for Hugging Face's
+libraries; one in the layout of the ``RWKV/`` repositories; a file for llama.cpp."""
+
+StoredDtype = torch.dtype | Literal["q8_0"]
+"""What weights are rounded to: ``torch.float32``, ``torch.bfloat16``, ``torch.float16``, or for ``"gguf"`` alone
+``"q8_0"``, integers of 8 bits with a scale for each 32."""
 
 UnusedTensors = Literal["keep", "drop", "fill"]
 """Which of the tensors that the model does not use (RWKV-7: ``blocks.0.att.v0/v1/v2``) are written: those that the
 source has, none, or all of them, zeros where the source lacks them."""
 
 
+class _Job(NamedTuple):
+    """What a writer gets."""
+
+    target: Path
+    """Where it goes in the end, for messages."""
+    to: TargetFormat
+    weights: Weights
+    tensors: TensorSource
+    """The tensors to be written, under their official names."""
+    dtype: StoredDtype | None
+
+    def cast(self) -> TensorSource:
+        """Return the tensors in the wanted dtype."""
+        assert self.dtype != "q8_0"
+        return cast_all(self.target, self.tensors, self.dtype)
+
+
+class _Prepared(NamedTuple):
+    """What a writer makes of a job before anything is written."""
+
+    n_tensors: int
+    n_bytes: int
+    write: Callable[[Path], None]
+    """Writes a file or folder, reads it back and compares it."""
+
+
 class _Writer(NamedTuple):
     """How weights are written in one format."""
 
     is_folder: bool
-    write: Callable[[Path, Weights, TensorSource], TensorSource]
-    """Writes tensors to a path and returns what it finds there then."""
+    prepare: Callable[[_Job], _Prepared]
     owns: Callable[[str], bool] = lambda name: False
     """Tells whether a folder may hold a file of that name and still be replaced."""
+    unused: tuple[UnusedTensors, ...] = get_args(UnusedTensors)
+    """What may be asked for about the unused tensors."""
 
 
 class Plan(NamedTuple):
@@ -43,17 +77,20 @@ class Plan(NamedTuple):
 
     target: Path
     """The file or folder, symbolic links followed."""
-    to: TargetFormat
-    weights: Weights
-    tensors: TensorSource
-    """The tensors under the names, and in the order and dtype, that the target is to have."""
+    is_folder: bool
+    n_tensors: int
+    """Number of tensors in it."""
+    n_bytes: int
+    """Size of its tensors."""
+    write: Callable[[Path], None]
+    """Writes it to a path, reads it back and compares it."""
 
 
 def plan_writing(
     path: str | Path,
     weights: Weights,
     to: TargetFormat,
-    dtype: torch.dtype | None = None,
+    dtype: StoredDtype | None = None,
     *,
     v7_block0: UnusedTensors = "keep",
     overwrite: bool = False,
@@ -61,7 +98,7 @@ def plan_writing(
     """Check that weights can be written as asked.
 
     Args:
-        path: a file for ``"pth"``, a folder for ``"safetensors"``.
+        path: a file for ``"pth"`` and ``"gguf"``, else a folder.
         weights: what to write.
         to: the format.
         dtype: round every weight to this dtype; ``None`` keeps each as it is.
@@ -69,22 +106,30 @@ def plan_writing(
         overwrite: replace what is there; of folders only those that hold nothing but files of the format.
 
     Raises:
-        CheckpointError: there is something at ``path``, the disk is too full, or tensors do not fit
-            ``weights.config``.
-        ValueError: the dtype is none that weights are stored in.
+        CheckpointError: there is something at ``path``, the disk is too full, tensors do not fit ``weights.config``,
+            or the format has no place for such a model.
+        ValueError: the dtype is none that the format has.
     """
-    if dtype not in {None, *DTYPES.values()}:
-        raise ValueError(f"dtype ({dtype}) must be one of {', '.join(map(str, DTYPES.values()))}")
+    writer = _WRITERS[to]
+    known = {None, *DTYPES.values()} | ({"q8_0"} if to == "gguf" else set())
+    if dtype not in known:
+        names = ", ".join(sorted(str(one) for one in known if one is not None))
+        raise ValueError(f"dtype ({dtype}) of format '{to}' must be one of {names}")
     target = resolve_target(path)
-    _refuse_existing(target, to, overwrite)
+    _refuse_existing(target, writer, to, overwrite)
+    if v7_block0 not in writer.unused:
+        raise CheckpointError(
+            f"v7_block0 is '{v7_block0}', but the format '{to}' says itself what becomes of these tensors; leave it at "
+            "'keep'"
+        )
     tensors = TensorSource.of(weights.tensors)
     check_tensors(weights.config, tensors.headers)
     unused = unused_parameters(weights.config.arch)
     dropped = {"keep": weights.absent, "drop": unused, "fill": frozenset[str]()}[v7_block0]
     kept = tensors.renamed({name: name for name in tensors if name not in dropped})
-    wanted = cast_all(target, kept, dtype)
-    require_space(target, wanted.n_bytes)
-    return Plan(target, to, weights, wanted)
+    prepared = writer.prepare(_Job(target, to, weights, kept, dtype))
+    require_space(target, prepared.n_bytes)
+    return Plan(target, writer.is_folder, *prepared)
 
 
 def carry_out(plan: Plan) -> Path:
@@ -97,10 +142,9 @@ def carry_out(plan: Plan) -> Path:
         CheckpointError: it cannot be written, a weight is too large for its dtype, or the disk is at fault; what was
             at the target is still there.
     """
-    writer = _WRITERS[plan.to]
-    make = new_folder if writer.is_folder else new_file
-    with make(plan.target, plan.tensors.n_bytes) as new:
-        require_same_bits(plan.target, plan.tensors, writer.write(new, plan.weights, plan.tensors))
+    make = new_folder if plan.is_folder else new_file
+    with make(plan.target, plan.n_bytes) as new:
+        plan.write(new)
     return plan.target
 
 
@@ -108,7 +152,7 @@ def write_weights(
     path: str | Path,
     weights: Weights,
     to: TargetFormat,
-    dtype: torch.dtype | None = None,
+    dtype: StoredDtype | None = None,
     *,
     v7_block0: UnusedTensors = "keep",
     overwrite: bool = False,
@@ -117,8 +161,7 @@ def write_weights(
     return carry_out(plan_writing(path, weights, to, dtype, v7_block0=v7_block0, overwrite=overwrite))
 
 
-def _refuse_existing(target: Path, to: TargetFormat, overwrite: bool) -> None:
-    writer = _WRITERS[to]
+def _refuse_existing(target: Path, writer: _Writer, to: TargetFormat, overwrite: bool) -> None:
     if target.is_dir() and not writer.is_folder:
         raise CheckpointError(f"{target} is a folder; {to} needs the name of a file")
     if not target.exists():
@@ -135,29 +178,73 @@ def _refuse_existing(target: Path, to: TargetFormat, overwrite: bool) -> None:
         )
 
 
-def _write_pth(path: Path, weights: Weights, tensors: TensorSource) -> TensorSource:
-    save_pth(path, tensors)
-    return TensorSource.of(read_pth(path))
+def _prepare_pth(job: _Job) -> _Prepared:
+    tensors = job.cast()
+
+    def write(path: Path) -> None:
+        save_pth(path, tensors)
+        require_same_bits(job.target, tensors, TensorSource.of(read_pth(path)))
+
+    return _Prepared(len(tensors), tensors.n_bytes, write)
 
 
-def _write_safetensors(folder: Path, weights: Weights, tensors: TensorSource) -> TensorSource:
+def _prepare_safetensors(job: _Job) -> _Prepared:
+    weights, tensors = job.weights, job.cast()
+
+    def write(folder: Path) -> None:
+        names = _write_and_compare(folder, job.target, tensors)
+        description = {
+            "format": FORMAT_VERSION,
+            "model": to_tree(make_explicit(weights.config)),
+            "tokenizer": None if weights.tokenizer is None else weights.tokenizer._asdict(),
+            "step": weights.step,
+            "files": {name: sha256_of(folder / name) for name in names},
+        }
+        write_json(folder / CONFIG_FILE, description)
+
+    return _Prepared(len(tensors), tensors.n_bytes, write)
+
+
+def _prepare_hugging_face(job: _Job) -> _Prepared:
+    assert job.to in get_args(LayoutName)
+    layout = hugging_face_layout(job.weights.config, job.cast(), cast("LayoutName", job.to))
+
+    def write(folder: Path) -> None:
+        _write_and_compare(folder, job.target, layout.tensors)
+        write_json(folder / CONFIG_FILE, layout.config_json)
+
+    return _Prepared(len(layout.tensors), layout.tensors.n_bytes, write)
+
+
+def _prepare_gguf(job: _Job) -> _Prepared:
+    float_type = _FLOAT_TYPES[job.dtype or job.tensors.headers["head.weight"].dtype]
+    plan = plan_gguf(job.target, job.weights.config, job.tensors, float_type, job.weights.tokenizer)
+    return _Prepared(len(plan.entries), plan.n_bytes, lambda path: write_gguf(path, plan))
+
+
+_FLOAT_TYPES: Mapping[StoredDtype, FloatType] = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    "q8_0": "Q8_0",
+}
+
+
+def _write_and_compare(folder: Path, target: Path, tensors: TensorSource) -> list[str]:
+    """Write safetensors files and return their names."""
     names = write_tensor_files(folder, WEIGHTS, tensors)
-    description = {
-        "format": FORMAT_VERSION,
-        "model": to_tree(make_explicit(weights.config)),
-        "tokenizer": None if weights.tokenizer is None else weights.tokenizer._asdict(),
-        "step": weights.step,
-        "files": {name: sha256_of(folder / name) for name in names},
-    }
-    write_json(folder / CONFIG_FILE, description)
-    return TensorFiles(folder, names)
+    require_same_bits(target, tensors, TensorFiles(folder, names))
+    return names
+
+
+def _is_ours(name: str) -> bool:
+    return name == CONFIG_FILE or is_tensor_file(WEIGHTS, name)
 
 
 _WRITERS: Mapping[TargetFormat, _Writer] = {
-    "pth": _Writer(is_folder=False, write=_write_pth),
-    "safetensors": _Writer(
-        is_folder=True,
-        write=_write_safetensors,
-        owns=lambda name: name == CONFIG_FILE or is_tensor_file(WEIGHTS, name),
-    ),
+    "pth": _Writer(is_folder=False, prepare=_prepare_pth),
+    "safetensors": _Writer(is_folder=True, prepare=_prepare_safetensors, owns=_is_ours),
+    "hf": _Writer(True, _prepare_hugging_face, _is_ours, unused=("keep", "drop")),
+    "hf-remote": _Writer(True, _prepare_hugging_face, _is_ours, unused=("keep", "drop")),
+    "gguf": _Writer(is_folder=False, prepare=_prepare_gguf, unused=("keep",)),
 }

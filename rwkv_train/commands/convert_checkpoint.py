@@ -2,24 +2,39 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rwkv_train.commands.inference import CHECKPOINT_HELP, DtypeName
+from rwkv_train.commands.inference import CHECKPOINT_HELP
+from rwkv_train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rwkv_train.checkpoints.writing import StoredDtype
 
 
 class _Target(StrEnum):
     PTH = "pth"
     SAFETENSORS = "safetensors"
+    HF = "hf"
+    HF_REMOTE = "hf-remote"
+    GGUF = "gguf"
 
 
 class _Source(StrEnum):
     PTH = "pth"
     SAFETENSORS = "safetensors"
+    HF = "hf"
     TRAINING = "training"
     DEEPSPEED = "deepspeed"
     LIGHTNING = "lightning"
+
+
+class _StoredDtype(StrEnum):
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    Q8_0 = "q8_0"
 
 
 class _Unused(StrEnum):
@@ -28,18 +43,25 @@ class _Unused(StrEnum):
     FILL = "fill"
 
 
-_SOURCE_HELP = f"{CHECKPOINT_HELP} Also a checkpoint folder of DeepSpeed or a .ckpt of Lightning."
+_SOURCE_HELP = f"{CHECKPOINT_HELP} Also a checkpoint folder of DeepSpeed, or a .ckpt of Lightning."
 Source = Annotated[str, typer.Argument(metavar="SRC", help=_SOURCE_HELP)]
 Destination = Annotated[
-    Path, typer.Argument(metavar="DST", help="What to write: a file for pth, a folder for safetensors.")
+    Path, typer.Argument(metavar="DST", help="What to write: a file for pth and gguf, else a folder.")
 ]
-To = Annotated[_Target, typer.Option(help="Format to write.")]
+To = Annotated[
+    _Target,
+    typer.Option(
+        help="Format to write: official .pth, our safetensors folder, Hugging Face's libraries, the layout of the "
+        "RWKV/ repositories there, llama.cpp."
+    ),
+]
 From = Annotated[
     _Source | None,
     typer.Option("--from", help="What SRC must be; by default whatever its content says."),
 ]
 Dtype = Annotated[
-    DtypeName | None, typer.Option(help="Round every weight to this; by default each stays as it is.")
+    _StoredDtype | None,
+    typer.Option(help="Round every weight to this (q8_0: gguf alone); by default each stays as it is."),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace DST, once the new one is written and compared.")
@@ -72,12 +94,17 @@ def convert_checkpoint(
     from rwkv_train.checkpoints import convert
     from rwkv_train.checkpoints.tensors import DTYPES
 
+    if dtype is _StoredDtype.Q8_0 and to is not _Target.GGUF:
+        raise ConfigError(f"--dtype q8_0 is for --to gguf, not {to.value}; choose fp32, bf16 or fp16")
+    stored: StoredDtype | None = DTYPES[dtype.value] if dtype in DTYPES else None
+    if dtype is _StoredDtype.Q8_0:
+        stored = "q8_0"
     written = convert(
         src,
         dst,
         to.value,
         source_format=None if source_format is None else source_format.value,
-        dtype=None if dtype is None else DTYPES[dtype.value],
+        dtype=stored,
         overwrite=overwrite,
         v7_block0=v7_block0.value,
         dry_run=dry_run,

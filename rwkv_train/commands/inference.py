@@ -23,7 +23,8 @@ class DtypeName(StrEnum):
 
 
 CHECKPOINT_HELP = (
-    "A .pth, safetensors file or folder, training checkpoint, out_dir of a run, or hf:OWNER/NAME/FILE."
+    "A .pth, safetensors file or folder, Hugging Face folder, training checkpoint, out_dir of a run, or "
+    "hf:OWNER/NAME/FILE."
 )
 Checkpoint = Annotated[str, typer.Option(metavar="PATH", help=CHECKPOINT_HELP)]
 TokenizerName = Annotated[

@@ -8,7 +8,7 @@ from rwkv_train.checkpoints import convert, read_weights, save_training_checkpoi
 from rwkv_train.checkpoints.tensor_source import TensorSource
 from rwkv_train.errors import CheckpointError
 
-ARCHES = pytest.mark.parametrize("arch", ["rwkv4", "rwkv7"])
+ARCHES = pytest.mark.parametrize("arch", ["rwkv4", "rwkv5.0", "rwkv5.1", "rwkv5.2", "rwkv6", "rwkv7"])
 UNUSED = {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}
 
 
@@ -42,7 +42,7 @@ def test_there_and_back_every_bit_is_the_same(tmp_path, tensors_of, config_of, a
     assert_same_bits({name: back[name] for name in tensors}, tensors)
     assert back.keys() == tensors.keys()
     size_bytes = (tmp_path / "c.pth").stat().st_size
-    assert written == (tmp_path / "c.pth", "pth", arch, len(tensors), size_bytes, True)
+    assert written == (tmp_path / "c.pth", "pth", arch.split(".")[0], len(tensors), size_bytes, True)
 
 
 @pytest.mark.parametrize("has_them", [True, False], ids=["source-has-them", "source-lacks-them"])
@@ -202,13 +202,23 @@ def test_a_conversion_killed_at_any_moment_leaves_nothing_that_can_be_read_but_t
 
 
 def test_an_unknown_format_is_refused(tmp_path, source):
-    with pytest.raises(ValueError, match="must be one of pth, safetensors"):
-        convert(source, tmp_path / "x", "gguf")
+    with pytest.raises(ValueError, match="must be one of pth, safetensors, hf, hf-remote, gguf"):
+        convert(source, tmp_path / "x", "onnx")
 
 
 def test_a_dtype_that_is_not_read_is_not_written(tmp_path, source):
     with pytest.raises(ValueError, match=r"torch.float64"):
         convert(source, tmp_path / "x", "pth", dtype=torch.float64)
+    with pytest.raises(
+        ValueError, match=r"dtype \(q8_0\) of format 'pth' must be one of torch.bfloat16, torch.float16"
+    ):
+        convert(source, tmp_path / "x", "pth", dtype="q8_0")
+
+
+@pytest.mark.parametrize(("to", "v7_block0"), [("hf", "fill"), ("gguf", "drop"), ("gguf", "fill")])
+def test_a_format_with_no_choice_about_unused_tensors_offers_none(tmp_path, source, to, v7_block0):
+    with pytest.raises(CheckpointError, match=f"v7_block0 is '{v7_block0}', but the format '{to}'"):
+        convert(source, tmp_path / "x", to, v7_block0=v7_block0)
 
 
 def test_a_source_is_what_it_is_said_to_be_or_refused(tmp_path, source):

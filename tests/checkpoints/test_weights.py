@@ -156,7 +156,7 @@ def test_every_flipped_bit_in_the_weights_of_a_folder_is_found(folder):
         ({"step": -1}, "'step' is -1, which must not be negative"),
         ({"tokenizer": {"name": "bytes"}}, "'tokenizer' is .* must hold the texts 'name' and 'sha256'"),
         ({"files": {}}, "'files' does not name model.safetensors"),
-        ({"format": "absent", "model_type": "rwkv7"}, "a Hugging Face model of type 'rwkv7'"),
+        ({"format": "absent", "model_type": "llama"}, "a Hugging Face model of type 'llama'"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(folder, changes, sentence):

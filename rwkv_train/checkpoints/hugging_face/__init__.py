@@ -1,7 +1,7 @@
 """Folders of Hugging Face's libraries: transformers, flash-linear-attention, and the ``RWKV/`` repositories."""
 
 from rwkv_train.checkpoints.hugging_face.layouts import LayoutName
-from rwkv_train.checkpoints.hugging_face.reading import HfModel, is_hugging_face, read_hugging_face
+from rwkv_train.checkpoints.hugging_face.reading import HfModel, read_hugging_face
 from rwkv_train.checkpoints.hugging_face.tokenizer_files import TokenizerFiles, tokenizer_files
 from rwkv_train.checkpoints.hugging_face.writing import HfLayout, hugging_face_layout
 
@@ -11,7 +11,6 @@ __all__ = [
     "LayoutName",
     "TokenizerFiles",
     "hugging_face_layout",
-    "is_hugging_face",
     "read_hugging_face",
     "tokenizer_files",
 ]

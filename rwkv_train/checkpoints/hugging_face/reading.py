@@ -31,11 +31,6 @@ class HfModel(NamedTuple):
     """What the layout is called."""
 
 
-def is_hugging_face(config_json: Json) -> bool:
-    """Tell whether a ``config.json`` is one of Hugging Face's, of whatever model, and not one of ours."""
-    return "model_type" in config_json and "format" not in config_json
-
-
 def read_hugging_face(folder: Path) -> HfModel:
     """Read an RWKV model of transformers, flash-linear-attention or the ``RWKV/`` repositories.
 
