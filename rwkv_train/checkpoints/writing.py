@@ -1,5 +1,6 @@
 """Weights written in another format: one tensor at a time, read back, and named only when they are right."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
@@ -9,7 +10,12 @@ import torch
 from rwkv_train.checkpoints.descriptions import write_json
 from rwkv_train.checkpoints.formats import CONFIG_FILE, FORMAT_VERSION
 from rwkv_train.checkpoints.gguf_file import FloatType, plan_gguf, write_gguf
-from rwkv_train.checkpoints.hugging_face import LayoutName, hugging_face_layout
+from rwkv_train.checkpoints.hugging_face import (
+    TOKENIZER_FILES,
+    LayoutName,
+    hugging_face_layout,
+    tokenizer_files,
+)
 from rwkv_train.checkpoints.infer import check_tensors, make_explicit
 from rwkv_train.checkpoints.io import new_file, new_folder, require_space, resolve_target, sha256_of
 from rwkv_train.checkpoints.manifest import WEIGHTS
@@ -21,6 +27,8 @@ from rwkv_train.checkpoints.weights import Weights
 from rwkv_train.config.save import to_tree
 from rwkv_train.errors import CheckpointError
 from rwkv_train.models.registry import unused_parameters
+
+logger = logging.getLogger(__name__)
 
 TargetFormat = Literal["pth", "safetensors", "hf", "hf-remote", "gguf"]
 """What is written: an official file; our folder of weights and their description; a folder for Hugging Face's
@@ -206,12 +214,19 @@ def _prepare_safetensors(job: _Job) -> _Prepared:
 
 
 def _prepare_hugging_face(job: _Job) -> _Prepared:
-    assert job.to in get_args(LayoutName)
-    layout = hugging_face_layout(job.weights.config, job.cast(), cast("LayoutName", job.to))
+    config = job.weights.config
+    tokenizer = tokenizer_files(job.weights.tokenizer, config.vocab_size)
+    if tokenizer.note is not None:
+        logger.warning("%s: %s", job.target, tokenizer.note)
+    layout = hugging_face_layout(
+        config, job.cast(), cast("LayoutName", job.to), end_of_document=tokenizer.end_of_document
+    )
 
     def write(folder: Path) -> None:
         _write_and_compare(folder, job.target, layout.tensors)
         write_json(folder / CONFIG_FILE, layout.config_json)
+        for name, content in tokenizer.files.items():
+            (folder / name).write_bytes(content)
 
     return _Prepared(len(layout.tensors), layout.tensors.n_bytes, write)
 
@@ -237,14 +252,14 @@ def _write_and_compare(folder: Path, target: Path, tensors: TensorSource) -> lis
     return names
 
 
-def _is_ours(name: str) -> bool:
-    return name == CONFIG_FILE or is_tensor_file(WEIGHTS, name)
+def _is_of_a_model(name: str) -> bool:
+    return name in {CONFIG_FILE, *TOKENIZER_FILES} or is_tensor_file(WEIGHTS, name)
 
 
 _WRITERS: Mapping[TargetFormat, _Writer] = {
     "pth": _Writer(is_folder=False, prepare=_prepare_pth),
-    "safetensors": _Writer(is_folder=True, prepare=_prepare_safetensors, owns=_is_ours),
-    "hf": _Writer(True, _prepare_hugging_face, _is_ours, unused=("keep", "drop")),
-    "hf-remote": _Writer(True, _prepare_hugging_face, _is_ours, unused=("keep", "drop")),
+    "safetensors": _Writer(is_folder=True, prepare=_prepare_safetensors, owns=_is_of_a_model),
+    "hf": _Writer(True, _prepare_hugging_face, _is_of_a_model, unused=("keep", "drop")),
+    "hf-remote": _Writer(True, _prepare_hugging_face, _is_of_a_model, unused=("keep", "drop")),
     "gguf": _Writer(is_folder=False, prepare=_prepare_gguf, unused=("keep",)),
 }

@@ -23,12 +23,12 @@ from rwkv_train.checkpoints.io import NEW_PREFIX
 from rwkv_train.commands import main
 from rwkv_train.config.model import LoraRanks, Rwkv7Config
 from rwkv_train.config.save import to_tree
-from rwkv_train.models.registry import build_model, initialize
+from rwkv_train.models.registry import build_model, initialize, unused_parameters
 from tests.campaigns.record import Row, outcome
 
 N_VARIANTS = 200
 CONFIG = Rwkv7Config(
-    n_layer=2, n_embd=32, head_size=8, vocab_size=60, ctx_len=16, lora_ranks=LoraRanks(w=5, a=6, v=7, g=9)
+    n_layer=2, n_embd=32, head_size=16, vocab_size=60, ctx_len=16, lora_ranks=LoraRanks(w=5, a=6, v=7, g=9)
 )
 
 
@@ -63,6 +63,13 @@ def write_safetensors_file(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
 def write_safetensors_folder(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
     path = write_pth(folder, tensors)
     converted = convert(path, folder / "x", "safetensors").path
+    path.unlink()
+    return converted
+
+
+def write_hugging_face_folder(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
+    path = write_pth(folder, tensors)
+    converted = convert(path, folder / "x", "hf").path
     path.unlink()
     return converted
 
@@ -121,6 +128,7 @@ FORMATS = {
     "pth before 2020": CheckpointFormat(write_legacy_pth, has_checksum=False),
     "safetensors file": CheckpointFormat(write_safetensors_file, has_checksum=False),
     "safetensors folder": CheckpointFormat(write_safetensors_folder, has_checksum=True),
+    "Hugging Face folder": CheckpointFormat(write_hugging_face_folder, has_checksum=False),
     "training checkpoint": CheckpointFormat(write_training_checkpoint, has_checksum=True),
     "DeepSpeed folder": CheckpointFormat(write_deepspeed_folder, has_checksum=True),
     "Lightning ckpt": CheckpointFormat(write_lightning_ckpt, has_checksum=True),
@@ -179,7 +187,11 @@ class CorruptTrial:
         self._work = work
         model = build_model(CONFIG)
         initialize(model, seed=0)
-        self._tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        # Without the unused ones, which not every format has.
+        unused = unused_parameters(CONFIG.arch)
+        self._tensors = {
+            name: tensor.clone() for name, tensor in model.state_dict().items() if name not in unused
+        }
         generator = torch.Generator().manual_seed(1)
         for tensor in self._tensors.values():
             tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.1)

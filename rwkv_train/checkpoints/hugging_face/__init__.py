@@ -2,10 +2,15 @@
 
 from rwkv_train.checkpoints.hugging_face.layouts import LayoutName
 from rwkv_train.checkpoints.hugging_face.reading import HfModel, read_hugging_face
-from rwkv_train.checkpoints.hugging_face.tokenizer_files import TokenizerFiles, tokenizer_files
+from rwkv_train.checkpoints.hugging_face.tokenizer_files import (
+    TOKENIZER_FILES,
+    TokenizerFiles,
+    tokenizer_files,
+)
 from rwkv_train.checkpoints.hugging_face.writing import HfLayout, hugging_face_layout
 
 __all__ = [
+    "TOKENIZER_FILES",
     "HfLayout",
     "HfModel",
     "LayoutName",

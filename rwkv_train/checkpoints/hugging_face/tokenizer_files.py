@@ -12,6 +12,9 @@ from rwkv_train.tokenizers.loading import find_cached_neox_file
 WORLD_FILE = "rwkv_vocab_v20230424.txt"
 """Name of the published World vocabulary, which llama.cpp and the code in the ``RWKV/`` repositories ask for."""
 
+TOKENIZER_FILES = frozenset({"tokenizer.json", "tokenizer_config.json", WORLD_FILE})
+"""Names of the files that a folder may have for its tokenizer."""
+
 _WORLD_ROWS = 65_536
 """Rows of the embedding of every published model with the World vocabulary."""
 
