@@ -67,8 +67,13 @@ def read_pickle(path: Path, stand_ins: Mapping[str, Callable[..., object]] | Non
     if is_zip:
         _check_records(path)
     try:
-        with _allowing_only(stand_ins or {}):
-            content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with _allowing_only(stand_ins or {}), path.open("rb") as file:
+            # A zip file is mapped, for which PyTorch wants its path.
+            content: object = torch.load(
+                path if is_zip else file, map_location="cpu", weights_only=True, mmap=is_zip
+            )
+            if not is_zip and file.read(1):  # without checksums, length is all there is to compare
+                raise ValueError("there is something after its end")
     except Exception as error:  # bytes that someone made up can raise anything
         raise CheckpointError(f"{path} cannot be read as a file of torch.save: {_reason(error)}") from error
     return content

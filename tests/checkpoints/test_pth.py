@@ -223,3 +223,11 @@ def test_a_compressed_record_is_refused(tmp_path):
             bomb.writestr(name, source.read(name))
     with pytest.raises(CheckpointError, match=r"is compressed"):
         read_pth(tmp_path / "x")
+
+
+def test_a_file_without_checksums_that_goes_on_after_its_end_is_refused(tmp_path):
+    save_legacy(some_tensors(), tmp_path / "x")
+    with (tmp_path / "x").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(CheckpointError, match=r"cannot be read .*: there is something after its end"):
+        read_pth(tmp_path / "x")
