@@ -16,7 +16,7 @@ from rwkv_train.checkpoints.hugging_face import (
     hugging_face_layout,
     tokenizer_files,
 )
-from rwkv_train.checkpoints.infer import check_tensors, make_explicit
+from rwkv_train.checkpoints.infer import check_tensors, infer_config, make_explicit
 from rwkv_train.checkpoints.io import new_file, new_folder, require_space, resolve_target, sha256_of
 from rwkv_train.checkpoints.manifest import WEIGHTS
 from rwkv_train.checkpoints.pth import read_pth, save_pth
@@ -24,6 +24,7 @@ from rwkv_train.checkpoints.tensor_files import TensorFiles, is_tensor_file, wri
 from rwkv_train.checkpoints.tensor_source import TensorSource
 from rwkv_train.checkpoints.tensors import DTYPES, cast_all, require_same_bits
 from rwkv_train.checkpoints.weights import Weights
+from rwkv_train.config.model import ModelConfig
 from rwkv_train.config.save import to_tree
 from rwkv_train.errors import CheckpointError
 from rwkv_train.models.registry import unused_parameters
@@ -188,12 +189,28 @@ def _refuse_existing(target: Path, writer: _Writer, to: TargetFormat, overwrite:
 
 def _prepare_pth(job: _Job) -> _Prepared:
     tensors = job.cast()
+    _require_that_weights_tell(job.weights.config, tensors)
 
     def write(path: Path) -> None:
         save_pth(path, tensors)
         require_same_bits(job.target, tensors, TensorSource.of(read_pth(path)))
 
     return _Prepared(len(tensors), tensors.n_bytes, write)
+
+
+def _require_that_weights_tell(config: ModelConfig, tensors: TensorSource) -> None:
+    """Refuse a setting that is part of the model's function and that no reader of bare weights would know."""
+    inferred = infer_config(tensors.headers)
+    for name, value in config.explicit():
+        if name not in _NOT_IN_WEIGHTS and value != getattr(inferred, name):
+            raise CheckpointError(
+                f"a .pth holds weights alone, and who reads them takes {name} to be {getattr(inferred, name)}; this model "
+                f"has {value}: choose --to safetensors"
+            )
+
+
+_NOT_IN_WEIGHTS = {"ctx_len", "init_from", "initialization", "embedding_scale", "dropout", "lora_ranks"}
+"""Settings without which a model computes the same: those of training, and RWKV-7's rank of an unused tensor."""
 
 
 def _prepare_safetensors(job: _Job) -> _Prepared:

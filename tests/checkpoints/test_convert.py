@@ -4,9 +4,18 @@ import weakref
 import pytest
 import torch
 
-from rwkv_train.checkpoints import convert, read_weights, save_training_checkpoint, tensor_files, writing
+from rwkv_train.checkpoints import (
+    Weights,
+    convert,
+    read_weights,
+    save_training_checkpoint,
+    tensor_files,
+    writing,
+)
 from rwkv_train.checkpoints.tensor_source import TensorSource
+from rwkv_train.config.model import LoraRanks, Rwkv7Config
 from rwkv_train.errors import CheckpointError
+from rwkv_train.models.registry import build_model
 
 ARCHES = pytest.mark.parametrize("arch", ["rwkv4", "rwkv5.0", "rwkv5.1", "rwkv5.2", "rwkv6", "rwkv7"])
 UNUSED = {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}
@@ -279,3 +288,22 @@ def test_a_conversion_holds_one_tensor_at_a_time(tmp_path, source, monkeypatch):
         convert(source, tmp_path / to, to, dtype=torch.bfloat16)
     # A tensor in two dtypes, the one before it until its name is taken, and while comparing what was read back.
     assert 1 <= most <= 6
+
+
+@pytest.mark.parametrize("arch", ["rwkv5.2", "rwkv6"])
+def test_a_setting_that_bare_weights_cannot_tell_is_refused(tmp_path, tensors_of, config_of, arch):
+    config = config_of(arch).model_copy(update={"head_size_divisor": 1.0})
+    weights = Weights(config, tensors_of(arch), None, None)
+    with pytest.raises(CheckpointError, match=r"takes head_size_divisor to be 8\.0; this model has 1\.0"):
+        writing.write_weights(tmp_path / "x.pth", weights, "pth")
+    folder = writing.write_weights(tmp_path / "x", weights, "safetensors")
+    assert read_weights(folder).config.head_size_divisor == 1.0
+
+
+def test_a_one_layer_model_without_unused_tensors_is_written(tmp_path):
+    model = build_model(
+        Rwkv7Config(n_layer=1, n_embd=64, vocab_size=20, lora_ranks=LoraRanks(w=3, a=4, v=5, g=6))
+    )
+    weights = Weights(model.config, model.state_dict(), None, None)
+    path = writing.write_weights(tmp_path / "x.pth", weights, "pth", v7_block0="drop")
+    assert read_weights(path).absent == UNUSED
