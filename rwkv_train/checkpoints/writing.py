@@ -204,8 +204,8 @@ def _require_that_weights_tell(config: ModelConfig, tensors: TensorSource) -> No
     for name, value in config.explicit():
         if name not in _NOT_IN_WEIGHTS and value != getattr(inferred, name):
             raise CheckpointError(
-                f"a .pth holds weights alone, and who reads them takes {name} to be {getattr(inferred, name)}; this model "
-                f"has {value}: choose --to safetensors"
+                f"a .pth holds weights alone, and who reads them takes {name} to be {getattr(inferred, name)}; this "
+                f"model has {value}: choose --to safetensors"
             )
 
 
