@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from rwkv_train.checkpoints.formats import Format
 from rwkv_train.checkpoints.manifest import read_manifest
+from rwkv_train.checkpoints.tensor_source import TensorSource
 from rwkv_train.checkpoints.tensors import dtype_name
 from rwkv_train.checkpoints.weights import locate_checkpoint, read_weights
 
@@ -58,8 +59,8 @@ def describe_checkpoint(path: str | Path) -> Description:
     weights = read_weights(location.path)
     config = weights.config
     dtypes: dict[str, int] = {}
-    for tensor in weights.tensors.values():
-        dtypes[dtype_name(tensor.dtype)] = dtypes.get(dtype_name(tensor.dtype), 0) + tensor.numel()
+    for header in TensorSource.of(weights.tensors).headers.values():
+        dtypes[dtype_name(header.dtype)] = dtypes.get(dtype_name(header.dtype), 0) + header.numel()
     is_training = location.format is Format.TRAINING_CHECKPOINT
     return Description(
         path=str(location.path),
