@@ -1,4 +1,4 @@
-"""``rwkv-train bench``: measure recurrences, training steps, strategies and checkpoints on this machine."""
+"""``rwkv-train bench``: measure recurrences, training, strategies, checkpoints and conversions on this machine."""
 
 import importlib.util
 import json
@@ -27,12 +27,14 @@ class What(StrEnum):
     TRAINING = "training"
     STRATEGIES = "strategies"
     SAVING = "saving"
+    CONVERTING = "converting"
 
 
 Subject = Annotated[
     What,
     typer.Argument(
-        help="The recurrences alone; training steps; steps under each strategy; checkpoints under each strategy."
+        help="The recurrences alone; training steps; steps under each strategy; checkpoints under each strategy; "
+        "conversions of weights."
     ),
 ]
 Backends = Annotated[
@@ -49,6 +51,12 @@ Strategies = Annotated[
         "--strategy", metavar="NAME", help="For strategies and saving. May be repeated. By default all."
     ),
 ]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="For converting: a preset or file whose sizes are taken. By default rwkv7-0.4b."
+    ),
+]
 Repeats = Annotated[int, typer.Option(min=1, help="Measurements after a warm-up; the median counts.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the measurements to this file.")
@@ -63,6 +71,7 @@ def bench(
     what: Subject,
     backend: Backends = None,
     strategy: Strategies = None,
+    config: Config = None,
     repeats: Repeats = 5,
     device: Device = "auto",
     json_file: JsonFile = None,
@@ -70,10 +79,23 @@ def bench(
     """Measure backends in turn within one process, or strategies each in processes of its own."""
     from rwkv_train.benchmarks.environment import describe_environment
 
+    for option, given, subjects in (
+        ("--backend", backend, (What.KERNELS, What.TRAINING)),
+        ("--strategy", strategy, (What.STRATEGIES, What.SAVING)),
+        ("--config", config, (What.CONVERTING,)),
+    ):
+        if given and what not in subjects:
+            raise ConfigError(f"{option} is for {' and '.join(subjects)}, not for {what.value}")
     place = find_device(device)
     environment = describe_environment(place) | {"load_before": round(os.getloadavg()[0], 2)}
     if what in (What.STRATEGIES, What.SAVING):
         rows = _measure_runs(what, _strategies(strategy), repeats, place)
+    elif what is What.CONVERTING:
+        from rwkv_train.benchmarks.converting import bench_converting
+        from rwkv_train.config.load import load_train_config
+
+        model = load_train_config(config or "rwkv7-0.4b", []).model
+        rows = list(bench_converting(model, repeats=repeats))
     else:
         backends = backend or (["torch", "cpp"] if place.type == "cpu" else ["torch"])
         rows = _measure(what, backends, repeats, place)

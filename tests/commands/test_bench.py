@@ -20,14 +20,21 @@ def test_measurements_are_written_with_their_circumstances(tmp_path):
     assert result.returncode == 0, result.stderr
     content = json.loads(path.read_text())
     assert content["environment"]["command"].startswith("rwkv-train bench kernels --backend cpp")
-    assert {row["op"] for row in content["results"]} == {"wkv4", "wkv7"}
+    assert {row["op"] for row in content["results"]} == {"wkv4", "wkv5", "wkv6", "wkv7"}
     assert {row["backend"] for row in content["results"]} == {"cpp"}
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["speed"], ["kernels", "--backend", "fast"], ["saving", "--strategy", "zero"]],
-    ids=["what", "backend", "strategy"],
+    [
+        ["speed"],
+        ["kernels", "--backend", "fast"],
+        ["saving", "--strategy", "zero"],
+        ["converting", "--config", "rwkv9"],
+        ["kernels", "--config", "rwkv7-0.4b"],
+        ["saving", "--backend", "cpp"],
+    ],
+    ids=["what", "backend", "strategy", "config", "config of kernels", "backend of saving"],
 )
 def test_what_is_not_there_is_refused(arguments):
     result = bench(*arguments)
