@@ -151,7 +151,7 @@ _CONFIGS: dict[str, ModelConfig] = {
     "rwkv7": Rwkv7Config(
         n_layer=2,
         n_embd=32,
-        head_size=8,
+        head_size=16,
         vocab_size=60,
         ctx_len=16,
         lora_ranks=LoraRanks(w=5, a=6, v=7, g=9),
@@ -171,7 +171,7 @@ def shapes_of() -> Callable[[str], Shapes]:
             return _rwkv5_shapes(60, 32, 2, 8, 42, arch.removeprefix("rwkv"), bonus)
         if arch == "rwkv6":
             return _rwkv6_shapes(60, 32, 2, 8, 42, 3, 5)
-        return _rwkv7_shapes(60, 32, 2, 8, {"w": 5, "a": 6, "v": 7, "g": 9})
+        return _rwkv7_shapes(60, 32, 2, 16, {"w": 5, "a": 6, "v": 7, "g": 9})
 
     return get
 
