@@ -68,9 +68,10 @@ def read_pickle(path: Path, stand_ins: Mapping[str, Callable[..., object]] | Non
         _check_records(path)
     try:
         with _allowing_only(stand_ins or {}), path.open("rb") as file:
-            # A zip file is mapped, for which PyTorch wants its path.
+            # A zip file is mapped, for which PyTorch wants its path; but it goes by the name of one that ends so.
+            is_mapped = is_zip and path.suffix != ".safetensors"
             content: object = torch.load(
-                path if is_zip else file, map_location="cpu", weights_only=True, mmap=is_zip
+                path if is_mapped else file, map_location="cpu", weights_only=True, mmap=is_mapped
             )
             if not is_zip and file.read(1):  # without checksums, length is all there is to compare
                 raise ValueError("there is something after its end")

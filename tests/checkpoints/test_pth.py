@@ -43,6 +43,12 @@ def test_files_of_torch_save_are_read(tmp_path, save):
     assert_same(read_pth(tmp_path / "x"), some_tensors())
 
 
+@pytest.mark.parametrize("save", [torch.save, save_legacy], ids=["zip", "legacy"])
+def test_a_name_of_another_format_does_not_matter(tmp_path, save):
+    save(some_tensors(), tmp_path / "x.safetensors")
+    assert_same(read_pth(tmp_path / "x.safetensors"), some_tensors())
+
+
 def test_what_is_written_torch_load_reads(tmp_path):
     save_pth(tmp_path / "x", some_tensors())
     assert_same(torch.load(tmp_path / "x", weights_only=True), some_tensors())
