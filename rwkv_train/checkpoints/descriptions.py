@@ -134,6 +134,10 @@ def verify_files(path: Path, files: Json, names: Iterable[str]) -> None:
             )
 
 
+def shortened(text: str, limit: int = 80) -> str:
+    """Return a text for a message: of one with more than ``limit`` characters, the beginning."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def _show(value: object) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return "null" if value is None else shortened(repr(value))

@@ -12,18 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_train.checkpoints.descriptions import Json
 from rwkv_train.checkpoints.tensor_source import TensorSource
-from rwkv_train.config.model import (
-    LoraRanks,
-    ModelConfig,
-    Rwkv4Config,
-    Rwkv5Config,
-    Rwkv6Config,
-    Rwkv6Ranks,
-    Rwkv7Config,
-    lora_ranks_by_rule,
-)
-from rwkv_train.errors import CheckpointError
+from rwkv_train.config.load import check_model
+from rwkv_train.config.model import ModelConfig, lora_ranks_by_rule
+from rwkv_train.errors import CheckpointError, ConfigError
 from rwkv_train.models.registry import build_model, unused_parameters
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -49,7 +42,8 @@ _UNSUPPORTED = {
 class _Architecture(NamedTuple):
     marks: frozenset[str]
     """Tensors of a block that no older version has: one is enough, so that another may be found missing."""
-    config: Callable[[Shapes, int | None], ModelConfig]
+    settings: Callable[[Shapes], Json]
+    """The settings that shapes imply."""
 
 
 def infer_config(
@@ -68,8 +62,9 @@ def infer_config(
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
-        config = _recognize(shapes).config(shapes, ctx_len)
-    except _MisfitError as problem:
+        settings = _recognize(shapes).settings(shapes)
+        config = check_model(settings if ctx_len is None else {**settings, "ctx_len": ctx_len})
+    except (_MisfitError, ConfigError) as problem:
         raise CheckpointError(f"{source}: {problem}") from None
     check_tensors(config, tensors, source=source)
     return config
@@ -83,7 +78,7 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, Tensor], *, source:
     Raises:
         CheckpointError: it names the first tensor that is missing, unknown or misshaped, with both shapes.
     """
-    expected = expected_shapes(config)
+    expected = expected_shapes(config, source=source)
     unused = unused_parameters(config.arch)
     missing = [name for name in expected if name not in tensors and name not in unused]
     unknown = [name for name in tensors if name not in expected]
@@ -132,9 +127,24 @@ def fill_unused(config: ModelConfig, tensors: Mapping[str, Tensor]) -> TensorSou
     )
 
 
+def expected_shapes(config: ModelConfig, *, source: str = "these settings") -> Shapes:
+    """Return the name and shape of each tensor of a model, in its own order. Takes no memory for values.
+
+    Args:
+        config: settings of the model.
+        source: what messages call that which describes it.
+
+    Raises:
+        CheckpointError: a tensor would have more values than can be counted.
+    """
+    try:
+        return _shapes_of_model(config)
+    except (RuntimeError, TypeError, OverflowError) as error:  # a number is too large for PyTorch
+        raise CheckpointError(f"{source}: this describes a model of impossible size") from error
+
+
 @lru_cache(maxsize=8)
-def expected_shapes(config: ModelConfig) -> Shapes:
-    """Return the name and shape of each tensor of a model, in its own order. Takes no memory for values."""
+def _shapes_of_model(config: ModelConfig) -> Shapes:
     model = build_model(config, wkv_backend="reference", device="meta")
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
@@ -156,15 +166,13 @@ def _recognize(shapes: Shapes) -> _Architecture:
     raise _MisfitError(f"this is no RWKV model (its first tensor is '{next(iter(shapes))}'); {_SUPPORTED}")
 
 
-def _rwkv4(shapes: Shapes, ctx_len: int | None) -> Rwkv4Config:
-    vocab_size, n_embd = _shape(shapes, "emb.weight", "[vocab_size, n_embd]")
-    return Rwkv4Config(
-        n_layer=_n_layer(shapes), n_embd=n_embd, vocab_size=vocab_size, ctx_len=ctx_len or 1_024
-    )
+def _rwkv4(shapes: Shapes) -> Json:
+    return {"arch": "rwkv4", **_frame(shapes), "ctx_len": 1_024}
 
 
-def _rwkv5(shapes: Shapes, ctx_len: int | None) -> Rwkv5Config:
-    vocab_size, n_embd = _shape(shapes, "emb.weight", "[vocab_size, n_embd]")
+def _rwkv5(shapes: Shapes) -> Json:
+    frame = _frame(shapes)
+    n_embd = frame["n_embd"]
     in_blocks = {_in_block(name) for name in shapes}
     decay = "blocks.0.att.time_decay"
     if len(shapes.get(decay, ())) == 1:
@@ -179,49 +187,41 @@ def _rwkv5(shapes: Shapes, ctx_len: int | None) -> Rwkv5Config:
     else:
         head_size = _head_size(shapes, decay, n_embd)
         version, bonus = "5.2", "time_faaaa"
-    return Rwkv5Config.model_validate(
-        {
-            "n_layer": _n_layer(shapes),
-            "n_embd": n_embd,
-            "head_size": head_size,
-            "ffn_width": _ffn_width(shapes),
-            "vocab_size": vocab_size,
-            "ctx_len": ctx_len or 4_096,
-            "version": version,
-            "bonus": bonus,
-        }
-    )
+    return {
+        "arch": "rwkv5",
+        **frame,
+        "head_size": head_size,
+        "ffn_width": _ffn_width(shapes),
+        "version": version,
+        "bonus": bonus,
+    }
 
 
-def _rwkv6(shapes: Shapes, ctx_len: int | None) -> Rwkv6Config:
-    vocab_size, n_embd = _shape(shapes, "emb.weight", "[vocab_size, n_embd]")
+def _rwkv6(shapes: Shapes) -> Json:
+    frame = _frame(shapes)
     _, shift_rank, _ = _shape(shapes, "blocks.0.att.time_maa_w2", "[5, rank, n_embd]")
-    return Rwkv6Config(
-        n_layer=_n_layer(shapes),
-        n_embd=n_embd,
-        head_size=_head_size(shapes, "blocks.0.att.time_faaaa", n_embd),
-        ffn_width=_ffn_width(shapes),
-        vocab_size=vocab_size,
-        ctx_len=ctx_len or 4_096,
-        lora_ranks=Rwkv6Ranks(shift=shift_rank, decay=_rank(shapes, "blocks.0.att.time_decay_w1")),
-    )
+    return {
+        "arch": "rwkv6",
+        **frame,
+        "head_size": _head_size(shapes, "blocks.0.att.time_faaaa", frame["n_embd"]),
+        "ffn_width": _ffn_width(shapes),
+        "lora_ranks": {"shift": shift_rank, "decay": _rank(shapes, "blocks.0.att.time_decay_w1")},
+    }
 
 
-def _rwkv7(shapes: Shapes, ctx_len: int | None) -> Rwkv7Config:
-    vocab_size, n_embd = _shape(shapes, "emb.weight", "[vocab_size, n_embd]")
-    return Rwkv7Config(
-        n_layer=_n_layer(shapes),
-        n_embd=n_embd,
-        head_size=_head_size(shapes, "blocks.0.att.r_k", n_embd),
-        vocab_size=vocab_size,
-        ctx_len=ctx_len or 4_096,
-        lora_ranks=LoraRanks(
-            w=_rank(shapes, "blocks.0.att.w1"),
-            a=_rank(shapes, "blocks.0.att.a1"),
-            v=_value_rank(shapes, n_embd),
-            g=_rank(shapes, "blocks.0.att.g1"),
-        ),
-    )
+def _rwkv7(shapes: Shapes) -> Json:
+    frame = _frame(shapes)
+    return {
+        "arch": "rwkv7",
+        **frame,
+        "head_size": _head_size(shapes, "blocks.0.att.r_k", frame["n_embd"]),
+        "lora_ranks": {
+            "w": _rank(shapes, "blocks.0.att.w1"),
+            "a": _rank(shapes, "blocks.0.att.a1"),
+            "v": _value_rank(shapes, frame["n_embd"]),
+            "g": _rank(shapes, "blocks.0.att.g1"),
+        },
+    }
 
 
 # Newest first. A new version is one line here and one function above.
@@ -231,6 +231,12 @@ _ARCHITECTURES = (
     _Architecture(frozenset({"att.ln_x.weight", "att.ln_x.bias", "att.time_faaaa"}), _rwkv5),
     _Architecture(frozenset({"att.time_first", "att.time_decay", "ffn.time_mix_k"}), _rwkv4),
 )
+
+
+def _frame(shapes: Shapes) -> Json:
+    """What every version has."""
+    vocab_size, n_embd = _shape(shapes, "emb.weight", "[vocab_size, n_embd]")
+    return {"n_layer": _n_layer(shapes), "n_embd": n_embd, "vocab_size": vocab_size, "ctx_len": 4_096}
 
 
 def _in_block(name: str) -> str:

@@ -219,6 +219,13 @@ def _replace(name, tensor):
     return lambda tensors, config: tensors.update({name: tensor})
 
 
+def _widen_heads(tensors, config):
+    config.update(head_dim=32, norm_eps=2e-5)
+    for name in tensors:
+        if name.endswith("r_k"):
+            tensors[name] = tensors[name].reshape(1, 32)
+
+
 REFUSED = {
     "another-model": (
         "rwkv4",
@@ -276,6 +283,8 @@ REFUSED = {
         "config.json: model.n_embd is 'wide' but should be",
     ),
     "a-size-beyond-all": ("rwkv6", _set(gate_low_rank_dim=10**18), "model of impossible size"),
+    "a-long-value": ("rwkv7", _set(hidden_act="x" * 10**6), "'hidden_act' is 'x{70,80}...; only 'sqrelu'"),
+    "epsilon-of-heads-of-32": ("rwkv7", _widen_heads, "norm_eps is 2e-05; 1e-5 times"),
     "no-heads": ("rwkv6", _set(num_heads=0), "describes no model"),
     "other-size": ("rwkv4", _set(hidden_size=48), r"has shape \[60, 32\]; RWKV-4 .* has \[60, 48\]"),
 }
@@ -288,6 +297,14 @@ def test_what_is_no_model_of_ours_is_refused_in_one_sentence(write, case):
     with pytest.raises(CheckpointError, match=message) as refusal:
         read_hugging_face(write(arch, change=change))
     assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 1_000
+
+
+@pytest.mark.parametrize("epsilon", [64e-5, "no number"])
+@pytest.mark.parametrize(("arch", "to"), [("rwkv4", "hf"), ("rwkv5.2", "hf"), ("rwkv6", "hf-remote")])
+def test_a_key_that_only_another_layout_has_is_passed_over(write, tensors_of, arch, to, epsilon):
+    read = read_hugging_face(write(arch, to, change=_set(norm_eps=epsilon)))
+    require_same(read.tensors, tensors_of(arch))
 
 
 def _write_index(folder, weight_map):
@@ -319,6 +336,18 @@ DAMAGES = {
     "index-beyond-the-folder": (
         partial(_write_index, weight_map={"head.weight": "../part.safetensors"}),
         "no name of a file beside it",
+    ),
+    "index-of-the-folder-above": (
+        partial(_write_index, weight_map={"head.weight": ".."}),
+        "there is no such file",
+    ),
+    "index-of-no-name": (
+        partial(_write_index, weight_map={"head.weight": "a\0b"}),
+        "there is no such file",
+    ),
+    "index-of-a-long-name": (
+        partial(_write_index, weight_map={"head.weight": "a" * 10**6}),
+        "there is no such file",
     ),
     "index-of-a-missing-file": (
         partial(_write_index, weight_map={"head.weight": "other.safetensors"}),

@@ -222,6 +222,19 @@ def test_decays_of_heads_that_do_not_divide_the_width_are_refused(tensors_of):
         infer_config({**tensors_of("rwkv5.1"), "blocks.0.att.time_decay": torch.zeros(5)})
 
 
+def test_more_blocks_than_a_model_may_have_are_refused(tensors_of):
+    tensors = tensors_of("rwkv4") | {f"blocks.{block}.ln1.bias": torch.zeros(32) for block in range(1_001)}
+    with pytest.raises(CheckpointError, match=r"^x: model.n_layer is 1001 but should be less than"):
+        infer_config(tensors, source="x")
+
+
+@pytest.mark.parametrize("size", [2**62, 10**30])
+def test_a_model_of_impossible_size_is_refused(tensors_of, config_of, size):
+    config = config_of("rwkv4").model_copy(update={"vocab_size": size})
+    with pytest.raises(CheckpointError, match=r"^x: this describes a model of impossible size"):
+        check_tensors(config, tensors_of("rwkv4"), source="x")
+
+
 def test_no_tensors_are_refused():
     with pytest.raises(CheckpointError, match=r"there is no tensor in it"):
         infer_config({})

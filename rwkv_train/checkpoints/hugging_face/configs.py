@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rwkv_train.checkpoints.descriptions import Json, parse_model
+from rwkv_train.checkpoints.descriptions import Json, parse_model, shortened
 from rwkv_train.config.model import ModelConfig, Rwkv4Config, Rwkv5Config, Rwkv6Config, Rwkv7Config
 from rwkv_train.errors import CheckpointError
 
@@ -67,11 +67,12 @@ def parse_config(path: Path, keys: Keys, content: Json, headers: Headers) -> Mod
     """
     for key, wanted in keys.fixed.items():
         if not _agree(content[key], wanted):
-            raise CheckpointError(f"{path}: '{key}' is {content[key]!r}; only {wanted!r} is supported")
+            found = shortened(repr(content[key]))
+            raise CheckpointError(f"{path}: '{key}' is {found}; only {wanted!r} is supported")
     try:
         section = keys.settings(content, headers)
     except (TypeError, ValueError, ArithmeticError) as error:  # of numbers that are none, or are 0
-        raise CheckpointError(f"{path} describes no model: {error}") from error
+        raise CheckpointError(f"{path} describes no model: {shortened(str(error), 200)}") from error
     except KeyError as error:
         raise CheckpointError(f"{path.parent}: tensor {error} is missing") from error
     return parse_model(path, section)
@@ -95,7 +96,9 @@ def residual_factor(content: Json) -> float:
         factor = float(2 ** round(math.log2(epsilon / EPSILON) / 2))
         if factor >= 1 and math.isclose(epsilon, factor**2 * EPSILON, rel_tol=1e-6):
             return factor
-    raise ValueError(f"norm_eps is {epsilon!r}; 1e-5 times 1, 4, 16, 64 ... can be read and written")
+    raise ValueError(
+        f"norm_eps is {shortened(repr(epsilon))}; 1e-5 times 1, 4, 16, 64 ... can be read and written"
+    )
 
 
 def _agree(found: object, wanted: object) -> bool:

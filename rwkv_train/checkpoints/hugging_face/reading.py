@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_train.checkpoints.descriptions import Json, read_json
+from rwkv_train.checkpoints.descriptions import Json, read_json, shortened
 from rwkv_train.checkpoints.hugging_face.configs import parse_config, residual_factor, with_defaults
 from rwkv_train.checkpoints.hugging_face.layouts import READ, Layout
 from rwkv_train.checkpoints.hugging_face.names import Row, expand, makes_residual_stream
@@ -51,7 +51,7 @@ def read_hugging_face(folder: Path) -> HfModel:
     rows = expand(layout.rows, shapes, config.n_layer)
     _check_headers(folder, layout, config, theirs.headers, _their_headers(rows, shapes))
     places = {name: (row, place) for row in rows for place, name in enumerate(row.ours)}
-    factor = residual_factor(content)
+    factor = _residual_factor(path, layout, content)
 
     def read(name: str) -> Tensor:
         row, place = places[name]
@@ -73,7 +73,8 @@ def _recognize(folder: Path, content: Json, tensors: Mapping[str, Tensor]) -> La
     if not candidates:
         known = ", ".join(sorted({layout.model_type for layout in READ}))
         raise CheckpointError(
-            f"{folder} is a Hugging Face model of type {kind!r}, which is not supported; the types of RWKV are {known}"
+            f"{folder} is a Hugging Face model of type {shortened(repr(kind))}, which is not supported; the types of "
+            f"RWKV are {known}"
         )
     for layout in candidates:
         if layout.mark in tensors:
@@ -84,17 +85,19 @@ def _recognize(folder: Path, content: Json, tensors: Mapping[str, Tensor]) -> La
     )
 
 
+def _residual_factor(path: Path, layout: Layout, content: Json) -> float:
+    if "norm_eps" not in layout.keys.free:
+        return 1.0  # its class has no such key, and ignores it
+    try:
+        return residual_factor(content)
+    except (ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{path} describes no model: {error}") from error
+
+
 def _shapes(path: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The official name and shape of each tensor that a folder holds."""
     unused = unused_parameters(config.arch)
-    try:
-        expected = expected_shapes(config)
-    except (
-        RuntimeError,
-        TypeError,
-        OverflowError,
-    ) as error:  # so PyTorch says that a number is too large for it
-        raise CheckpointError(f"{path} describes a model of impossible size") from error
+    expected = expected_shapes(config, source=str(path))
     return {name: shape for name, shape in expected.items() if name not in unused}
 
 

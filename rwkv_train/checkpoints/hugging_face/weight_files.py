@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rwkv_train.checkpoints.descriptions import read_json
+from rwkv_train.checkpoints.descriptions import read_json, shortened
 from rwkv_train.checkpoints.pth import read_pth
 from rwkv_train.checkpoints.tensor_files import TensorFiles
 from rwkv_train.checkpoints.tensor_source import TensorSource
@@ -38,15 +38,23 @@ def _indexed(path: Path, open_files: Callable[[Path, list[str]], TensorSource]) 
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no 'weight_map' that says which file holds a tensor")
     for name, file in weight_map.items():
+        place = f"{path}: tensor '{shortened(name)}' is in {shortened(repr(file))}"
         if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(
-                f"{path}: tensor '{name}' is in {file!r}, which is no name of a file beside it"
-            )
+            raise CheckpointError(f"{place}, which is no name of a file beside it")
+        if not _is_file(path.parent / file):
+            raise CheckpointError(f"{place}, which cannot be read: there is no such file")
     tensors = open_files(path.parent, sorted(set(weight_map.values())))
     for name, file in weight_map.items():
         if name not in tensors:
             raise CheckpointError(f"{path}: tensor '{name}' is not in {file}")
     return tensors
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # the name is too long
+        return False
 
 
 def _open_safetensors(folder: Path, names: list[str]) -> TensorSource:
