@@ -53,9 +53,13 @@ def resolve_target(path: str | Path) -> Path:
     """Return where a write to ``path`` goes: symbolic links are followed, never replaced.
 
     Raises:
-        CheckpointError: the path has no end (a loop of links).
+        CheckpointError: the path has no end (a loop of links), or begins in the home of nobody.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} cannot be written: there is no such home folder") from error
     try:
         return path.resolve()
     except (OSError, RuntimeError) as error:

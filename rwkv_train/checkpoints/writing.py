@@ -179,8 +179,12 @@ def _refuse_existing(target: Path, writer: _Writer, to: TargetFormat, overwrite:
         raise CheckpointError(
             f"{target} is already there; choose another name, or replace it with --overwrite"
         )
+    if not writer.is_folder and not target.is_file():
+        raise CheckpointError(
+            f"{target} is not replaced: it is no file but a device or the like; choose another name"
+        )
     if writer.is_folder and not (
-        target.is_dir() and all(writer.owns(file.name) for file in target.iterdir())
+        target.is_dir() and all(file.is_file() and writer.owns(file.name) for file in target.iterdir())
     ):
         raise CheckpointError(
             f"{target} is not replaced: it is no folder of just a model's files; choose another name"
@@ -233,11 +237,11 @@ def _prepare_safetensors(job: _Job) -> _Prepared:
 def _prepare_hugging_face(job: _Job) -> _Prepared:
     config = job.weights.config
     tokenizer = tokenizer_files(job.weights.tokenizer, config.vocab_size)
-    if tokenizer.note is not None:
-        logger.warning("%s: %s", job.target, tokenizer.note)
     layout = hugging_face_layout(
         config, job.cast(), cast("LayoutName", job.to), end_of_document=tokenizer.end_of_document
     )
+    if tokenizer.note is not None:
+        logger.warning("%s: %s", job.target, tokenizer.note)
 
     def write(folder: Path) -> None:
         _write_and_compare(folder, job.target, layout.tensors)

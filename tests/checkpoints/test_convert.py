@@ -140,6 +140,33 @@ def test_a_folder_of_anything_else_is_never_replaced(tmp_path, source):
     assert (tmp_path / "home" / "letters").read_text() == "dear"
 
 
+def test_a_folder_with_a_folder_named_like_a_file_of_a_model_is_never_replaced(tmp_path, source):
+    (tmp_path / "folder" / "model.safetensors").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="no folder of just a model's files"):
+        convert(source, tmp_path / "folder", "safetensors", overwrite=True)
+
+
+@pytest.mark.parametrize("to", ["pth", "safetensors"])
+def test_what_is_neither_file_nor_folder_is_never_replaced(tmp_path, source, to):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="pipe is not replaced"):
+        convert(source, tmp_path / "pipe", to, overwrite=True)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("to", ["pth", "safetensors"])
+def test_a_target_in_the_home_of_nobody_is_refused(source, to):
+    with pytest.raises(CheckpointError, match="no such home folder"):
+        convert(source, "~nobody-of-this-name/x", to)
+
+
+def test_a_refused_model_is_not_commented_on_before(tmp_path, tensors_of, caplog):
+    torch.save(tensors_of("rwkv4"), tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="'hf-remote' is for"):
+        convert(tmp_path / "a.pth", tmp_path / "b", "hf-remote")
+    assert not caplog.records
+
+
 def test_a_file_is_never_replaced_by_a_folder(tmp_path, source):
     with pytest.raises(CheckpointError, match=r"source.pth is not replaced"):
         convert(source, source, "safetensors", overwrite=True)
