@@ -57,7 +57,7 @@ def read_deepspeed_folder(folder: Path) -> tuple[TensorSource, int | None]:
     require_dense(first.path, module)
     step = first.content.get("global_steps")
     tensors = _with_masters(files, module) if files.optimizers else _module_alone(files, module)
-    return tensors, step if isinstance(step, int) else None
+    return tensors, step if type(step) is int and step >= 0 else None
 
 
 def _with_masters(files: DeepSpeedFiles, module: dict[str, Tensor]) -> TensorSource:

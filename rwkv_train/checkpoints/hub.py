@@ -19,10 +19,10 @@ def resolve_path(path: str | Path) -> Path:
     text = str(path)
     if text.startswith(HUB_PREFIX):
         return _download(text)
-    local = Path(path).expanduser()
     try:
+        local = Path(path).expanduser()
         there = local.exists()
-    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL character
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL character, the home of nobody
         raise CheckpointError(f"{text!r} is not a path: {error}") from error
     if not there:
         broken = " (a symbolic link to something that is not there)" if local.is_symlink() else ""

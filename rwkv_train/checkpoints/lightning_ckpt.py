@@ -32,4 +32,4 @@ def read_lightning_ckpt(path: Path) -> tuple[TensorSource, int | None]:
     step = content.get("global_step")
     tensors = named_tensors(path, content["state_dict"])
     require_dense(path, tensors)
-    return TensorSource.of(tensors), step if isinstance(step, int) else None
+    return TensorSource.of(tensors), step if type(step) is int and step >= 0 else None

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import safetensors
 import torch
@@ -177,22 +177,35 @@ def tensor_file_names(stem: str, listed: Collection[str]) -> list[str]:
         stem: the beginning of their names.
         listed: names of files; one of several that belong together tells how many there are.
     """
-    pattern = re.compile(re.escape(stem) + r"-\d{5,}-of-(\d{5,})\.safetensors")
     for name in sorted(listed):
-        if match := pattern.fullmatch(name):
-            n_files = int(match[1])
-            return [_name(stem, number, n_files) for number in range(1, n_files + 1)]
+        if place := _place_of(stem, name):
+            # One more than are listed is enough to find that some are missing, however large the number is.
+            n_names = min(place.n_files, len(listed) + 1)
+            return [_name(stem, number, place.n_files) for number in range(1, n_names + 1)]
     return [_name(stem, 1, 1)]
 
 
 def is_tensor_file(stem: str, name: str) -> bool:
     """Tell whether a name is one that :class:`TensorFilesWriter` gives."""
-    return name == index_name(stem) or name in tensor_file_names(stem, [name])
+    place = _place_of(stem, name) or _Place(1, 1)
+    return name in {index_name(stem), _name(stem, *place)}
 
 
 def index_name(stem: str) -> str:
     """Return the name of the index beside several files."""
     return f"{stem}.safetensors.index.json"
+
+
+class _Place(NamedTuple):
+    number: int
+    n_files: int
+
+
+def _place_of(stem: str, name: str) -> _Place | None:
+    """Which of how many files has this name; ``None``: none of several."""
+    match = re.fullmatch(re.escape(stem) + r"-([0-9]{5,9})-of-([0-9]{5,9})\.safetensors", name)
+    place = _Place(int(match[1]), int(match[2])) if match else None
+    return place if place and 1 <= place.number <= place.n_files else None
 
 
 def _name(stem: str, number: int, n_files: int) -> str:

@@ -27,7 +27,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def require_dense(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are sparse, quantized or without values.
+    """Refuse tensors that are sparse, quantized or without values, or that repeat a few: small files without end.
 
     Raises:
         CheckpointError: it names the file, the tensor and what it is.
@@ -37,6 +37,11 @@ def require_dense(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(
                 f"{path}: tensor '{name}' is {tensor.dtype}, {tensor.layout}, on {tensor.device}; weights "
                 "must be dense, in float32, bfloat16 or float16"
+            )
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{path}: tensor '{name}' {list(tensor.shape)} has fewer values than its shape (they stand for several "
+                "each); store a contiguous copy"
             )
 
 

@@ -31,8 +31,12 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     if name == "neox":
         return HuggingFaceTokenizer(_find_neox_file(), name)
-    path = Path(name).expanduser()
-    if not path.is_file():
+    try:
+        path = Path(name).expanduser()
+        there = path.is_file()
+    except (OSError, RuntimeError):  # a name that is too long, the home of nobody
+        there = False
+    if not there:
         raise DataError(
             f"there is no tokenizer '{name}': wanted 'bytes', 'world', 'neox' or the path of a tokenizer.json"
         )

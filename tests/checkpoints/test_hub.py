@@ -41,6 +41,12 @@ def test_a_file_that_cannot_be_had_is_one_sentence_with_the_fix(monkeypatch, err
     assert ". " not in str(caught.value)
 
 
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/x", "a" * 300], ids=["home", "long"])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(CheckpointError, match="is not a path"):
+        resolve_path(path)
+
+
 @pytest.mark.parametrize("path", ["hf:", "hf:owner", "hf:owner/name", "hf:owner/name/", "hf:/name/file"])
 def test_an_incomplete_name_is_refused(path):
     with pytest.raises(CheckpointError, match=r"hf:OWNER/NAME/FILE"):

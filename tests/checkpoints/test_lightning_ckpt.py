@@ -55,6 +55,11 @@ def test_weights_are_read_whatever_wraps_the_model(tmp_path, tensors_of, prefix)
     assert (description.format, description.arch, description.step) == ("Lightning .ckpt", "rwkv7", 12)
 
 
+@pytest.mark.parametrize("step", [-1, True, 1.5, None])
+def test_a_number_of_steps_that_is_none_is_not_told(tmp_path, step):
+    assert read_lightning_ckpt(save(tmp_path / "x", global_step=step))[1] is None
+
+
 @pytest.mark.parametrize(
     "value",
     [

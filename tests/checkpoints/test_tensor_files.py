@@ -17,6 +17,7 @@ from rwkv_train.checkpoints import (
     save_training_checkpoint,
 )
 from rwkv_train.checkpoints.manifest import write_manifest
+from rwkv_train.checkpoints.tensor_files import is_tensor_file, tensor_file_names
 from rwkv_train.errors import CheckpointError
 from rwkv_train.models.registry import build_model
 
@@ -249,3 +250,26 @@ def test_a_save_in_many_files_that_is_killed_at_any_moment_loses_nothing(
             break
         shutil.rmtree(out_dir)
     assert 15 < n < 59
+
+
+@pytest.mark.parametrize("number", ["00000", "999999999", "9" * 100, "0000\u0662"])
+def test_a_made_up_number_of_files_takes_no_time(number):
+    listed = [f"model-00001-of-{number}.safetensors"]
+    names = tensor_file_names("model", listed)
+    assert 1 <= len(names) <= 2
+    assert not set(names) <= set(listed)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.safetensors", True),
+        ("model.safetensors.index.json", True),
+        ("model-00002-of-00003.safetensors", True),
+        ("model-00004-of-00003.safetensors", False),
+        ("model-00001-of-00001.safetensors", False),
+        ("optimizer.safetensors", False),
+    ],
+)
+def test_names_of_files_are_told_from_others(name, expected):
+    assert is_tensor_file("model", name) is expected

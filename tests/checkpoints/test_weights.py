@@ -109,6 +109,9 @@ def test_weights_that_are_not_dense_floats_are_refused(tmp_path, tensors_of, dty
     torch.save({**tensors, "head.weight": tensors["head.weight"].to_sparse()}, tmp_path / "y")
     with pytest.raises(CheckpointError, match=r"'head.weight' is .*torch.sparse_coo"):
         read_weights(tmp_path / "y")
+    torch.save({**tensors, "head.weight": torch.zeros(1, dtype=dtype).expand(2**50, 32)}, tmp_path / "z")
+    with pytest.raises(CheckpointError, match=r"'head.weight' .* has fewer values than its shape"):
+        read_weights(tmp_path / "z")
 
 
 def test_a_safetensors_folder_keeps_everything(folder, tensors_of, config_of):

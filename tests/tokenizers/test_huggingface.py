@@ -117,9 +117,10 @@ def test_a_file_without_an_end_of_document_is_refused(tmp_path):
         load_tokenizer(str(tmp_path / "endless.json"))
 
 
-def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(DataError, match="'wrld': wanted 'bytes', 'world', 'neox' or the path"):
-        load_tokenizer("wrld")
+@pytest.mark.parametrize("name", ["wrld", "~nobody-of-this-name/x", "a" * 300], ids=["name", "home", "long"])
+def test_an_unknown_name_lists_the_known_ones(name):
+    with pytest.raises(DataError, match=f"'{name}': wanted 'bytes', 'world', 'neox' or the path"):
+        load_tokenizer(name)
 
 
 def test_neox_without_a_network_says_to_pass_the_file(monkeypatch):
