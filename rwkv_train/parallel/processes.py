@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-CONNECT_SECONDS = 25.0
+CONNECT_SECONDS = 20.0
 """How long the processes wait for each other at the start."""
 SLACK_SECONDS = 30.0
 """What a collective waits longer than the watchdog, which knows better who is missing."""
