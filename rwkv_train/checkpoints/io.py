@@ -6,6 +6,7 @@ whose name starts with ``NEW_PREFIX`` or ``OLD_PREFIX``; the next write to the s
 One process at a time may write one target; targets beside each other do not disturb each other.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -140,6 +141,23 @@ def require_space(path: str | Path, n_bytes: int) -> None:
             f"{path} cannot be written: it needs {(n_bytes + SPARE_BYTES) / 1e6:,.0f} MB and its disk has "
             f"{free_bytes / 1e6:,.0f} MB free; free some space or choose another disk"
         )
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a target in whose folder nothing can be made, or that lies under a file.
+
+    Args:
+        path: the target; neither it nor its folder need be there yet.
+
+    Raises:
+        CheckpointError: the operating system would refuse to write there.
+    """
+    with os_errors_as_sentences(path, "written"):
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
 
 def remove_folder(folder: Path) -> None:

@@ -101,9 +101,9 @@ def read_weights(path: str | Path, source_format: SourceFormat | None = None) ->
     """Read weights in any format, checked against the model that they imply.
 
     Args:
-        path: an official ``.pth``, a safetensors file or folder, a training checkpoint (its float32 weights), the
-            ``out_dir`` of a run (its newest checkpoint), a checkpoint folder of DeepSpeed, a ``.ckpt`` of Lightning,
-            or ``hf:OWNER/NAME/FILE``.
+        path: an official ``.pth``, a safetensors file or folder, a Hugging Face folder, a training checkpoint (its
+            float32 weights), the ``out_dir`` of a run (its newest checkpoint), a checkpoint folder of DeepSpeed, a
+            ``.ckpt`` of Lightning, or ``hf:OWNER/NAME/FILE``.
         source_format: what it must be; ``None``: whatever its content says.
 
     Raises:

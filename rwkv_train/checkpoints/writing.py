@@ -17,7 +17,14 @@ from rwkv_train.checkpoints.hugging_face import (
     tokenizer_files,
 )
 from rwkv_train.checkpoints.infer import check_tensors, infer_config, make_explicit
-from rwkv_train.checkpoints.io import new_file, new_folder, require_space, resolve_target, sha256_of
+from rwkv_train.checkpoints.io import (
+    new_file,
+    new_folder,
+    require_space,
+    require_writable,
+    resolve_target,
+    sha256_of,
+)
 from rwkv_train.checkpoints.manifest import WEIGHTS
 from rwkv_train.checkpoints.pth import read_pth, save_pth
 from rwkv_train.checkpoints.tensor_files import TensorFiles, is_tensor_file, write_tensor_files
@@ -137,6 +144,7 @@ def plan_writing(
     dropped = {"keep": weights.absent, "drop": unused, "fill": frozenset[str]()}[v7_block0]
     kept = tensors.renamed({name: name for name in tensors if name not in dropped})
     prepared = writer.prepare(_Job(target, to, weights, kept, dtype))
+    require_writable(target)
     require_space(target, prepared.n_bytes)
     return Plan(target, writer.is_folder, *prepared)
 

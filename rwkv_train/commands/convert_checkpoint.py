@@ -1,4 +1,4 @@
-"""``rwkv-train convert-checkpoint``: weights from any format to an official .pth or a safetensors folder."""
+"""``rwkv-train convert-checkpoint``: weights from any format that is read to one that is written."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -74,7 +74,9 @@ Block0 = Annotated[
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Read SRC, check everything, say what would be written; write nothing."),
+    typer.Option(
+        "--dry-run", help="Read SRC, check all but values, say what would be written; write nothing."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a sentence.")]
 

@@ -188,11 +188,12 @@ def test_a_link_is_read_and_written_through(tmp_path, source):
     assert names_in(tmp_path / "disk") == ["x.pth"]
 
 
+@pytest.mark.parametrize("dry_run", [True, False], ids=["dry-run", "write"])
 @pytest.mark.parametrize("to", ["pth", "safetensors"])
-def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path, source, to):
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path, source, to, dry_run):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        convert(source, tmp_path / "file" / "x", to)
+    with pytest.raises(CheckpointError, match=r"cannot be written: Not a directory \(.*file\)"):
+        convert(source, tmp_path / "file" / "folder" / "x", to, dry_run=dry_run)
 
 
 @pytest.mark.skipif(
