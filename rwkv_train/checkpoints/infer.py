@@ -29,14 +29,16 @@ _UNSUPPORTED = {
     "ffn.enn.weight": "RWKV-8 (DeepEmbed)",
     "qkv.qq.weight": "RWKV-7b (attention beside the recurrence)",
     "ffn.s_emb.weight": "RWKV-7a (DeepEmbed)",
-    "rwkv.blocks.": "a Hugging Face RWKV model",
-    "attn.r_proj.": "a Hugging Face (fla) RWKV-6 or 7 model",
     "self_attn.": "a Transformer",
     "attn.c_attn.": "a Transformer",
     "attention.query_key_value": "a Transformer",
     "mixer.A_log": "a Mamba model",
 }
 """Part of a tensor's name -> what holds such a tensor. The first match counts."""
+
+
+_IN_HUGGING_FACE_FOLDERS = ("rwkv.blocks.", "attn.r_proj.")
+"""Parts of names that tensors have in Hugging Face folders alone, whose config.json is needed too."""
 
 
 class _Architecture(NamedTuple):
@@ -156,6 +158,8 @@ class _MisfitError(Exception):
 def _recognize(shapes: Shapes) -> _Architecture:
     if not shapes:
         raise _MisfitError("there is no tensor in it")
+    if any(part in name for name in shapes for part in _IN_HUGGING_FACE_FOLDERS):
+        raise _MisfitError("this is a file of a Hugging Face folder; give the folder, with its config.json")
     for part, what in _UNSUPPORTED.items():
         if any(part in name for name in shapes):
             raise _MisfitError(f"this is {what}, which is not supported; {_SUPPORTED}")

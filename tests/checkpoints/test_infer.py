@@ -185,7 +185,6 @@ def test_heads_that_do_not_fill_the_width_are_refused(tensors_of):
     [
         ("blocks.0.rosa.q.weight", r"this is RWKV-8 \(ROSA\)"),
         ("blocks.0.ffn.enn.weight", r"this is RWKV-8 \(DeepEmbed\)"),
-        ("rwkv.blocks.0.attention.key.weight", "this is a Hugging Face RWKV model"),
         ("layers.0.self_attn.q_proj.weight", "this is a Transformer"),
         ("transformer.h.0.attn.c_attn.weight", "this is a Transformer"),
         ("backbone.layers.0.mixer.A_log", "this is a Mamba model"),
@@ -195,6 +194,16 @@ def test_heads_that_do_not_fill_the_width_are_refused(tensors_of):
 def test_another_architecture_is_refused_by_its_name(name, sentence):
     with pytest.raises(CheckpointError, match=rf"x\.pth: {sentence}.*RWKV-4, 5, 6 and 7 are supported"):
         infer_config({name: torch.zeros(2)}, source="x.pth")
+
+
+@pytest.mark.parametrize(
+    "name", ["rwkv.blocks.0.attention.key.weight", "model.layers.0.attn.r_proj.linear.weight"]
+)
+def test_a_file_out_of_a_hugging_face_folder_is_refused_with_the_way_around(name):
+    with pytest.raises(
+        CheckpointError, match=r"^x: this is a file of a Hugging Face folder; give the folder"
+    ):
+        infer_config({name: torch.zeros(2)}, source="x")
 
 
 @pytest.mark.parametrize(
