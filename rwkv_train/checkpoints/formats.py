@@ -1,6 +1,7 @@
 """What lies at a path, told by its content: names and endings of files are not trusted."""
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from enum import Enum
 from pathlib import Path
@@ -128,7 +129,7 @@ def _of_file(path: Path) -> Format:
         if start.startswith(magic):
             return _of_torch_save(path) if kind is Format.PTH else kind
     # A safetensors file starts with the length of a JSON object (8 bytes, of any value) and that object.
-    if start[8:10] == b'{"':
+    if re.match(rb'\{[\s"}]', start[8:]):
         return Format.SAFETENSORS_FILE
     for magic, what in _FOREIGN_FIRST_BYTES.items():
         if start.startswith(magic):

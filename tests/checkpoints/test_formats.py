@@ -20,6 +20,12 @@ def test_a_file_is_recognized_whatever_its_name(tmp_path, name):
     assert recognize_format(path) is Format.SAFETENSORS_FILE
 
 
+@pytest.mark.parametrize("table", ['{"a":1}', '{ "a":1}', '{\n"a":1}', "{}"])
+def test_a_safetensors_file_is_recognized_however_its_table_is_laid_out(tmp_path, table):
+    (tmp_path / "x").write_bytes(len(table).to_bytes(8, "little") + table.encode())
+    assert recognize_format(tmp_path / "x") is Format.SAFETENSORS_FILE
+
+
 @pytest.mark.parametrize(
     ("entries", "kind"),
     [
