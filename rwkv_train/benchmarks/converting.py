@@ -106,13 +106,16 @@ def _measure(command: list[str]) -> tuple[float, int]:
     """Run a command; return its seconds and the most anonymous memory that it had, in bytes."""
     began = time.perf_counter()
     most = 0
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    with (
+        tempfile.TemporaryFile() as stderr,  # a pipe that nobody reads would fill up
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr) as process,
+    ):
         while process.poll() is None:
             most = max(most, _anonymous_bytes(process.pid))
             time.sleep(POLL_SECONDS)
         seconds = time.perf_counter() - began
-        assert process.stderr is not None
-        said = process.stderr.read().decode(errors="replace").strip()
+        stderr.seek(0)
+        said = stderr.read().decode(errors="replace").strip()
     if process.returncode:
         raise TrainingError(f"the conversion to be measured ended with {process.returncode}: {said[-300:]}")
     return seconds, most

@@ -53,10 +53,15 @@ def convert(
 
     Raises:
         CheckpointError: ``src`` cannot be read or ``dst`` not written; what was at ``dst`` is still there.
-        ValueError: there is no format ``to``.
+        ValueError: there is no such format or choice.
     """
-    if to not in get_args(TargetFormat):
-        raise ValueError(f"to ({to!r}) must be one of {', '.join(get_args(TargetFormat))}")
+    for name, given, known in (
+        ("to", to, get_args(TargetFormat)),
+        ("source_format", source_format, (None, *get_args(SourceFormat))),
+        ("v7_block0", v7_block0, get_args(UnusedTensors)),
+    ):
+        if given not in known:
+            raise ValueError(f"{name} ({given!r}) must be one of {', '.join(map(str, known))}")
     # Before the reading, which may take minutes; the plan looks again.
     if (Path(dst).exists() or Path(dst).is_symlink()) and not overwrite:
         raise CheckpointError(f"{dst} is already there; choose another name, or replace it with --overwrite")

@@ -174,6 +174,7 @@ def _partitions(optimizer: StateFile, key: str, n_groups: int) -> list[Tensor]:
     rows = [part.detach() for part in partitions if _is_dense(part) and part.dim() == 1]
     if len(rows) != n_groups:
         raise CheckpointError(f"{optimizer.path}: {key} holds something else than rows of numbers")
+    require_dense(optimizer.path, {f"{key}[{index}]": row for index, row in enumerate(rows)})
     return rows
 
 

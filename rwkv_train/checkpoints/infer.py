@@ -203,7 +203,7 @@ def _rwkv5(shapes: Shapes) -> Json:
 
 def _rwkv6(shapes: Shapes) -> Json:
     frame = _frame(shapes)
-    _, shift_rank, _ = _shape(shapes, "blocks.0.att.time_maa_w2", "[5, rank, n_embd]")
+    _, shift_rank, _ = _shape(shapes, "blocks.0.att.time_maa_w2", ("5", "rank", "n_embd"))
     return {
         "arch": "rwkv6",
         **frame,
@@ -239,7 +239,7 @@ _ARCHITECTURES = (
 
 def _frame(shapes: Shapes) -> Json:
     """What every version has."""
-    vocab_size, n_embd = _shape(shapes, "emb.weight", "[vocab_size, n_embd]")
+    vocab_size, n_embd = _shape(shapes, "emb.weight", ("vocab_size", "n_embd"))
     return {"n_layer": _n_layer(shapes), "n_embd": n_embd, "vocab_size": vocab_size, "ctx_len": 4_096}
 
 
@@ -250,7 +250,7 @@ def _in_block(name: str) -> str:
 
 
 def _head_size(shapes: Shapes, name: str, n_embd: int) -> int:
-    n_head, head_size = _shape(shapes, name, "[n_head, head_size]")
+    n_head, head_size = _shape(shapes, name, ("n_head", "head_size"))
     if n_head * head_size != n_embd:
         raise _MisfitError(
             f"tensor '{name}' has shape {[n_head, head_size]}; n_head x head_size must be n_embd ({n_embd})"
@@ -259,7 +259,7 @@ def _head_size(shapes: Shapes, name: str, n_embd: int) -> int:
 
 
 def _ffn_width(shapes: Shapes) -> int:
-    return _shape(shapes, "blocks.0.ffn.key.weight", "[ffn_width, n_embd]")[0]
+    return _shape(shapes, "blocks.0.ffn.key.weight", ("ffn_width", "n_embd"))[0]
 
 
 def _value_rank(shapes: Shapes, n_embd: int) -> int:
@@ -272,15 +272,16 @@ def _value_rank(shapes: Shapes, n_embd: int) -> int:
 
 
 def _rank(shapes: Shapes, name: str) -> int:
-    return _shape(shapes, name, "[n_embd, rank]")[1]
+    return _shape(shapes, name, ("n_embd", "rank"))[1]
 
 
-def _shape(shapes: Shapes, name: str, wanted: str) -> tuple[int, ...]:
-    """The shape of a tensor whose sides are settings."""
+def _shape(shapes: Shapes, name: str, sides: tuple[str, ...]) -> tuple[int, ...]:
+    """The shape of a tensor whose sides are settings, which ``sides`` names for messages."""
+    wanted = f"[{', '.join(sides)}]"
     if name not in shapes:
         raise _MisfitError(f"tensor '{name}' is missing; its shape {wanted} is needed")
     shape = shapes[name]
-    if len(shape) != len(wanted.split(", ")) or 0 in shape:
+    if len(shape) != len(sides) or 0 in shape:
         raise _MisfitError(f"tensor '{name}' has shape {list(shape)}, expected {wanted}")
     return shape
 

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, cast, get_args
 import torch
 
 from rwkv_train.checkpoints.descriptions import write_json
-from rwkv_train.checkpoints.formats import CONFIG_FILE, FORMAT_VERSION
+from rwkv_train.checkpoints.formats import CHECKPOINTS_FOLDER, CONFIG_FILE, FORMAT_VERSION
 from rwkv_train.checkpoints.gguf_file import FloatType, plan_gguf, write_gguf
 from rwkv_train.checkpoints.hugging_face import (
     TOKENIZER_FILES,
@@ -27,10 +27,12 @@ from rwkv_train.checkpoints.io import (
 )
 from rwkv_train.checkpoints.manifest import WEIGHTS
 from rwkv_train.checkpoints.pth import read_pth, save_pth
+from rwkv_train.checkpoints.run_folder import is_checkpoint_name
 from rwkv_train.checkpoints.tensor_files import TensorFiles, is_tensor_file, write_tensor_files
 from rwkv_train.checkpoints.tensor_source import TensorSource
 from rwkv_train.checkpoints.tensors import DTYPES, cast_all, require_same_bits
 from rwkv_train.checkpoints.weights import Weights
+from rwkv_train.config.load import NOT_IN_WEIGHTS
 from rwkv_train.config.model import ModelConfig
 from rwkv_train.config.save import to_tree
 from rwkv_train.errors import CheckpointError
@@ -122,8 +124,8 @@ def plan_writing(
         overwrite: replace what is there; of folders only those that hold nothing but files of the format.
 
     Raises:
-        CheckpointError: there is something at ``path``, the disk is too full, tensors do not fit ``weights.config``,
-            or the format has no place for such a model.
+        CheckpointError: there is something at ``path``, or it is among the checkpoints of a run; the disk is too full,
+            tensors do not fit ``weights.config``, or the format has no place for such a model.
         ValueError: the dtype is none that the format has.
     """
     writer = _WRITERS[to]
@@ -133,6 +135,8 @@ def plan_writing(
         raise ValueError(f"dtype ({dtype}) of format '{to}' must be one of {names}")
     target = resolve_target(path)
     _refuse_existing(target, writer, to, overwrite)
+    if target.parent.name == CHECKPOINTS_FOLDER and is_checkpoint_name(target.name):
+        raise CheckpointError(f"{target} is the place of a run's own checkpoint; choose another folder")
     if v7_block0 not in writer.unused:
         raise CheckpointError(
             f"v7_block0 is '{v7_block0}', but the format '{to}' says itself what becomes of these tensors; leave it at "
@@ -141,6 +145,10 @@ def plan_writing(
     tensors = TensorSource.of(weights.tensors)
     check_tensors(weights.config, tensors.headers)
     unused = unused_parameters(weights.config.arch)
+    if v7_block0 != "keep" and not unused:
+        raise CheckpointError(
+            f"v7_block0 is '{v7_block0}', but every tensor of an {weights.config.arch} is used; leave it at 'keep'"
+        )
     dropped = {"keep": weights.absent, "drop": unused, "fill": frozenset[str]()}[v7_block0]
     kept = tensors.renamed({name: name for name in tensors if name not in dropped})
     prepared = writer.prepare(_Job(target, to, weights, kept, dtype))
@@ -214,15 +222,12 @@ def _require_that_weights_tell(config: ModelConfig, tensors: TensorSource) -> No
     """Refuse a setting that is part of the model's function and that no reader of bare weights would know."""
     inferred = infer_config(tensors.headers)
     for name, value in config.explicit():
-        if name not in _NOT_IN_WEIGHTS and value != getattr(inferred, name):
+        # Of the ranks only that of an unused tensor may be another one.
+        if name not in {*NOT_IN_WEIGHTS, "lora_ranks"} and value != getattr(inferred, name):
             raise CheckpointError(
                 f"a .pth holds weights alone, and who reads them takes {name} to be {getattr(inferred, name)}; this "
                 f"model has {value}: choose --to safetensors"
             )
-
-
-_NOT_IN_WEIGHTS = {"ctx_len", "init_from", "initialization", "embedding_scale", "dropout", "lora_ranks"}
-"""Settings without which a model computes the same: those of training, and RWKV-7's rank of an unused tensor."""
 
 
 def _prepare_safetensors(job: _Job) -> _Prepared:
@@ -281,14 +286,18 @@ def _write_and_compare(folder: Path, target: Path, tensors: TensorSource) -> lis
     return names
 
 
-def _is_of_a_model(name: str) -> bool:
-    return name in {CONFIG_FILE, *TOKENIZER_FILES} or is_tensor_file(WEIGHTS, name)
+def _is_of_ours(name: str) -> bool:
+    return name == CONFIG_FILE or is_tensor_file(WEIGHTS, name)
+
+
+def _is_of_hugging_face(name: str) -> bool:
+    return _is_of_ours(name) or name in TOKENIZER_FILES
 
 
 _WRITERS: Mapping[TargetFormat, _Writer] = {
     "pth": _Writer(is_folder=False, prepare=_prepare_pth),
-    "safetensors": _Writer(is_folder=True, prepare=_prepare_safetensors, owns=_is_of_a_model),
-    "hf": _Writer(True, _prepare_hugging_face, _is_of_a_model, unused=("keep", "drop")),
-    "hf-remote": _Writer(True, _prepare_hugging_face, _is_of_a_model, unused=("keep", "drop")),
+    "safetensors": _Writer(is_folder=True, prepare=_prepare_safetensors, owns=_is_of_ours),
+    "hf": _Writer(True, _prepare_hugging_face, _is_of_hugging_face, unused=("keep", "drop")),
+    "hf-remote": _Writer(True, _prepare_hugging_face, _is_of_hugging_face, unused=("keep", "drop")),
     "gguf": _Writer(is_folder=False, prepare=_prepare_gguf, unused=("keep",)),
 }

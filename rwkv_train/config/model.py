@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
 from rwkv_train.config.base import Config
 
@@ -108,11 +108,16 @@ class EagleFinchConfig(MatrixStateConfig):
     """Part of the residual stream that training sets to zero, after the embedding and both mixes of each block."""
 
 
+def _as_text(value: object) -> object:
+    """YAML reads a version that is not quoted as a number."""
+    return str(value) if isinstance(value, float) else value
+
+
 class Rwkv5Config(EagleFinchConfig):
     """RWKV-5 "Eagle": a matrix state for each head, a decay that does not depend on the text."""
 
     arch: Literal["rwkv5"] = "rwkv5"
-    version: Literal["5.0", "5.1", "5.2"] = "5.2"
+    version: Annotated[Literal["5.0", "5.1", "5.2"], BeforeValidator(_as_text)] = "5.2"
     """Each channel of 5.2 has its own decay; 5.0 and 5.1 have one for each head, and 5.0 has no gate."""
     bonus: Literal["time_faaaa", "time_first"] = "time_faaaa"
     """Tensor that weighs the current token: by its value (time_faaaa), or by its exponential (only 5.0 and 5.1)."""

@@ -252,6 +252,10 @@ def test_a_conversion_killed_at_any_moment_leaves_nothing_that_can_be_read_but_t
 def test_an_unknown_format_is_refused(tmp_path, source):
     with pytest.raises(ValueError, match="must be one of pth, safetensors, hf, hf-remote, gguf"):
         convert(source, tmp_path / "x", "onnx")
+    with pytest.raises(ValueError, match=r"source_format \('onnx'\) must be one of None, pth, safetensors"):
+        convert(source, tmp_path / "x", "pth", source_format="onnx")
+    with pytest.raises(ValueError, match=r"v7_block0 \('all'\) must be one of keep, drop, fill"):
+        convert(source, tmp_path / "x", "pth", v7_block0="all")
 
 
 def test_a_dtype_that_is_not_read_is_not_written(tmp_path, source):
@@ -346,3 +350,25 @@ def test_a_one_layer_model_without_unused_tensors_is_written(tmp_path):
     weights = Weights(model.config, model.state_dict(), None, None)
     path = writing.write_weights(tmp_path / "x.pth", weights, "pth", v7_block0="drop")
     assert read_weights(path).absent == UNUSED
+
+
+@pytest.mark.parametrize("v7_block0", ["drop", "fill"])
+def test_a_model_without_unused_tensors_offers_no_choice_about_them(tmp_path, tensors_of, v7_block0):
+    torch.save(tensors_of("rwkv4"), tmp_path / "a.pth")
+    with pytest.raises(
+        CheckpointError, match=f"v7_block0 is '{v7_block0}', but every tensor of an rwkv4 is used"
+    ):
+        convert(tmp_path / "a.pth", tmp_path / "b", "safetensors", v7_block0=v7_block0)
+
+
+def test_the_place_of_a_runs_checkpoint_is_no_target(tmp_path, source):
+    with pytest.raises(CheckpointError, match=r"step-00000009 is the place of a run's own checkpoint"):
+        convert(source, tmp_path / "checkpoints" / "step-00000009", "safetensors")
+
+
+def test_a_folder_with_files_of_another_format_is_not_replaced(tmp_path, source):
+    folder = convert(source, tmp_path / "x", "hf").path
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="x is not replaced"):
+        convert(source, folder, "safetensors", overwrite=True)
+    convert(source, folder, "hf", overwrite=True)

@@ -105,3 +105,8 @@ def test_every_version_tells_the_same_facts():
 def test_dropout_leaves_something(dropout):
     with pytest.raises(ValidationError, match="dropout"):
         Rwkv4Config(n_layer=1, n_embd=64, dropout=dropout)
+
+
+@pytest.mark.parametrize(("written", "version"), [(5.0, "5.0"), (5.1, "5.1"), ("5.2", "5.2")])
+def test_a_version_may_be_written_as_a_number(written, version):
+    assert Rwkv5Config(n_layer=1, n_embd=64, version=written).version == version
