@@ -96,6 +96,8 @@ class Plan(NamedTuple):
     target: Path
     """The file or folder, symbolic links followed."""
     is_folder: bool
+    may_replace: bool
+    """Whether what is there then is replaced."""
     n_tensors: int
     """Number of tensors in it."""
     n_bytes: int
@@ -154,7 +156,7 @@ def plan_writing(
     prepared = writer.prepare(_Job(target, to, weights, kept, dtype))
     require_writable(target)
     require_space(target, prepared.n_bytes)
-    return Plan(target, writer.is_folder, *prepared)
+    return Plan(target, writer.is_folder, overwrite, *prepared)
 
 
 def carry_out(plan: Plan) -> Path:
@@ -170,6 +172,8 @@ def carry_out(plan: Plan) -> Path:
     make = new_folder if plan.is_folder else new_file
     with make(plan.target, plan.n_bytes) as new:
         plan.write(new)
+        if plan.target.exists() and not plan.may_replace:  # another one was faster
+            raise _already_there(plan.target)
     return plan.target
 
 
@@ -192,9 +196,7 @@ def _refuse_existing(target: Path, writer: _Writer, to: TargetFormat, overwrite:
     if not target.exists():
         return
     if not overwrite:
-        raise CheckpointError(
-            f"{target} is already there; choose another name, or replace it with --overwrite"
-        )
+        raise _already_there(target)
     if not writer.is_folder and not target.is_file():
         raise CheckpointError(
             f"{target} is not replaced: it is no file but a device or the like; choose another name"
@@ -205,6 +207,10 @@ def _refuse_existing(target: Path, writer: _Writer, to: TargetFormat, overwrite:
         raise CheckpointError(
             f"{target} is not replaced: it is no folder of just a model's files; choose another name"
         )
+
+
+def _already_there(target: Path) -> CheckpointError:
+    return CheckpointError(f"{target} is already there; choose another name, or replace it with --overwrite")
 
 
 def _prepare_pth(job: _Job) -> _Prepared:

@@ -372,3 +372,18 @@ def test_a_folder_with_files_of_another_format_is_not_replaced(tmp_path, source)
     with pytest.raises(CheckpointError, match="x is not replaced"):
         convert(source, folder, "safetensors", overwrite=True)
     convert(source, folder, "hf", overwrite=True)
+
+
+@pytest.mark.parametrize("to", ["pth", "safetensors"])
+def test_what_came_there_meanwhile_is_not_replaced(tmp_path, source, monkeypatch, to):
+    read_back = writing.require_same_bits
+
+    def slow(target, *tensors):
+        target.mkdir() if to == "safetensors" else target.write_text("of another")
+        read_back(target, *tensors)
+
+    monkeypatch.setattr(writing, "require_same_bits", slow)
+    with pytest.raises(CheckpointError, match="x is already there"):
+        convert(source, tmp_path / "x", to)
+    assert names_in(tmp_path) == ["source.pth", "x"]
+    assert (tmp_path / "x").is_dir() == (to == "safetensors")
