@@ -1,11 +1,11 @@
 """The RWKV-5 recurrence: a matrix state for each head, with a decay for each key channel."""
 
-import torch
 from torch import Tensor
 
-from rwkv_train.ops.backends import AUTO, Backend, Problem, kernel_for, register_operator
+from rwkv_train.ops.backends import AUTO, Backend, register_operator
 from rwkv_train.ops.context import SequenceContext
 from rwkv_train.ops.cpp import refuses_cpp
+from rwkv_train.ops.matrix_state import run_with_matrix_state, zero_matrix_state
 from rwkv_train.ops.wkv5 import cpp
 from rwkv_train.ops.wkv5.chunked import wkv5_torch
 from rwkv_train.ops.wkv5.reference import wkv5_reference
@@ -17,6 +17,8 @@ BACKENDS = {
     "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv5_reference),
 }
 register_operator("wkv5", BACKENDS)
+
+wkv5_zero_state = zero_matrix_state
 
 
 def wkv5(
@@ -67,27 +69,4 @@ def wkv5(
     if r.dim() != 4 or k.shape != r.shape or v.shape != r.shape or not w.shape == u.shape == r.shape[2:]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (r, w, k, v, u))
         raise ValueError(f"r, k, v must have one shape [B, T, H, N], w and u [H, N], got {shapes}")
-    batch, _, n_head, head_size = r.shape
-    state_dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    if state is None:
-        state = wkv5_zero_state(batch, n_head, head_size, v.device, state_dtype)
-    if state.shape != (batch, n_head, head_size, head_size) or state.dtype != state_dtype:
-        raise ValueError(
-            f"state must be {state_dtype} of shape {(batch, n_head, head_size, head_size)}, "
-            f"got {state.dtype} of shape {tuple(state.shape)}"
-        )
-    if v.shape[1] == 0:
-        return v.clone(), state.clone()
-    problem = Problem(v.device.type, v.dtype, head_size, context)
-    return kernel_for("wkv5", problem, backend)(r, w, k, v, u, state)
-
-
-def wkv5_zero_state(
-    batch_size: int,
-    n_head: int,
-    head_size: int,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Return the state before a text: zeros, ``[B, H, N, N]``."""
-    return torch.zeros(batch_size, n_head, head_size, head_size, device=device, dtype=dtype)
+    return run_with_matrix_state("wkv5", (r, w, k, v, u), state, context, backend)

@@ -1,11 +1,11 @@
 """The RWKV-7 recurrence: a matrix state for each head, changed by a generalized delta rule."""
 
-import torch
 from torch import Tensor
 
-from rwkv_train.ops.backends import AUTO, Backend, Problem, kernel_for, register_operator
+from rwkv_train.ops.backends import AUTO, Backend, register_operator
 from rwkv_train.ops.context import SequenceContext
 from rwkv_train.ops.cpp import refuses_cpp
+from rwkv_train.ops.matrix_state import run_with_matrix_state, zero_matrix_state
 from rwkv_train.ops.wkv7 import cpp
 from rwkv_train.ops.wkv7.chunked import wkv7_torch
 from rwkv_train.ops.wkv7.reference import wkv7_reference
@@ -17,6 +17,8 @@ BACKENDS = {
     "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv7_reference),
 }
 register_operator("wkv7", BACKENDS)
+
+wkv7_zero_state = zero_matrix_state
 
 
 def wkv7(
@@ -67,27 +69,4 @@ def wkv7(
     if any(x.shape != r.shape for x in (w, k, v, a, b)) or r.dim() != 4:
         shapes = ", ".join(str(tuple(x.shape)) for x in (r, w, k, v, a, b))
         raise ValueError(f"r, w, k, v, a, b must have one shape [B, T, H, N], got {shapes}")
-    batch, _, n_head, head_size = r.shape
-    state_dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    if state is None:
-        state = wkv7_zero_state(batch, n_head, head_size, v.device, state_dtype)
-    if state.shape != (batch, n_head, head_size, head_size) or state.dtype != state_dtype:
-        raise ValueError(
-            f"state must be {state_dtype} of shape {(batch, n_head, head_size, head_size)}, "
-            f"got {state.dtype} of shape {tuple(state.shape)}"
-        )
-    if v.shape[1] == 0:
-        return v.clone(), state.clone()
-    problem = Problem(v.device.type, v.dtype, head_size, context)
-    return kernel_for("wkv7", problem, backend)(r, w, k, v, a, b, state)
-
-
-def wkv7_zero_state(
-    batch_size: int,
-    n_head: int,
-    head_size: int,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Return the state before a text: zeros, ``[B, H, N, N]``."""
-    return torch.zeros(batch_size, n_head, head_size, head_size, device=device, dtype=dtype)
+    return run_with_matrix_state("wkv7", (r, w, k, v, a, b), state, context, backend)

@@ -1,77 +1,14 @@
 """RWKV-7 on the CPU in C++ (``cuda/wkv7/wkv7_cpu.cpp``): float32 inside, whatever the dtype of the inputs."""
 
-import ctypes
-import functools
-
-import torch
-from torch import Tensor
-
-from rwkv_train.ops.cpp import addresses, argument_types, as_float32, load_cpp_library
-from rwkv_train.ops.registration import Recurrence, register_recurrence
+from rwkv_train.ops.cpp_recurrence import cpp_recurrence
 
 CHECKPOINT_TOKENS = 32
 """Tokens from one kept state to the next; the source says the same, which loading checks."""
 
-
-@functools.cache
-def load() -> ctypes.CDLL:
-    """Load the library, built on first use; raises ``BackendError`` where it cannot be built."""
-    library = load_cpp_library("wkv7")
-    assert library.rwkv_wkv7_checkpoint_tokens() == CHECKPOINT_TOKENS
-    library.rwkv_wkv7_forward.argtypes = argument_types(n_sizes=4, n_tensors=10)
-    library.rwkv_wkv7_forward.restype = None
-    library.rwkv_wkv7_backward.argtypes = argument_types(n_sizes=4, n_tensors=16)
-    library.rwkv_wkv7_backward.restype = None
-    return library
-
-
-def _checkpoints_shape(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
-) -> tuple[int, ...]:
-    batch, n_tokens, n_head, head_size = v.shape
-    n_checkpoints = (n_tokens + CHECKPOINT_TOKENS - 1) // CHECKPOINT_TOKENS
-    return batch, n_head, n_checkpoints, head_size, head_size
-
-
-def _forward(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, keep_checkpoints: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = [as_float32(x) for x in (r, w, k, v, a, b, state)]
-    y = v.new_empty(v.shape, dtype=torch.float32)
-    final_state = state.new_empty(state.shape, dtype=torch.float32)
-    checkpoints = final_state.new_empty(
-        _checkpoints_shape(r, w, k, v, a, b, state) if keep_checkpoints else (0,)
-    )
-    outputs = (y, final_state, checkpoints if keep_checkpoints else None)
-    load().rwkv_wkv7_forward(*v.shape, *addresses(*inputs, *outputs), torch.get_num_threads())
-    return y.to(v.dtype), final_state, checkpoints
-
-
-def _backward(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    checkpoints: Tensor,
-    dy: Tensor,
-    d_final: Tensor,
-) -> tuple[Tensor, ...]:
-    given = (r, w, k, v, a, b)
-    inputs = [as_float32(x) for x in (*given, checkpoints, dy, d_final)]
-    gradients = [x.new_empty(x.shape, dtype=torch.float32) for x in (*given, d_final)]
-    load().rwkv_wkv7_backward(*v.shape, *addresses(*inputs, *gradients), torch.get_num_threads())
-    return tuple(gradient.to(x.dtype) for gradient, x in zip(gradients, (*given, d_final), strict=True))
-
-
-wkv7_cpp = register_recurrence(
-    Recurrence(
-        name="wkv7_cpp",
-        inputs=("r", "w", "k", "v", "a", "b", "state"),
-        dispatch_key="CPU",
-        checkpoints_shape=_checkpoints_shape,
-        forward=_forward,
-        backward=_backward,
-    )
+load, wkv7_cpp = cpp_recurrence(
+    "wkv7",
+    inputs=("r", "w", "k", "v", "a", "b", "state"),
+    n_sizes=4,
+    checkpoint_tokens=CHECKPOINT_TOKENS,
+    without_batch=(),
 )
