@@ -235,6 +235,7 @@ def test_a_port_in_use_is_refused_by_all(write, start):
 
 def test_the_others_name_the_first_process_when_it_is_killed(write, start, port):
     path = write(
+        "processes.any_of(False)  # all have come\n"
         "if rank == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
         "with naming_lost_processes(processes): dist.all_reduce(torch.ones(3))"
     )
@@ -255,7 +256,12 @@ def test_a_mistake_on_one_process_keeps_its_traceback_and_the_others_name_it(wri
 
 
 def test_of_three_the_two_left_say_the_same_and_say_it_once(write, start, port):
-    path = write("if rank == 2: os.kill(os.getpid(), signal.SIGKILL)\nprocesses.any_of(True)\ntime.sleep(60)")
+    path = write(
+        "processes.any_of(False)  # all have come\n"
+        "if rank == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "processes.any_of(True)\n"
+        "time.sleep(60)"
+    )
     codes, logs = ends([start(path, rank, 3, port) for rank in range(3)])
     assert codes == [75, 75, -signal.SIGKILL]
     assert "".join(logs).count("rank 2 is gone") == 1
