@@ -118,7 +118,8 @@ class Trial:
         """
         ended = command.wait(after + 8 * within)
         seconds = round(ended.seconds - after, 2)
-        self.starts.append({"exit_code": ended.code, "seconds": seconds, "errors": ended.errors})
+        errors_said = [line.replace(f"{self.folder.parent}/", "") for line in ended.errors]
+        self.starts.append({"exit_code": ended.code, "seconds": seconds, "errors": errors_said})
         self.promise(ended.code == code, f"exit code {ended.code}, not {code}")
         self.promise(seconds <= within or not self._is_timed, f"it took {seconds} s")
         self.promise(len(ended.errors) == errors, f"{len(ended.errors)} lines of errors, not {errors}")
