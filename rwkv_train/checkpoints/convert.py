@@ -5,8 +5,14 @@ from typing import NamedTuple, get_args
 
 from rwkv_train.checkpoints.formats import SourceFormat
 from rwkv_train.checkpoints.weights import read_weights
-from rwkv_train.checkpoints.writing import StoredDtype, TargetFormat, UnusedTensors, carry_out, plan_writing
-from rwkv_train.errors import CheckpointError
+from rwkv_train.checkpoints.writing import (
+    StoredDtype,
+    TargetFormat,
+    UnusedTensors,
+    already_there,
+    carry_out,
+    plan_writing,
+)
 
 
 class Conversion(NamedTuple):
@@ -64,7 +70,7 @@ def convert(
             raise ValueError(f"{name} ({given!r}) must be one of {', '.join(map(str, known))}")
     # Before the reading, which may take minutes; the plan looks again.
     if (Path(dst).exists() or Path(dst).is_symlink()) and not overwrite:
-        raise CheckpointError(f"{dst} is already there; choose another name, or replace it with --overwrite")
+        raise already_there(dst)
     weights = read_weights(src, source_format)
     plan = plan_writing(dst, weights, to, dtype, v7_block0=v7_block0, overwrite=overwrite)
     facts = plan.target, to, weights.config.arch, plan.n_tensors

@@ -173,7 +173,7 @@ def carry_out(plan: Plan) -> Path:
     with make(plan.target, plan.n_bytes) as new:
         plan.write(new)
         if plan.target.exists() and not plan.may_replace:  # another one was faster
-            raise _already_there(plan.target)
+            raise already_there(plan.target)
     return plan.target
 
 
@@ -196,7 +196,7 @@ def _refuse_existing(target: Path, writer: _Writer, to: TargetFormat, overwrite:
     if not target.exists():
         return
     if not overwrite:
-        raise _already_there(target)
+        raise already_there(target)
     if not writer.is_folder and not target.is_file():
         raise CheckpointError(
             f"{target} is not replaced: it is no file but a device or the like; choose another name"
@@ -209,7 +209,8 @@ def _refuse_existing(target: Path, writer: _Writer, to: TargetFormat, overwrite:
         )
 
 
-def _already_there(target: Path) -> CheckpointError:
+def already_there(target: str | Path) -> CheckpointError:
+    """Return the error about a target that must not be replaced."""
     return CheckpointError(f"{target} is already there; choose another name, or replace it with --overwrite")
 
 
