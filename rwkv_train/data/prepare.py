@@ -1,6 +1,7 @@
 """Turn text files into a tokenized corpus on disk."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -66,7 +67,10 @@ def prepare_data(
                 ids = tokenizer.encode_arrays([document.text for document in documents])
                 for document, tokens in zip(documents, ids, strict=True):
                     n_bytes = len(document.text.encode())
-                    table.add(counter.add(document.domain, len(tokens) + 1, n_bytes), n_bytes)
+                    n_words = len(re.split(r"\s+", document.text))
+                    table.add(
+                        counter.add(document.domain, len(tokens) + 1, n_bytes, n_words), n_bytes, n_words
+                    )
                     writer.add_document(np.concatenate([tokens, end]))
                     max_token = max(max_token, int(tokens.max(initial=0)))
             sources.append(_describe(path))
@@ -87,6 +91,7 @@ def prepare_data(
             sha256=writer.sha256,
             domains=domains,
             sources=tuple(sources),
+            n_words=sum(domain.n_words or 0 for domain in domains),
         )
         writer.file(".json").write(sidecar.to_json().encode())
     return PreparedSummary(output_prefix, sidecar)

@@ -1,9 +1,10 @@
 """What a token file itself does not say: its tokenizer, its sources, domain and bytes of each document.
 
-``PREFIX.json`` holds the facts about the whole, ``PREFIX.docs.npy`` two numbers for each document.
+``PREFIX.json`` holds the facts about the whole, ``PREFIX.docs.npy`` three numbers for each document.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -13,11 +14,17 @@ from numpy.lib import format as npy
 from rwkv_train.errors import DataError
 from rwkv_train.tokenizers.base import TokenizerIdentity
 
-FORMAT = "rwkv-train-corpus/1"
+FORMAT = "rwkv-train-corpus/2"
 """Name of the format, in the JSON file."""
 
-DOCUMENT_DTYPE = np.dtype([("domain", "<u4"), ("n_bytes", "<i8")])
-"""A document: index of its domain in ``Sidecar.domains``, length of its text in UTF-8 bytes."""
+READABLE_FORMATS = ("rwkv-train-corpus/1", FORMAT)
+"""The first one does not tell of words, nor of how documents were chosen."""
+
+DOCUMENT_DTYPE = np.dtype([("domain", "<u4"), ("n_bytes", "<i8"), ("n_words", "<i8")])
+"""A document: index of its domain in ``Sidecar.domains``, length of its text in UTF-8 bytes, and its words: the
+parts between white space as ``re.split(r"\\s+", text)`` counts them, which is lm-evaluation-harness's way."""
+
+_DOCUMENT_DTYPE_1 = np.dtype([("domain", "<u4"), ("n_bytes", "<i8")])  # of the first format
 
 
 class DomainTotals(NamedTuple):
@@ -29,6 +36,8 @@ class DomainTotals(NamedTuple):
     """End tokens included."""
     n_bytes: int
     """Length of the texts in UTF-8."""
+    n_words: int | None = None
+    """Words as in ``DOCUMENT_DTYPE``; None in the first format."""
 
 
 class Source(NamedTuple):
@@ -37,6 +46,21 @@ class Source(NamedTuple):
     path: str
     n_bytes: int
     sha256: str
+
+
+class Preparation(NamedTuple):
+    """How the documents of a corpus were chosen and ordered."""
+
+    settings: Mapping[str, Any] = {}
+    """The options of the preparation that were not left as they are, by name."""
+    part: str | None = None
+    """"train" or "valid" where a held-out part was split off."""
+    n_skipped_bad: int = 0
+    """Records of the sources that could not be used."""
+    n_duplicates: Mapping[str, int] = {}
+    """Documents that were left out because an earlier one is (nearly) the same, by domain."""
+    n_leaked: Mapping[str, int] = {}
+    """Documents that were left out of the held-out part because training has much of them, by domain."""
 
 
 class Sidecar(NamedTuple):
@@ -63,6 +87,9 @@ class Sidecar(NamedTuple):
     domains: tuple[DomainTotals, ...]
     """In the order of their first documents."""
     sources: tuple[Source, ...]
+    n_words: int | None = None
+    """Words of all texts, as in ``DOCUMENT_DTYPE``; None in the first format."""
+    preparation: Preparation = Preparation()
 
     def to_json(self) -> str:
         """Return the content of ``PREFIX.json``."""
@@ -70,6 +97,7 @@ class Sidecar(NamedTuple):
             "tokenizer": self.tokenizer._asdict(),
             "domains": [domain._asdict() for domain in self.domains],
             "sources": [source._asdict() for source in self.sources],
+            "preparation": self.preparation._asdict(),
         }
         return json.dumps({"format": FORMAT, **fields}, indent=2, ensure_ascii=False) + "\n"
 
@@ -87,11 +115,12 @@ class Sidecar(NamedTuple):
         try:
             fields: dict[str, Any] = json.loads(content)
             found = fields.pop("format")
-            if found != FORMAT:
+            if found not in READABLE_FORMATS:
                 raise DataError(f"{where} has the format '{found}', wanted '{FORMAT}'")
             fields["tokenizer"] = TokenizerIdentity(**fields["tokenizer"])
             fields["domains"] = tuple(DomainTotals(**domain) for domain in fields["domains"])
             fields["sources"] = tuple(Source(**source) for source in fields["sources"])
+            fields["preparation"] = Preparation(**fields.get("preparation", {}))
             return cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
@@ -107,15 +136,16 @@ class DomainCounter:
         self._index: dict[str, int] = {}
         self._sums: list[list[int]] = []
 
-    def add(self, domain: str, n_tokens: int, n_bytes: int) -> int:
+    def add(self, domain: str, n_tokens: int, n_bytes: int, n_words: int) -> int:
         """Count a document and return the index of its domain, in the order of their first documents."""
         index = self._index.setdefault(domain, len(self._sums))
         if index == len(self._sums):
-            self._sums.append([0, 0, 0])
+            self._sums.append([0, 0, 0, 0])
         sums = self._sums[index]
         sums[0] += 1
         sums[1] += n_tokens
         sums[2] += n_bytes
+        sums[3] += n_words
         return index
 
     def totals(self) -> tuple[DomainTotals, ...]:
@@ -135,9 +165,9 @@ class DocumentTableWriter:
         self._n_documents = 0
         self._write_header()
 
-    def add(self, domain: int, n_bytes: int) -> None:
+    def add(self, domain: int, n_bytes: int, n_words: int) -> None:
         """Append a document."""
-        self._file.write(np.array((domain, n_bytes), DOCUMENT_DTYPE).tobytes())
+        self._file.write(np.array((domain, n_bytes, n_words), DOCUMENT_DTYPE).tobytes())
         self._n_documents += 1
 
     def finish(self) -> None:
@@ -155,7 +185,7 @@ class DocumentTableWriter:
 
 
 def read_document_table(path: str) -> npt.NDArray[np.void]:
-    """Map ``PREFIX.docs.npy``.
+    """Map ``PREFIX.docs.npy``: records of ``DOCUMENT_DTYPE``, without ``n_words`` in the first format.
 
     Raises:
         DataError: it is missing, cut off or another table.
@@ -165,6 +195,6 @@ def read_document_table(path: str) -> npt.NDArray[np.void]:
     except (OSError, ValueError, EOFError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DataError(f"cannot read {path}: {reason}; prepare the corpus again") from error
-    if table.dtype != DOCUMENT_DTYPE or table.ndim != 1:
+    if table.dtype not in (DOCUMENT_DTYPE, _DOCUMENT_DTYPE_1) or table.ndim != 1:
         raise DataError(f"{path} is a table of {table.dtype}, wanted {DOCUMENT_DTYPE}")
     return table

@@ -38,9 +38,9 @@ def test_totals_count_documents_tokens_and_utf8_bytes(inputs, byte_tokenizer, tm
     code, prose = 23 + len("日本".encode()), len("Ein schöner Tag.".encode())
     assert prefix == tmp_path / "out"
     assert sidecar.domains == (
-        DomainTotals("code", 2, code + 2, code),
-        DomainTotals("prose", 1, prose + 1, prose),
-        DomainTotals("letter", 1, 12, 11),
+        DomainTotals("code", 2, code + 2, code, 6),
+        DomainTotals("prose", 1, prose + 1, prose, 3),
+        DomainTotals("letter", 1, 12, 11, 3),
     )
     assert (sidecar.n_documents, sidecar.n_skipped_empty) == (4, 1)
     assert sidecar.n_bytes == code + prose + 11
@@ -52,7 +52,7 @@ def test_the_sidecar_names_tokenizer_and_sources(inputs, byte_tokenizer, tmp_pat
     prepare_data(inputs, byte_tokenizer, tmp_path / "out")
     told = json.loads((tmp_path / "out.json").read_text())
 
-    assert told["format"] == "rwkv-train-corpus/1"
+    assert told["format"] == "rwkv-train-corpus/2"
     assert told["tokenizer"] == {"name": "bytes", "sha256": byte_tokenizer.identity.sha256}
     assert told["sha256"] == hashlib.sha256((tmp_path / "out.bin").read_bytes()).hexdigest()
     assert told["sources"] == [

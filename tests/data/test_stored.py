@@ -146,7 +146,7 @@ def test_a_corpus_shorter_than_a_sample_is_refused(corpus):
         (b'{"format": "rwkv-train-corpus/1"}', "is not the sidecar of a prepared corpus"),
         (
             b'{"format": "rwkv-train-corpus/9"}',
-            "has the format 'rwkv-train-corpus/9', wanted 'rwkv-train-corpus/1'",
+            "has the format 'rwkv-train-corpus/9', wanted 'rwkv-train-corpus/2'",
         ),
     ],
 )
