@@ -2,7 +2,28 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from rwkv_train.config.base import Config
+
+
+class DatasetConfig(Config):
+    """A dataset that Hugging Face's ``datasets`` reads: one of the hub, a folder, or files."""
+
+    path: str = Field(min_length=1)
+    """Name on the hub, a local folder (also of save_to_disk), or a kind of files: json, parquet, csv, text."""
+    name: str | None = None
+    """Name of its configuration, for a dataset that has several."""
+    split: str = Field(default="train", min_length=1)
+    """Which of its splits is read."""
+    data_files: list[str] | None = None
+    """Only these files of it; with a kind of files as path, the files themselves."""
+    revision: str | None = None
+    """Branch, tag or commit of the dataset on the hub; a commit never changes."""
+    text_column: str = "text"
+    """Name of the column that holds the text."""
+    domain_column: str | None = None
+    """Name of the column that names a text's domain; null: the domain is "unknown"."""
 
 
 class DataConfig(Config):

@@ -1,0 +1,190 @@
+"""A dataset of texts that Hugging Face's ``datasets`` reads: from the hub, a folder or files, row by row."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rwkv_train.config.data import DatasetConfig
+from rwkv_train.errors import DataError
+
+DatasetState = dict[str, Any]
+"""Where a streamed dataset stands, as its library describes it: JSON's types."""
+
+_SAVED_DATASET, _SAVED_SPLITS = (
+    "state.json",
+    "dataset_dict.json",
+)  # files that save_to_disk leaves in its folder
+
+
+class Row(NamedTuple):
+    """One row of a dataset; its values are not looked at yet."""
+
+    number: int
+    """From 0, in the order of the dataset."""
+    text: object
+    domain: object
+    """``None`` where the dataset has no column for it."""
+
+
+class TextDataset:
+    """A dataset whose rows are read in order, from any row on.
+
+    Args:
+        spec: what it is called and where its text is.
+        dataset: the library's dataset, of either kind.
+
+    Raises:
+        DataError: it has no such column.
+    """
+
+    def __init__(self, spec: DatasetConfig, dataset: Any) -> None:
+        self.spec = spec
+        wanted = [name for name in (spec.text_column, spec.domain_column) if name is not None]
+        known = dataset.column_names
+        if known is None:  # a streamed dataset may learn its columns from its first row only
+            known = list(next(_guarded(spec, iter(dataset)), {}))
+        for column in wanted:
+            if column not in known:
+                raise DataError(
+                    f"the dataset {show(spec)} has no column {column!r}; it has "
+                    f"{', '.join(map(repr, known)) or 'none'}: name one in text_column and domain_column"
+                )
+        self._dataset = dataset.select_columns(list(dict.fromkeys(wanted)))
+        self._is_streamed = not hasattr(dataset, "__len__")
+        self._first_state: DatasetState | None = self._dataset.state_dict() if self._is_streamed else None
+
+    @property
+    def n_rows(self) -> int | None:
+        """Number of rows; ``None`` where only reading to the end would tell."""
+        return None if self._is_streamed else len(self._dataset)
+
+    def rows(self, start: int = 0, state: DatasetState | None = None) -> Iterator[Row]:
+        """Yield the rows from ``start`` on. One iterator at a time: another call ends the one before.
+
+        Args:
+            start: rows to pass over.
+            state: what :meth:`state` gave after ``start`` rows. With it a streamed dataset goes there at once;
+                without it, it reads and drops what comes before.
+
+        Raises:
+            DataError: a row cannot be read.
+        """
+        dataset = self._dataset
+        first = 0 if self._is_streamed and state is None else start
+        if self._is_streamed:
+            dataset.load_state_dict(copy.deepcopy(self._first_state if state is None else state))
+        elif start >= len(dataset):
+            return  # the library cannot select nothing at the end
+        else:
+            dataset = dataset.select(range(start, len(dataset)))
+        text_column, domain_column = self.spec.text_column, self.spec.domain_column
+        for number, row in enumerate(_guarded(self.spec, iter(dataset)), start=first):
+            if number >= start:
+                yield Row(number, row[text_column], None if domain_column is None else row[domain_column])
+
+    def state(self) -> DatasetState | None:
+        """Return where the iterator of :meth:`rows` stands; ``None`` where its number of rows is enough."""
+        return self._dataset.state_dict() if self._is_streamed else None
+
+    def text_of(self, row: Row) -> str:
+        """Return the text of a row.
+
+        Raises:
+            DataError: it is no text.
+        """
+        if not isinstance(row.text, str):
+            found = "null" if row.text is None else f"of type {type(row.text).__name__}"
+            raise DataError(
+                f"the dataset {show(self.spec)}, row {row.number}: {self.spec.text_column!r} must be a text, but it is "
+                f"{found}"
+            )
+        return row.text
+
+
+def open_text_dataset(spec: DatasetConfig, *, streaming: bool) -> TextDataset:
+    """Open a dataset.
+
+    Args:
+        spec: what it is called and where its text is.
+        streaming: read it as it comes over the network, or file by file, instead of downloading and converting it
+            whole first. What ``save_to_disk`` wrote is read where it lies in either case.
+
+    Raises:
+        DataError: there is no such dataset, configuration, split, file or column, or it cannot be reached.
+    """
+    import datasets  # noqa: PLC0415 - a second, which only its users pay
+
+    folder = Path(spec.path).expanduser()
+    if folder.is_dir() and any((folder / name).is_file() for name in (_SAVED_DATASET, _SAVED_SPLITS)):
+        return TextDataset(spec, _open_saved(spec, folder))
+    if not folder.exists() and (folder.is_absolute() or spec.path.startswith((".", "~"))):
+        raise DataError(f"the dataset {show(spec)} cannot be opened: there is no folder {folder}")
+    try:
+        dataset = datasets.load_dataset(
+            str(folder) if folder.exists() else spec.path,
+            spec.name,
+            data_files=spec.data_files,
+            split=spec.split,
+            revision=spec.revision,
+            streaming=streaming,
+        )
+    except ConnectionError as error:
+        raise DataError(
+            f"the dataset {show(spec)} cannot be reached: {_one_line(error)}; check its name and the network, or give "
+            "a local folder"
+        ) from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        # The library's own sentences name the configurations, splits or files that there are.
+        raise DataError(f"the dataset {show(spec)} cannot be opened: {_one_line(error)}") from error
+    return TextDataset(spec, dataset)
+
+
+def show(spec: DatasetConfig) -> str:
+    """Return what a dataset is called in messages."""
+    return "/".join(part for part in (spec.path, spec.name, spec.split) if part is not None)
+
+
+def _open_saved(spec: DatasetConfig, folder: Path) -> Any:
+    """Open what ``save_to_disk`` wrote: one split, or several by name."""
+    import datasets  # noqa: PLC0415
+
+    unused = [
+        name for name in ("name", "data_files", "revision") if getattr(spec, name) is not None
+    ]  # what was saved is one thing
+    if unused:
+        raise DataError(
+            f"the dataset {show(spec)} was written by save_to_disk, where {unused[0]} has no meaning; leave it out"
+        )
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"the dataset {show(spec)} cannot be opened: {_one_line(error)}") from error
+    splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+    if spec.split not in splits:
+        raise DataError(
+            f"the dataset {show(spec)} has no split {spec.split!r}; it has {', '.join(map(repr, splits))}"
+        )
+    return splits[spec.split]
+
+
+def _guarded(spec: DatasetConfig, rows: Iterator[Any]) -> Iterator[Any]:
+    """Iterate over rows; what the library and pyarrow raise on the way becomes one sentence."""
+    import datasets  # noqa: PLC0415
+
+    number = 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(
+                f"the dataset {show(spec)} cannot be read on from the {number:,} rows read so far: {_one_line(error)}"
+            ) from error
+        number += 1
+        yield row
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
