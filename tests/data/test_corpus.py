@@ -153,10 +153,3 @@ def test_bad_files_are_refused_with_file_and_line(name, content, sentence, tmp_p
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"cannot read .*absent\.jsonl: No such file or directory"):
         list(read_documents([tmp_path / "absent.jsonl"]))
-
-
-def test_a_folder_is_refused(tmp_path):
-    (tmp_path / "folder.jsonl").mkdir()
-
-    with pytest.raises(DataError, match=r"cannot read .*folder\.jsonl: Is a directory"):
-        list(read_documents([tmp_path / "folder.jsonl"]))

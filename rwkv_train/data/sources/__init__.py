@@ -1,0 +1,1 @@
+"""Text as it lies on disk or on the hub, cut into blocks that any process can turn into documents."""

@@ -1,0 +1,132 @@
+"""What a source of text is: a name, blocks of raw records in a fixed order, and documents in each block."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from rwkv_train.data.sidecar import Source as SourceIdentity
+from rwkv_train.errors import DataError
+
+UNKNOWN_DOMAIN = "unknown"
+"""Domain of a document that names none."""
+
+BLOCK_BYTES = 1 << 22
+"""Raw bytes of a block, more or less: it ends with a whole record."""
+
+MAX_RECORD_BYTES = 1 << 30
+"""A longer record is refused, so that memory is bounded whatever a file holds."""
+
+
+class Document(NamedTuple):
+    """One text, which is tokenized and evaluated on its own."""
+
+    text: str
+    """Valid Unicode: it has a UTF-8 form. May be empty."""
+    domain: str
+    """Where it comes from: ``meta.pile_set_name``, a column, a folder or a file; or "unknown"."""
+
+
+class BadRecord(NamedTuple):
+    """A record that is no document; those around it are not affected."""
+
+    where: str
+    """The file, and the line, row or document in it, counted from 1 (lines, rows) or 0 (documents of a pair)."""
+    why: str
+    """What was found, and what was wanted."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.why}"
+
+
+class SourceOptions(NamedTuple):
+    """How the inputs are read."""
+
+    format: str | None = None
+    """A name from ``opening.FORMATS``; ``None``: the ending of the name tells."""
+    text_column: str = "text"
+    """Key, column or field that holds the text, where a record has several."""
+    domain_column: str | None = None
+    """The one that holds the domain; ``None``: ``meta.pile_set_name`` where there is a ``meta``."""
+    pair_tokenizer: str | None = None
+    """What ``load_tokenizer`` takes, for a ``.bin/.idx`` pair without a sidecar that names it."""
+
+
+class Block(Protocol):
+    """A few megabytes of raw records: small to send to another process, which then parses them."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the source, as stored, that this block takes up; over all blocks they add up to its size."""
+
+    def records(self) -> Iterator[Document | BadRecord]:
+        """Yield what the records hold, in order.
+
+        Raises:
+            DataError: what the block points to cannot be read.
+        """
+
+
+class Source(ABC):
+    """Text to read: a file, a folder, a dataset or a tokenized corpus."""
+
+    name: str
+    """As the user knows it."""
+    n_bytes: int | None
+    """Bytes as stored, over all blocks; ``None``: not known before the end."""
+
+    def blocks(self, start: int = 0) -> Iterator[Block]:
+        """Yield the blocks, always the same ones, without the first ``start``.
+
+        Raises:
+            DataError: the source is damaged, cut off or holds nothing. What comes before the damage was yielded.
+        """
+        return islice(self._cut(), start, None)
+
+    @abstractmethod
+    def describe(self) -> SourceIdentity:
+        """Return name, size and hash, which costs a reading of all bytes."""
+
+    @abstractmethod
+    def _cut(self) -> Iterator[Block]: ...
+
+
+class FileSource(Source):
+    """A source that is one file.
+
+    Args:
+        path: the file.
+        options: how it is read.
+
+    Raises:
+        DataError: there is no such file, or it is empty.
+    """
+
+    def __init__(self, path: Path, options: SourceOptions) -> None:
+        self.path = path
+        self.options = options
+        self.name = str(path)
+        try:
+            self.n_bytes = path.stat().st_size
+        except OSError as error:
+            raise cannot_read(path, error) from error
+        if not path.is_file():
+            raise DataError(f"cannot read {path}: it is neither a file nor a folder")
+        if self.n_bytes == 0:
+            raise DataError(f"{path} is empty")
+
+    def describe(self) -> SourceIdentity:
+        """Return path, size and hash."""
+        try:
+            with self.path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                return SourceIdentity(self.name, file.tell(), sha256)
+        except OSError as error:
+            raise cannot_read(self.path, error) from error
+
+
+def cannot_read(path: Path, error: OSError) -> DataError:
+    """Make the error for a file that the system does not give."""
+    return DataError(f"cannot read {path}: {error.strerror or error}")
