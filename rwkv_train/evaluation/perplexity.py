@@ -8,41 +8,17 @@ because it stands for no bytes of text.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
-from math import isfinite
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from rwkv_train.data.corpus import Document
 from rwkv_train.data.stored import TokenDocument
-from rwkv_train.errors import CheckpointError, ConfigError, DataError
+from rwkv_train.errors import DataError
+from rwkv_train.evaluation.scoring import BATCH_SIZE, CHUNK_LEN, Sequence, score_sequences
 from rwkv_train.evaluation.totals import Report, Totals
 from rwkv_train.models.lm import LanguageModel
-from rwkv_train.models.state import LayerState, ModelState
 from rwkv_train.tokenizers import Tokenizer
-
-BATCH_SIZE = 8
-CHUNK_LEN = 256
-
-WINDOW_TOKENS = 1 << 20
-WINDOW_DOCUMENTS = 1024
-"""Documents are sorted by length within windows that end at either limit, so that lanes hold similar ones."""
-
-
-@dataclass
-class _Lane:
-    """One row of the batch: a document and how far it is scored."""
-
-    document: TokenDocument
-    position: int = 0
-    nats: float = 0.0
-
-    @property
-    def remaining(self) -> int:
-        return len(self.document.tokens) - self.position
+from rwkv_train.tokenizers.base import TokenArray
 
 
 def evaluate_documents(
@@ -76,7 +52,6 @@ def evaluate_documents(
     return report
 
 
-@torch.no_grad()  # not inference_mode: FSDP keeps what it gathers here for the training that goes on
 def evaluate_tokens(
     model: LanguageModel,
     documents: Iterable[TokenDocument],
@@ -88,12 +63,12 @@ def evaluate_tokens(
 ) -> Report:
     """Score tokenized documents, several side by side; neither size changes the result beyond rounding.
 
-    Memory does not grow with the number of documents, nor with the length of one beyond its tokens.
+    Memory does not grow with the number of documents, nor with the length of one beyond its tokens and losses.
     Documents without tokens are passed over.
 
     Args:
         model: the model, on any device.
-        documents: read once, in order; held one window at a time.
+        documents: read once, in order.
         end_of_document: the token that stands before each document.
         batch_size: documents that are read side by side.
         chunk_len: tokens of each that are read at once; more is faster and takes more memory.
@@ -107,108 +82,27 @@ def evaluate_tokens(
         DataError: a token is beyond the model's vocabulary.
         CheckpointError: the model's loss is not finite.
     """
-    for name, size in (("batch_size", batch_size), ("chunk_len", chunk_len)):
-        if size < 1:
-            raise ConfigError(f"{name} is {size}; it must be at least 1")
-    queue = _similar_lengths_together(_checked(documents, model.config.vocab_size))
     domains: dict[str, Totals] = {}
-    lanes: list[_Lane] = []
-    state = model.zero_state(0)
-    while True:
-        started = [_Lane(document) for document in islice(queue, batch_size - len(lanes))]
-        state = _join_rows(state, model.zero_state(len(started)))
-        lanes += started
-        if not lanes:
-            return Report(dict(sorted(domains.items())))
+    pending: dict[int, TokenDocument] = {}  # those that the scoring has taken and not yet given back
 
-        state = _score_chunk(model, lanes, state, end_of_document, chunk_len)
-        for lane in lanes:
-            if not lane.remaining:
-                totals = _totals_of(lane)
-                domain = lane.document.domain
-                domains[domain] = domains.get(domain, Totals()) + totals
-                if on_document is not None:
-                    on_document(totals)
-        going_on = [row for row, lane in enumerate(lanes) if lane.remaining]
-        state = _take_rows(state, going_on)
-        lanes = [lanes[row] for row in going_on]
+    def sequences() -> Iterator[Sequence]:
+        index = 0
+        for document in documents:
+            if len(document.tokens):
+                pending[index] = document
+                yield _sequence(document.tokens, end_of_document)
+                index += 1
+
+    for score in score_sequences(model, sequences(), batch_size=batch_size, chunk_len=chunk_len):
+        document = pending.pop(score.index)
+        nats = float(score.losses.sum(dtype=np.float64))
+        totals = Totals(1, len(document.tokens), document.n_bytes, nats)
+        domains[document.domain] = domains.get(document.domain, Totals()) + totals
+        if on_document is not None:
+            on_document(totals)
+    return Report(dict(sorted(domains.items())))
 
 
-def _score_chunk(
-    model: LanguageModel, lanes: list[_Lane], state: ModelState, end_of_document: int, chunk_len: int
-) -> ModelState:
-    """Let each lane read its next tokens, at most ``chunk_len``, and add their nats to it."""
-    n_tokens = min(chunk_len, max(lane.remaining for lane in lanes))
-    inputs = np.zeros((len(lanes), n_tokens), dtype=np.int64)
-    targets = np.zeros_like(inputs)
-    for row, lane in enumerate(lanes):
-        # What follows a shorter document is padding: read after all its tokens, never scored.
-        scored = lane.document.tokens[lane.position : lane.position + n_tokens]
-        before = lane.document.tokens[lane.position - 1] if lane.position else end_of_document
-        inputs[row, 0] = before
-        inputs[row, 1 : len(scored)] = scored[:-1]
-        targets[row, : len(scored)] = scored
-
-    device = next(model.parameters()).device
-    output = model(torch.from_numpy(inputs).to(device), state, torch.from_numpy(targets).to(device))
-    losses = output.losses.to("cpu", torch.float64)  # [B, T]
-    for row, lane in enumerate(lanes):
-        n_scored = min(n_tokens, lane.remaining)
-        lane.nats += float(losses[row, :n_scored].sum())
-        lane.position += n_scored
-    new_state: ModelState = output.state
-    return new_state
-
-
-def _checked(documents: Iterable[TokenDocument], vocab_size: int) -> Iterator[TokenDocument]:
-    for document in documents:
-        if not len(document.tokens):
-            continue
-        highest = int(document.tokens.max())
-        if highest >= vocab_size:
-            raise DataError(
-                f"token {highest} of a document is beyond the model's vocabulary of {vocab_size}: "
-                "the tokenizer is not the model's"
-            )
-        yield document
-
-
-def _similar_lengths_together(documents: Iterable[TokenDocument]) -> Iterator[TokenDocument]:
-    """Sort by length, longest first, within windows of bounded size."""
-    window: list[TokenDocument] = []
-    n_tokens = 0
-    for document in documents:
-        window.append(document)
-        n_tokens += len(document.tokens)
-        if n_tokens >= WINDOW_TOKENS or len(window) >= WINDOW_DOCUMENTS:
-            yield from sorted(window, key=_length, reverse=True)
-            window, n_tokens = [], 0
-    yield from sorted(window, key=_length, reverse=True)
-
-
-def _length(document: TokenDocument) -> int:
-    return len(document.tokens)
-
-
-def _totals_of(lane: _Lane) -> Totals:
-    if not isfinite(lane.nats):
-        raise CheckpointError(
-            f"the loss of a document of '{lane.document.domain}' is {lane.nats}, not finite: the model's "
-            "weights are damaged, or its numbers are too large for the dtype (try float32)"
-        )
-    return Totals(1, len(lane.document.tokens), lane.document.n_bytes, lane.nats)
-
-
-def _join_rows(state: ModelState, below: ModelState) -> ModelState:
-    # The dtype of a carried state is the activations', under autocast perhaps not the weights'.
-    return tuple(
-        LayerState(*(torch.cat([x, y.to(x.dtype)]) for x, y in zip(layer, new, strict=True)))
-        for layer, new in zip(state, below, strict=True)
-    )
-
-
-def _take_rows(state: ModelState, rows: list[int]) -> ModelState:
-    def take(x: Tensor) -> Tensor:
-        return x[torch.tensor(rows, dtype=torch.int64, device=x.device)]
-
-    return tuple(LayerState(*map(take, layer)) for layer in state)
+def _sequence(tokens: TokenArray, prefix_token: int) -> Sequence:
+    text = np.concatenate([np.array([prefix_token], np.int32), tokens.astype(np.int32)])
+    return Sequence(inputs=text[:-1], targets=text[1:])

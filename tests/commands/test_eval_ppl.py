@@ -12,7 +12,7 @@ from rwkv_train.checkpoints import load_model, write_weights
 from rwkv_train.commands.eval_ppl import eval_ppl
 from rwkv_train.config.data import DataConfig
 from rwkv_train.errors import ConfigError, DataError
-from rwkv_train.evaluation import perplexity
+from rwkv_train.evaluation import scoring
 from rwkv_train.tokenizers import load_tokenizer
 
 app = typer.Typer()
@@ -122,8 +122,8 @@ def test_builtin_is_the_validation_text_of_the_cache(checkpoint, tmp_path, monke
 def test_the_defaults_are_those_of_the_settings_and_the_library():
     options = inspect.signature(eval_ppl).parameters
     assert options["cache_dir"].default == Path(DataConfig().cache_dir)
-    assert options["batch_size"].default == perplexity.BATCH_SIZE
-    assert options["chunk_len"].default == perplexity.CHUNK_LEN
+    assert options["batch_size"].default == scoring.BATCH_SIZE
+    assert options["chunk_len"].default == scoring.CHUNK_LEN
 
 
 def test_data_that_cannot_be_scored_is_refused(checkpoint, tmp_path):

@@ -38,9 +38,9 @@ class CountingModel:
         zeros = torch.zeros(batch_size, 1, dtype=torch.float64)
         return (LayerState(zeros, zeros.clone(), zeros.clone()),)
 
-    def __call__(self, tokens, state, targets):
+    def __call__(self, tokens, state, targets=None):
         read = state[0].wkv + tokens.cumsum(dim=1)
-        losses = targets * (1.0 + read)
+        losses = torch.where(targets == -100, 0.0, targets * (1.0 + read))
         last = read[:, -1:]
         return LmOutput(None, losses, (LayerState(last, last.clone(), last.clone()),))
 
