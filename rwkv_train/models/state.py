@@ -1,8 +1,10 @@
 """The recurrent memory of a model: what it must keep of all tokens it has read."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,6 +25,24 @@ class LayerState(NamedTuple):
 
 ModelState = tuple[LayerState, ...]
 """Memory of a model, one entry for each block."""
+
+
+def join_rows(states: Sequence[ModelState]) -> ModelState:
+    """Return the state of a batch that has the rows of all of these, one after another; in the first one's dtypes."""
+    # The dtype of a carried state is the activations', under autocast perhaps not the weights'.
+    return tuple(
+        LayerState(*(torch.cat([x.to(parts[0].dtype) for x in parts]) for parts in zip(*layers, strict=True)))
+        for layers in zip(*states, strict=True)
+    )
+
+
+def take_rows(state: ModelState, rows: Sequence[int]) -> ModelState:
+    """Return the state of a batch of these rows, in this order; a row may come several times."""
+
+    def take(x: Tensor) -> Tensor:
+        return x[torch.tensor(rows, dtype=torch.int64, device=x.device)]
+
+    return tuple(LayerState(*map(take, layer)) for layer in state)
 
 
 def save_state(path: str | Path, state: ModelState) -> None:

@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save_file
 
 from rwkv_train.errors import CheckpointError
-from rwkv_train.models.state import load_state, save_state
+from rwkv_train.models.state import join_rows, load_state, save_state, take_rows
 
 
 def test_a_saved_state_goes_on_where_it_stopped(config, perturbed_model, tokens, tmp_path):
@@ -69,3 +69,16 @@ def test_a_file_that_holds_no_state_is_refused(tmp_path, tensors):
 def test_a_folder_that_is_missing_is_named(config, perturbed_model, tmp_path):
     with pytest.raises(CheckpointError, match="cannot be written"):
         save_state(tmp_path / "no" / "state", perturbed_model(config).zero_state(1))
+
+
+def test_rows_of_joined_states_go_on_as_their_own(config, perturbed_model, tokens):
+    model = perturbed_model(config)
+    first, second = model(tokens[:1, :5]).state, model(tokens[1:, :7]).state
+
+    joined = join_rows([first, second])
+    swapped = take_rows(joined, [1, 0, 1])
+
+    assert joined[0].wkv.shape[0] == 2
+    for row, alone in enumerate((second, first, second)):
+        for got, expected in zip(swapped, alone, strict=True):
+            assert all(torch.equal(x[row], y[0]) for x, y in zip(got, expected, strict=True))
