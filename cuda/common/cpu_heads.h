@@ -1,13 +1,13 @@
 // What the CPU kernels with a matrix state for each head share: sizes, a thread's memory, rows in and out, products
 // with a state, and the split of heads over threads.
 //
-// Layout: r, k, v, y and their like are [B, T, H, N], states [B, H, N, N], all contiguous. Inside a kernel all rows
-// have n floats, n = N padded with zeros to whole vectors.
+// Layout: r, k, v, y and their like are [T, H, N] with the T tokens of all S sequences (cpu_sequences.h), states
+// [S, H, N, N], all contiguous. Checkpoints are [T / 32 + S, H, N, N], those of a sequence one after another. Inside a
+// kernel all rows have n floats, n = N padded with zeros to whole vectors.
 
 #pragma once
 
-#include <omp.h>
-
+#include "cpu_sequences.h"
 #include "cpu_vector.h"
 
 namespace rwkv {
@@ -15,18 +15,37 @@ namespace rwkv {
 constexpr int kChunk = 8;   // tokens that go through a state together
 constexpr int kGroup = 4;   // chunks from one checkpoint to the next
 constexpr int kHeads = 12;  // heads that go through time together; their states stay in the second-level cache
+constexpr int kCheckpointTokens = kChunk * kGroup;
 
 constexpr int kUsualHeadSize = 64;
 
+inline size_t square(int n) { return static_cast<size_t>(n) * n; }
+
+// Head h of sequence s is head number s * H + h.
 struct Sizes {
-  int B, T, H, N;
+  Sequences sequences;
+  int H, N;
   size_t stride() const { return static_cast<size_t>(H) * N; }  // from one token to the next
-  size_t n_checkpoints() const { return (T + kChunk * kGroup - 1) / (kChunk * kGroup); }
-  // Where the first token of head number `task` of B * H lies.
-  size_t start(int task) const { return task / H * (T * stride()) + static_cast<size_t>(task % H) * N; }
+  int length(int head) const { return sequences.length(head / H); }
+  // Where the first token of a head lies.
+  size_t start(int head) const { return sequences.start(head / H) * stride() + static_cast<size_t>(head % H) * N; }
+  // Where the checkpoint before a group of chunks of a head lies.
+  size_t checkpoint(int head, int group) const {
+    return ((sequences.first_checkpoint(head / H, kCheckpointTokens) + group) * H + head % H) * square(N);
+  }
+  // How many checkpoints a head has room for: as many as it needs, or one more.
+  int n_checkpoints(int head) const {
+    const int s = head / H;
+    return sequences.first_checkpoint(s + 1, kCheckpointTokens) - sequences.first_checkpoint(s, kCheckpointTokens);
+  }
 };
 
-inline size_t square(int n) { return static_cast<size_t>(n) * n; }
+// The checkpoint of a head that has room for one more than it needs is zero.
+inline void clear_spare_checkpoint(const Sizes& sizes, int head, float* checkpoints) {
+  const int needed = (sizes.length(head) + kCheckpointTokens - 1) / kCheckpointTokens;
+  if (needed < sizes.n_checkpoints(head))
+    std::memset(checkpoints + sizes.checkpoint(head, needed), 0, square(sizes.N) * sizeof(float));
+}
 
 // Asks for rows that will be needed soon: rows of one head lie H * N floats apart, which the hardware does not
 // foresee.
@@ -163,16 +182,13 @@ inline void sum_pairs(Vec* partial, float* first, float* second) {
 }
 static_assert(2 * kChunk % kLanes == 0, "sum_pairs takes whole vectors");
 
-// Shares out the B * H heads: a thread gets neighbours, and takes at most kHeads of one sequence at a time.
+// Shares out the heads of all sequences: a thread gets neighbours, and takes at most kHeads of one sequence at a time.
 // run(first, count) computes heads first .. first + count - 1.
 template <typename Run>
 void for_each_block(const Sizes& sizes, int n_threads, Run run) {
-#pragma omp parallel num_threads(n_threads)
-  {
+  for_each_share(sizes.sequences, sizes.H, n_threads, [&](int first, int end) {
     const DenormalsAreZero guard;
-    const int64_t n_heads = static_cast<int64_t>(sizes.B) * sizes.H;
-    const int end = n_heads * (omp_get_thread_num() + 1) / omp_get_num_threads();
-    for (int first = n_heads * omp_get_thread_num() / omp_get_num_threads(); first < end;) {
+    while (first < end) {
       const int in_row = sizes.H - first % sizes.H;
       const int available = end - first < in_row ? end - first : in_row;
       const int n_blocks = (available + kHeads - 1) / kHeads;
@@ -180,7 +196,7 @@ void for_each_block(const Sizes& sizes, int n_threads, Run run) {
       run(first, count);
       first += count;
     }
-  }
+  });
 }
 
 }  // namespace rwkv

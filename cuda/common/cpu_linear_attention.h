@@ -3,9 +3,10 @@
 //
 //   y_t = (S_{t-1} + v_t (u * k_t)^T) r_t,   S_t = S_{t-1} diag(d_t) + v_t k_t^T,   d = exp(w), S is [value, key]
 //
-// RWKV-6 has a decay for each token (w is [B, T, H, N]), RWKV-5 one for all of them (w is [H, N]; kStatic below).
-// Layout: r, k, v, y are [B, T, H, N], u is [H, N], states are [B, H, N, N], all contiguous. Gradients that are sums
-// over tokens (of u, and of w in RWKV-5) are [B, H, N]: one row for each head of a sequence.
+// RWKV-6 has a decay for each token (w is [T, H, N]), RWKV-5 one for all of them (w is [H, N]; kStatic below).
+// Layout: r, k, v, y are [T, H, N] with the tokens of all S sequences, u is [H, N], states are [S, H, N, N], all
+// contiguous (cpu_heads.h). Gradients that are sums over tokens (of u, and of w in RWKV-5) are [S, H, N]: one row for
+// each head of a sequence.
 // Parallel split: a thread computes whole heads of a sequence and owns all that it writes for them, so results do
 // not depend on the number of threads.
 //
@@ -191,7 +192,7 @@ void forward_chunk(const Inputs& in, const Head& head, const Sizes& sizes, size_
 template <bool kStatic, int kFixed>
 void forward_heads(const Inputs& in, const Sizes& sizes, int first, int count, const float* state, float* y,
                    float* final_state, float* checkpoints) {
-  const int T = sizes.T, N = sizes.N, n = kFixed ? kFixed : padded(N);
+  const int T = sizes.length(first), N = sizes.N, n = kFixed ? kFixed : padded(N);
   Arena arena(thread_workspace(rows_floats(n) + Heads<kStatic>::floats(count, n) + (count + 1) * square(n) + 16));
   const Chunk c = take_chunk(arena, n);
   const Heads<kStatic> heads(arena, in, sizes, first, count, n);
@@ -205,9 +206,8 @@ void forward_heads(const Inputs& in, const Sizes& sizes, int first, int count, c
   for (int t = 0; t < T; t += kChunk)
     for (int i = 0; i < count; ++i) {
       float* const h = states + i * square(n);
-      if (checkpoints != nullptr && t % (kChunk * kGroup) == 0)
-        store_rows(h, n, N, N, N,
-                   checkpoints + ((first + i) * sizes.n_checkpoints() + t / (kChunk * kGroup)) * square(N));
+      if (checkpoints != nullptr && t % kCheckpointTokens == 0)
+        store_rows(h, n, N, N, N, checkpoints + sizes.checkpoint(first + i, t / kCheckpointTokens));
       const size_t offset = sizes.start(first + i) + t * sizes.stride();
       const size_t next = i + 1 < count ? offset + N : sizes.start(first) + (t + kChunk) * sizes.stride();
       if (T - t == 1)  // a step of generation
@@ -218,6 +218,7 @@ void forward_heads(const Inputs& in, const Sizes& sizes, int first, int count, c
   for (int i = 0; i < count; ++i) {
     transpose_matrix(states + i * square(n), n, s);
     store_rows(s, n, N, N, N, final_state + (first + i) * square(N));
+    if (checkpoints != nullptr) clear_spare_checkpoint(sizes, first + i, checkpoints);
   }
 }
 
@@ -351,13 +352,13 @@ void backward_chunk(const Chunk& c, const float* s, const ChunkGradients& g, con
   update_state<kChunk>(c.decay, g.dh, {{c.r_start, g.dy}}, n, g.dh, g.ds);
 }
 
-// One group of chunks of one head. Enters with the gradient of the state after it in g.dh, g.ds. `states` has room
+// One group of chunks of one head with T tokens. Enters with the gradient of the state after it in g.dh, g.ds. `states` has room
 // for the state before each chunk, [value, key].
 template <bool kStatic>
-void backward_group(const Inputs& in, const Head& head, const Sizes& sizes, size_t start, int first_chunk,
+void backward_group(const Inputs& in, const Head& head, const Sizes& sizes, size_t start, int T, int first_chunk,
                     int n_chunks, const float* checkpoint, const float* dy, const Gradients& out, int n,
                     const Chunk* chunks, float* states, const ChunkGradients& g) {
-  const int T = sizes.T, N = sizes.N;
+  const int N = sizes.N;
   const size_t stride = sizes.stride();
   const auto rows_of = [&](int i) {
     const int left = T - (first_chunk + i) * kChunk;
@@ -425,14 +426,14 @@ void backward_heads(const Inputs& in, const Sizes& sizes, int first, int count, 
     store_rows(d_final + (first + i) * square(N), N, N, N, n, g.ds);
     transpose_matrix(g.ds, n, g.dh);
   }
-  const int n_chunks = (sizes.T + kChunk - 1) / kChunk;
+  const int T = sizes.length(first), n_chunks = (T + kChunk - 1) / kChunk;
   for (int group = (n_chunks + kGroup - 1) / kGroup - 1; group >= 0; --group)
     for (int i = 0; i < count; ++i) {
       take_head(i);
       const int chunk = group * kGroup;
-      backward_group<kStatic>(in, heads[i], sizes, sizes.start(first + i), chunk,
+      backward_group<kStatic>(in, heads[i], sizes, sizes.start(first + i), T, chunk,
                               n_chunks - chunk < kGroup ? n_chunks - chunk : kGroup,
-                              checkpoints + ((first + i) * sizes.n_checkpoints() + group) * square(N), dy, out, n,
+                              checkpoints + sizes.checkpoint(first + i, group), dy, out, n,
                               chunks, states, g);
     }
   for (int i = 0; i < count; ++i) {

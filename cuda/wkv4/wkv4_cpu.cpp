@@ -2,7 +2,8 @@
 //
 //   y_t = (A_{t-1} + e^{u+k_t} v_t) / (B_{t-1} + e^{u+k_t}),  A_t = e^w A_{t-1} + e^{k_t} v_t,  B likewise without v
 //
-// Layout: w, u [C]; k, v, y [B, T, C]; states [B, 3, C] = (a, b, p) with A = a e^p, B = b e^p; all contiguous.
+// Layout: w, u [C]; k, v, y [T, C] with the tokens of all S sequences (cpu_sequences.h); states [S, 3, C] = (a, b, p)
+// with A = a e^p, B = b e^p; all contiguous. Checkpoints are [T / 32 + S, 3, C].
 // Parallel split: a block of neighbouring channels of one sequence is one task and owns all that it writes, so
 // results do not depend on the number of threads. The gradients of w and u are left as one row a sequence.
 //
@@ -12,6 +13,7 @@
 //
 // Memory: 3 kVecs (kInterval + 1) vectors a thread, 25 KB.
 
+#include "../common/cpu_sequences.h"
 #include "../common/cpu_vector.h"
 
 namespace {
@@ -23,9 +25,13 @@ constexpr int kVecs = 4;  // vectors of channels in a task: enough to hide the l
 constexpr int kBlock = kVecs * kLanes;
 
 struct Sizes {
-  int B, T, C;
+  Sequences sequences;
+  int C;
   int n_blocks() const { return (C + kBlock - 1) / kBlock; }
-  int n_checkpoints() const { return (T + kInterval - 1) / kInterval; }
+  // Where a checkpoint of a sequence begins.
+  size_t checkpoint(int s, int index) const {
+    return (sequences.first_checkpoint(s, kInterval) + index) * 3 * static_cast<size_t>(C);
+  }
 };
 
 struct Inputs {
@@ -33,7 +39,7 @@ struct Inputs {
 };
 
 struct Gradients {
-  float *w, *u, *k, *v, *state;  // w and u: [B, C]
+  float *w, *u, *k, *v, *state;  // w and u: [S, C]
 };
 
 // kVecs vectors of channels; of the last block of a row only the first `count` channels exist, the others read as 0.
@@ -104,17 +110,16 @@ void store_state(float* to, int C, int count, const State& state) {
   store_block(to + 2 * C, p, count);
 }
 
-void forward_block(const Inputs& in, const Sizes& sizes, int row, int channel, const float* state, float* y,
+void forward_block(const Inputs& in, const Sizes& sizes, int s, int channel, const float* state, float* y,
                    float* final_state, float* checkpoints) {
-  const int C = sizes.C, count = C - channel;
+  const int C = sizes.C, count = C - channel, T = sizes.sequences.length(s);
   const Block w = load_block(in.w + channel, count), u = load_block(in.u + channel, count);
-  const size_t state_at = static_cast<size_t>(row) * 3 * C + channel;
+  const size_t state_at = static_cast<size_t>(s) * 3 * C + channel;
   State now = load_state(state + state_at, C, count);
-  for (int t = 0; t < sizes.T; ++t) {
+  for (int t = 0; t < T; ++t) {
     if (checkpoints != nullptr && t % kInterval == 0)
-      store_state(checkpoints + (static_cast<size_t>(row) * sizes.n_checkpoints() + t / kInterval) * 3 * C + channel, C,
-                  count, now);
-    const size_t at = (static_cast<size_t>(row) * sizes.T + t) * C + channel;
+      store_state(checkpoints + sizes.checkpoint(s, t / kInterval) + channel, C, count, now);
+    const size_t at = (sizes.sequences.start(s) + t) * C + channel;
     const Block k = load_block(in.k + at, count), v = load_block(in.v + at, count);
     Block out;
 #pragma GCC unroll 4
@@ -127,29 +132,32 @@ void forward_block(const Inputs& in, const Sizes& sizes, int row, int channel, c
     store_block(y + at, out, count);
   }
   store_state(final_state + state_at, C, count, now);
+  const int n_needed = (T + kInterval - 1) / kInterval;
+  if (checkpoints != nullptr && sizes.checkpoint(s, n_needed) < sizes.checkpoint(s + 1, 0))  // room for one more
+    store_state(checkpoints + sizes.checkpoint(s, n_needed) + channel, C, count, State{});
 }
 
-void backward_block(const Inputs& in, const Sizes& sizes, int row, int channel, const float* checkpoints,
+void backward_block(const Inputs& in, const Sizes& sizes, int s, int channel, const float* checkpoints,
                     const float* dy, const float* d_final, const Gradients& out) {
-  const int C = sizes.C, count = C - channel;
+  const int C = sizes.C, count = C - channel, T = sizes.sequences.length(s);
   const Block w = load_block(in.w + channel, count), u = load_block(in.u + channel, count);
-  const size_t state_at = static_cast<size_t>(row) * 3 * C + channel;
+  const size_t state_at = static_cast<size_t>(s) * 3 * C + channel;
   // before[t] is the state before token t of an interval.
   State* const before = reinterpret_cast<State*>(thread_workspace((kInterval + 1) * sizeof(State) / sizeof(float)));
   State gradient = load_state(d_final + state_at, C, count);  // (ga, gb, o); what comes in for p is not used
   Block dw = {}, du = {};
-  for (int chunk = sizes.n_checkpoints() - 1; chunk >= 0; --chunk) {
-    const int first = chunk * kInterval, n_tokens = sizes.T - first < kInterval ? sizes.T - first : kInterval;
-    const size_t first_at = (static_cast<size_t>(row) * sizes.T + first) * C + channel;
-    const size_t checkpoint_at = (static_cast<size_t>(row) * sizes.n_checkpoints() + chunk) * 3 * C + channel;
-    before[0] = load_state(checkpoints + checkpoint_at, C, count);
+  const int n_chunks = (T + kInterval - 1) / kInterval;
+  for (int chunk = n_chunks - 1; chunk >= 0; --chunk) {
+    const int first = chunk * kInterval, n_tokens = T - first < kInterval ? T - first : kInterval;
+    const size_t first_at = (sizes.sequences.start(s) + first) * C + channel;
+    before[0] = load_state(checkpoints + sizes.checkpoint(s, chunk) + channel, C, count);
     for (int t = 0; t < n_tokens; ++t) {
       const size_t at = first_at + static_cast<size_t>(t) * C;
       const Block k = load_block(in.k + at, count), v = load_block(in.v + at, count);
 #pragma GCC unroll 4
       for (int i = 0; i < kVecs; ++i) before[t + 1].sums[i] = add_token(before[t].sums[i], w.x[i], k.x[i], v.x[i]);
     }
-    if (chunk + 1 == sizes.n_checkpoints())
+    if (chunk + 1 == n_chunks)
       for (int i = 0; i < kVecs; ++i) gradient.sums[i].p = -before[n_tokens].sums[i].p;
     Block chunk_dw = {}, chunk_du = {};  // summed by chunks first: a long sum of floats would lose digits
     for (int t = n_tokens - 1; t >= 0; --t) {
@@ -185,10 +193,10 @@ void backward_block(const Inputs& in, const Sizes& sizes, int row, int channel, 
       du.x[i] += chunk_du.x[i];
     }
   }
-  const size_t row_at = static_cast<size_t>(row) * C + channel;
-  store_block(out.w + row_at, dw, count);
-  store_block(out.u + row_at, du, count);
-  for (int i = 0; i < kVecs; ++i) {  // from the gradients of A and B to those of (a, b, p)
+  const size_t sum_at = static_cast<size_t>(s) * C + channel;
+  store_block(out.w + sum_at, dw, count);
+  store_block(out.u + sum_at, du, count);
+  for (int i = 0; T > 0 && i < kVecs; ++i) {  // an empty sequence hands its state on; else from the gradients of A and B to those of (a, b, p)
     const Sums first = before[0].sums[i];
     Sums& g = gradient.sums[i];
     const Vec scale = exp(first.p + g.p);
@@ -202,30 +210,32 @@ void backward_block(const Inputs& in, const Sizes& sizes, int row, int channel, 
 
 #define RWKV_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Tokens from one checkpoint to the next; checkpoints are [B, ceil(T / this), 3, C].
+// Tokens from one checkpoint to the next; checkpoints are [T / this + S, 3, C].
 RWKV_EXPORT int rwkv_wkv4_checkpoint_tokens() { return kInterval; }
 
 // checkpoints may be null where no backward pass follows.
-RWKV_EXPORT void rwkv_wkv4_forward(int B, int T, int C, const float* w, const float* u, const float* k, const float* v,
+RWKV_EXPORT void rwkv_wkv4_forward(int S, int C, const int64_t* cu_seqlens, const float* w, const float* u, const float* k, const float* v,
                                    const float* state, float* y, float* final_state, float* checkpoints,
                                    int n_threads) {
   const Inputs in{w, u, k, v};
-  const Sizes sizes{B, T, C};
-#pragma omp parallel for schedule(static) num_threads(n_threads)
-  for (int task = 0; task < B * sizes.n_blocks(); ++task)
-    forward_block(in, sizes, task / sizes.n_blocks(), task % sizes.n_blocks() * kBlock, state, y, final_state,
-                  checkpoints);
+  const Sizes sizes{{S, cu_seqlens}, C};
+  for_each_share(sizes.sequences, sizes.n_blocks(), n_threads, [&](int first, int end) {
+    for (int task = first; task < end; ++task)
+      forward_block(in, sizes, task / sizes.n_blocks(), task % sizes.n_blocks() * kBlock, state, y, final_state,
+                    checkpoints);
+  });
 }
 
-// T must be at least 1. dw, du: [B, C], to be summed over the sequences.
-RWKV_EXPORT void rwkv_wkv4_backward(int B, int T, int C, const float* w, const float* u, const float* k, const float* v,
+// dw, du: [S, C], to be summed over the sequences.
+RWKV_EXPORT void rwkv_wkv4_backward(int S, int C, const int64_t* cu_seqlens, const float* w, const float* u, const float* k, const float* v,
                                     const float* checkpoints, const float* dy, const float* d_final, float* dw,
                                     float* du, float* dk, float* dv, float* d_state, int n_threads) {
   const Inputs in{w, u, k, v};
-  const Sizes sizes{B, T, C};
+  const Sizes sizes{{S, cu_seqlens}, C};
   const Gradients out{dw, du, dk, dv, d_state};
-#pragma omp parallel for schedule(static) num_threads(n_threads)
-  for (int task = 0; task < B * sizes.n_blocks(); ++task)
-    backward_block(in, sizes, task / sizes.n_blocks(), task % sizes.n_blocks() * kBlock, checkpoints, dy, d_final,
-                   out);
+  for_each_share(sizes.sequences, sizes.n_blocks(), n_threads, [&](int first, int end) {
+    for (int task = first; task < end; ++task)
+      backward_block(in, sizes, task / sizes.n_blocks(), task % sizes.n_blocks() * kBlock, checkpoints, dy, d_final,
+                     out);
+  });
 }

@@ -2,7 +2,8 @@
 //
 //   S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   y_t = S_t r_t,   d = exp(w), S is [value, key]
 //
-// Layout: r, w, k, v, a, b, y are [B, T, H, N], states [B, H, N, N], all contiguous.
+// Layout: r, w, k, v, a, b, y are [T, H, N] with the tokens of all S sequences, states [S, H, N, N], all contiguous
+// (cpu_heads.h).
 // Parallel split: a thread computes whole heads of a sequence and owns all that it writes for them, so results do
 // not depend on the number of threads.
 //
@@ -161,7 +162,7 @@ void forward_chunk(const Inputs& in, const Sizes& sizes, size_t offset, size_t n
 template <int kFixed>
 void forward_heads(const Inputs& in, const Sizes& sizes, int first, int count, const float* state, float* y,
                    float* final_state, float* checkpoints) {
-  const int T = sizes.T, N = sizes.N, n = kFixed ? kFixed : padded(N);
+  const int T = sizes.length(first), N = sizes.N, n = kFixed ? kFixed : padded(N);
   Arena arena(thread_workspace(chunk_floats(n) + count * square(n) + 16));
   Chunk c = take_chunk(arena, n);
   float* const states = arena.take(count * square(n));
@@ -173,9 +174,8 @@ void forward_heads(const Inputs& in, const Sizes& sizes, int first, int count, c
   for (int t = 0; t < T; t += kChunk)
     for (int i = 0; i < count; ++i) {
       c.h = states + i * square(n);
-      if (checkpoints != nullptr && t % (kChunk * kGroup) == 0)
-        store_rows(c.h, n, N, N, N,
-                   checkpoints + ((first + i) * sizes.n_checkpoints() + t / (kChunk * kGroup)) * square(N));
+      if (checkpoints != nullptr && t % kCheckpointTokens == 0)
+        store_rows(c.h, n, N, N, N, checkpoints + sizes.checkpoint(first + i, t / kCheckpointTokens));
       const size_t offset = sizes.start(first + i) + t * sizes.stride();
       const size_t next = i + 1 < count ? offset + N : sizes.start(first) + (t + kChunk) * sizes.stride();
       if (T - t == 1)  // a step of generation
@@ -186,6 +186,7 @@ void forward_heads(const Inputs& in, const Sizes& sizes, int first, int count, c
   for (int i = 0; i < count; ++i) {
     transpose_matrix(states + i * square(n), n, c.s);
     store_rows(c.s, n, N, N, N, final_state + (first + i) * square(N));
+    if (checkpoints != nullptr) clear_spare_checkpoint(sizes, first + i, checkpoints);
   }
 }
 
@@ -326,11 +327,11 @@ void backward_chunk(const Chunk& c, const ChunkGradients& g, int n) {
   update_state<kChunk>(c.decay, g.dh, {{c.r_start, g.dy}, {c.a_start, g.du}}, n, g.dh, g.ds);
 }
 
-// One group of chunks of one head. Enters with the gradient of the state after it in g.dh, g.ds.
-void backward_group(const Inputs& in, const Sizes& sizes, size_t start, int first_chunk, int n_chunks,
+// One group of chunks of one head with T tokens. Enters with the gradient of the state after it in g.dh, g.ds.
+void backward_group(const Inputs& in, const Sizes& sizes, size_t start, int T, int first_chunk, int n_chunks,
                     const float* checkpoint, const float* dy, const Gradients& out, int n, const Chunk* chunks,
                     const ChunkGradients& g) {
-  const int T = sizes.T, N = sizes.N;
+  const int N = sizes.N;
   const size_t stride = sizes.stride();
   const auto rows_of = [&](int i) {
     const int left = T - (first_chunk + i) * kChunk;
@@ -392,13 +393,13 @@ void backward_heads(const Inputs& in, const Sizes& sizes, int first, int count, 
     store_rows(d_final + (first + i) * square(N), N, N, N, n, g.ds);
     transpose_matrix(g.ds, n, g.dh);
   }
-  const int n_chunks = (sizes.T + kChunk - 1) / kChunk;
+  const int T = sizes.length(first), n_chunks = (T + kChunk - 1) / kChunk;
   for (int group = (n_chunks + kGroup - 1) / kGroup - 1; group >= 0; --group)
     for (int i = 0; i < count; ++i) {
       take_state(i);
       const int chunk = group * kGroup;
-      backward_group(in, sizes, sizes.start(first + i), chunk, n_chunks - chunk < kGroup ? n_chunks - chunk : kGroup,
-                     checkpoints + ((first + i) * sizes.n_checkpoints() + group) * square(N), dy, out, n, chunks, g);
+      backward_group(in, sizes, sizes.start(first + i), T, chunk, n_chunks - chunk < kGroup ? n_chunks - chunk : kGroup,
+                     checkpoints + sizes.checkpoint(first + i, group), dy, out, n, chunks, g);
     }
   for (int i = 0; i < count; ++i) {
     take_state(i);
@@ -408,27 +409,27 @@ void backward_heads(const Inputs& in, const Sizes& sizes, int first, int count, 
 
 }  // namespace
 
-// Tokens from one checkpoint to the next; checkpoints are [B, H, ceil(T / this), N, N].
-RWKV_EXPORT int rwkv_wkv7_checkpoint_tokens() { return kChunk * kGroup; }
+// Tokens from one checkpoint to the next; checkpoints are [T / this + S, H, N, N].
+RWKV_EXPORT int rwkv_wkv7_checkpoint_tokens() { return kCheckpointTokens; }
 
 // checkpoints may be null where no backward pass follows.
-RWKV_EXPORT void rwkv_wkv7_forward(int B, int T, int H, int N, const float* r, const float* w, const float* k,
+RWKV_EXPORT void rwkv_wkv7_forward(int S, int H, int N, const int64_t* cu_seqlens, const float* r, const float* w, const float* k,
                                    const float* v, const float* a, const float* b, const float* state, float* y,
                                    float* final_state, float* checkpoints, int n_threads) {
   const Inputs in{r, w, k, v, a, b};
-  const Sizes sizes{B, T, H, N};
+  const Sizes sizes{{S, cu_seqlens}, H, N};
   const auto run = N == kUsualHeadSize ? forward_heads<kUsualHeadSize> : forward_heads<0>;
   for_each_block(sizes, n_threads,
                  [&](int first, int count) { run(in, sizes, first, count, state, y, final_state, checkpoints); });
 }
 
-RWKV_EXPORT void rwkv_wkv7_backward(int B, int T, int H, int N, const float* r, const float* w, const float* k,
+RWKV_EXPORT void rwkv_wkv7_backward(int S, int H, int N, const int64_t* cu_seqlens, const float* r, const float* w, const float* k,
                                     const float* v, const float* a, const float* b, const float* checkpoints,
                                     const float* dy, const float* d_final, float* dr, float* dw, float* dk, float* dv,
                                     float* da, float* db, float* d_state, int n_threads) {
   const Inputs in{r, w, k, v, a, b};
   const Gradients out{dr, dw, dk, dv, da, db};
-  const Sizes sizes{B, T, H, N};
+  const Sizes sizes{{S, cu_seqlens}, H, N};
   const auto run = N == kUsualHeadSize ? backward_heads<kUsualHeadSize> : backward_heads<0>;
   for_each_block(sizes, n_threads,
                  [&](int first, int count) { run(in, sizes, first, count, checkpoints, dy, d_final, out, d_state); });

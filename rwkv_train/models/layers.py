@@ -8,20 +8,32 @@ from torch import Generator, Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
+from rwkv_train.ops.context import SequenceContext
 
-def shift_tokens(x: Tensor, last_x: Tensor) -> Tensor:
-    """Return what stands one position before each position of ``x``.
+
+def shift_tokens(x: Tensor, last_x: Tensor, context: SequenceContext) -> Tensor:
+    """Return what stands one position before each position of ``x``, in its own sequence.
 
     Args:
         x: ``[B, T, C]``.
-        last_x: what stands before the first position, ``[B, C]``; zeros at the start of a text.
+        last_x: what stands before the first position of each sequence, ``[B, C]``, or ``[S, C]`` of a packed row;
+            zeros at the start of a text.
+        context: where sequences start.
     """
-    return torch.cat([last_x.to(x.dtype).unsqueeze(1), x[:, :-1]], dim=1)
+    if context.first is None:
+        return torch.cat([last_x.to(x.dtype).unsqueeze(1), x[:, :-1]], dim=1)
+    shifted = torch.cat([x[:, :1], x], dim=1)  # a row too many: there lies what an empty sequence brings
+    return shifted.index_copy(1, context.first, last_x.to(x.dtype).unsqueeze(0))[:, :-1]
 
 
-def last_token(x: Tensor) -> Tensor:
-    """Return the last position of ``x`` ``[B, T, C]`` as ``[B, C]``."""
-    return x[:, -1].clone()  # a view would keep all of x alive as long as the state
+def last_token(x: Tensor, last_x: Tensor, context: SequenceContext) -> Tensor:
+    """Return the last position of each sequence in ``x`` ``[B, T, C]`` as ``[B, C]``, or ``[S, C]`` of a packed row.
+
+    ``last_x`` is what stands before each sequence; an empty one leaves it as it is.
+    """
+    if context.last is None or context.is_empty is None:
+        return x[:, -1].clone()  # a view would keep all of x alive as long as the state
+    return torch.where(context.is_empty, last_x.to(x.dtype), x[0].index_select(0, context.last))
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from rwkv_train.config.model import ModelConfig
 from rwkv_train.models.block import LAYER_NORM_EPS, Block
 from rwkv_train.models.layers import at_least_float32
 from rwkv_train.models.state import LayerState, ModelState
-from rwkv_train.ops.context import PLAIN, SequenceContext
+from rwkv_train.ops.context import PLAIN, SequenceContext, count_sequences
 
 NO_TARGET = -100
 """Stands for a target that is not to be predicted: PyTorch's own value."""
@@ -138,11 +138,15 @@ class LanguageModel(nn.Module):
             tokens: ids, ``[B, T]`` int64, T at least 1.
             state: what the model keeps of the tokens before these; ``None`` at the start of a text.
             targets: the tokens that follow, ``[B, T]``, where their losses are wanted instead of logits.
-            context: how the batch is cut into sequences.
+            context: how the batch is cut into sequences. Of a packed row, ``[1, T]``, the state is that of each of
+                its S sequences, ``[S, ...]``.
             with_penalty: beside the losses also return the penalties of L2Wrap.
+
+        Raises:
+            ValueError: the context does not fit the tokens or the state.
         """
         if state is None:
-            state = self.zero_state(tokens.shape[0], device=tokens.device)
+            state = self.zero_state(count_sequences(context, tokens.shape[0]), device=tokens.device)
         x = self.dropout(self.emb(tokens))  # [B, T, C]
         v_first: Tensor | None = None
         after: list[LayerState] = []

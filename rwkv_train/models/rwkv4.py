@@ -59,7 +59,7 @@ class TimeMix(nn.Module):
         self, x: Tensor, state: LayerState, v_first: Tensor | None, context: SequenceContext
     ) -> tuple[Tensor, LayerState, Tensor | None]:
         """Mix tokens; see :class:`rwkv_train.models.block.TimeMix`."""
-        previous = shift_tokens(x, state.time_mix_x)
+        previous = shift_tokens(x, state.time_mix_x, context)
         change = x - previous
         k = self.key(previous + change * self.time_mix_k)
         v = self.value(previous + change * self.time_mix_v)
@@ -69,7 +69,7 @@ class TimeMix(nn.Module):
         u = at_least_float32(self.time_first)
         y, wkv = wkv4(w, u, k, v, state.wkv, context, backend=self.wkv_backend)
         y = self.output(torch.sigmoid(r) * y)
-        return y, LayerState(last_token(x), wkv, state.channel_mix_x), v_first
+        return y, LayerState(last_token(x, state.time_mix_x, context), wkv, state.channel_mix_x), v_first
 
     def zero_wkv(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the recurrence's state before any token, ``[B, 3, C]``."""
@@ -93,11 +93,13 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, state: LayerState, context: SequenceContext) -> tuple[Tensor, LayerState]:
         """Mix channels; see :class:`rwkv_train.models.block.ChannelMix`."""
-        previous = shift_tokens(x, state.channel_mix_x)
+        previous = shift_tokens(x, state.channel_mix_x, context)
         change = x - previous
         hidden = relu_squared(self.key(previous + change * self.time_mix_k))  # [B, T, F]
         gate = torch.sigmoid(self.receptance(previous + change * self.time_mix_r))
-        return gate * self.value(hidden), LayerState(state.time_mix_x, state.wkv, last_token(x))
+        return gate * self.value(hidden), LayerState(
+            state.time_mix_x, state.wkv, last_token(x, state.channel_mix_x, context)
+        )
 
 
 def embedding_scale(config: Rwkv4Config) -> float:

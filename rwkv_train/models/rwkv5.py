@@ -73,7 +73,7 @@ class TimeMix(nn.Module):
             y = ln_x(wkv5(r, w, k, v, u))
             out = Wo (y silu(Wg z_g))                             without the gate in 5.0
         """
-        previous = shift_tokens(x, state.time_mix_x)
+        previous = shift_tokens(x, state.time_mix_x, context)
         change = x - previous
         heads = (*x.shape[:2], self.n_head, self.head_size)  # B, T, H, N
         k = self.key(previous + change * self.time_mix_k).view(heads)
@@ -86,7 +86,11 @@ class TimeMix(nn.Module):
         y = self.ln_x(y)  # the norm made it float32; the projection takes it back
         if self.gate is not None and self.time_mix_g is not None:
             y = y * F.silu(self.gate(previous + change * self.time_mix_g))
-        return self.output(y.to(r.dtype)), LayerState(last_token(x), wkv, state.channel_mix_x), v_first
+        return (
+            self.output(y.to(r.dtype)),
+            LayerState(last_token(x, state.time_mix_x, context), wkv, state.channel_mix_x),
+            v_first,
+        )
 
     def zero_wkv(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the recurrence's state before any token, ``[B, H, N, N]``."""

@@ -82,7 +82,7 @@ class TimeMix(nn.Module):
             y = ln_x(wkv6(r, w, k, v, time_faaaa))
             out = Wo (y silu(Wg z_g))
         """
-        change = shift_tokens(x, state.time_mix_x) - x
+        change = shift_tokens(x, state.time_mix_x, context) - x
         low = torch.tanh((x + change * self.time_maa_x) @ self.time_maa_w1)  # [B, T, 5 R]
         low = low.view(*x.shape[:2], N_SHIFTED, self.shift_rank)
         mw, mk, mv, mr, mg = torch.einsum("btjr,jrc->jbtc", low, self.time_maa_w2).unbind()
@@ -97,7 +97,11 @@ class TimeMix(nn.Module):
 
         y, wkv = wkv6(r, w, k, v, self.time_faaaa, state.wkv, context, backend=self.wkv_backend)
         y = self.ln_x(y) * g  # the norm made it float32; the projection takes it back
-        return self.output(y.to(r.dtype)), LayerState(last_token(x), wkv, state.channel_mix_x), v_first
+        return (
+            self.output(y.to(r.dtype)),
+            LayerState(last_token(x, state.time_mix_x, context), wkv, state.channel_mix_x),
+            v_first,
+        )
 
     def zero_wkv(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the recurrence's state before any token, ``[B, H, N, N]``."""
@@ -118,10 +122,12 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, state: LayerState, context: SequenceContext) -> tuple[Tensor, LayerState]:
         """Mix channels; see :class:`rwkv_train.models.block.ChannelMix`."""
-        change = shift_tokens(x, state.channel_mix_x) - x
+        change = shift_tokens(x, state.channel_mix_x, context) - x
         hidden = relu_squared(self.key(x + change * self.time_maa_k))  # [B, T, F]
         gate = torch.sigmoid(self.receptance(x + change * self.time_maa_r))
-        return gate * self.value(hidden), LayerState(state.time_mix_x, state.wkv, last_token(x))
+        return gate * self.value(hidden), LayerState(
+            state.time_mix_x, state.wkv, last_token(x, state.channel_mix_x, context)
+        )
 
 
 def initial_values(config: Rwkv6Config, layer_index: int, generator: Generator) -> dict[str, Tensor]:

@@ -97,7 +97,7 @@ class TimeMix(nn.Module):
             y = ln_x(wkv7(r, w, k, v, -kk, kk a)) + (r . k r_k) v
             out = Wo (y sigmoid(z_g g1) g2)
         """
-        change = shift_tokens(x, state.time_mix_x) - x
+        change = shift_tokens(x, state.time_mix_x, context) - x
         r = self.receptance(x + change * self.x_r)
         k = self.key(x + change * self.x_k)
         xv = x + change * self.x_v
@@ -129,7 +129,11 @@ class TimeMix(nn.Module):
         )
         current = (r * k * self.r_k).sum(dim=-1, keepdim=True) * v_heads
         y = (self.ln_x(y) + current.flatten(2)) * g  # the norm made it float32; the projection takes it back
-        return self.output(y.to(r.dtype)), LayerState(last_token(x), wkv, state.channel_mix_x), v_first
+        return (
+            self.output(y.to(r.dtype)),
+            LayerState(last_token(x, state.time_mix_x, context), wkv, state.channel_mix_x),
+            v_first,
+        )
 
     def zero_wkv(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the recurrence's state before any token, ``[B, H, N, N]``."""
@@ -147,9 +151,11 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, state: LayerState, context: SequenceContext) -> tuple[Tensor, LayerState]:
         """Mix channels; see :class:`rwkv_train.models.block.ChannelMix`."""
-        change = shift_tokens(x, state.channel_mix_x) - x
+        change = shift_tokens(x, state.channel_mix_x, context) - x
         hidden = relu_squared(self.key(x + change * self.x_k))  # [B, T, F]
-        return self.value(hidden), LayerState(state.time_mix_x, state.wkv, last_token(x))
+        return self.value(hidden), LayerState(
+            state.time_mix_x, state.wkv, last_token(x, state.channel_mix_x, context)
+        )
 
 
 def embedding_scale(config: Rwkv7Config) -> float:

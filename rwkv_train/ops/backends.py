@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from rwkv_train.errors import BackendError
-from rwkv_train.ops.context import PLAIN, SequenceContext
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,8 @@ class Problem(NamedTuple):
     """Dtype of the values ``v``, which is also that of the output."""
     head_size: int | None = None
     """Channels in one head (N); ``None`` for an operator without heads."""
-    context: SequenceContext = PLAIN
+    is_packed: bool = False
+    """Whether one row holds several sequences."""
 
 
 class Backend(NamedTuple):
@@ -44,7 +44,8 @@ class Backend(NamedTuple):
     load: Callable[[], object]
     """Make it ready (build a library, say); raises :class:`BackendError` where it cannot be had here."""
     run: Kernel
-    """The kernel, with the operator's tensor arguments; safe to trace."""
+    """The kernel, with the operator's tensor arguments and then cu_seqlens or ``None``; safe to trace. (What is
+    not registered with PyTorch, like ``reference``, can be traced with a plain batch only.)"""
 
 
 class ResolvedBackend(NamedTuple):
@@ -142,10 +143,8 @@ _TABLES: dict[str, Mapping[str, Backend]] = {}
 
 # Traced code asks once, while it is traced.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _auto_name(
-    op: str, device_type: str, dtype: torch.dtype, head_size: int | None, context: SequenceContext
-) -> str:
-    return _resolve_auto(op, Problem(device_type, dtype, head_size, context)).name
+def _auto_name(op: str, device_type: str, dtype: torch.dtype, head_size: int | None, is_packed: bool) -> str:
+    return _resolve_auto(op, Problem(device_type, dtype, head_size, is_packed)).name
 
 
 @functools.cache

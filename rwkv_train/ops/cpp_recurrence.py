@@ -3,11 +3,15 @@
 The source ``cuda/OP/OP_cpu.cpp`` of the operator ``OP`` computes in float32 and exports three of them::
 
     rwkv_OP_checkpoint_tokens() -> tokens from one kept state to the next
-    rwkv_OP_forward(*sizes of v, *inputs, y, final_state, checkpoints or null, n_threads)
-    rwkv_OP_backward(*sizes of v, *inputs but the state, checkpoints, dy, d_final, *gradients, n_threads)
+    rwkv_OP_forward(S, *sizes of a token of v, cu_seqlens, *inputs, y, final_state, checkpoints or null, n_threads)
+    rwkv_OP_backward(S, *sizes of a token of v, cu_seqlens, *inputs but the state, checkpoints, dy, d_final,
+                     *gradients, n_threads)
 
-Checkpoints are states, counted in a dimension before the last two. The gradients are those of all inputs, the state's
-the last.
+A source knows packed rows only: S sequences in one, of which ``cu_seqlens`` says where they start. A plain batch of B
+rows is one of B sequences of the same length. Checkpoints are states, ``[T // G + S, *one state]`` for T tokens in all
+and G from one kept state to the next: those of sequence s begin at ``cu_seqlens[s] // G + s``. So each has room and
+knows its place without the lengths of the others, and the shape does not depend on where sequences start. The
+gradients are those of all inputs, the state's the last.
 """
 
 import ctypes
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.ops.backends import Kernel
+from rwkv_train.ops.context import sequence_slices
 from rwkv_train.ops.cpp import addresses, argument_types, as_float32, load_cpp_library
 from rwkv_train.ops.registration import Recurrence, register_recurrence
 
@@ -29,21 +34,21 @@ def cpp_recurrence(
     *,
     n_sizes: int,
     checkpoint_tokens: int,
-    without_batch: Collection[str],
+    shared: Collection[str] = (),
 ) -> tuple[Callable[[], ctypes.CDLL], Kernel]:
     """Register the C++ backend of an operator with PyTorch, as ``{op}_cpp``. Nothing is built yet.
 
     Args:
         op: name of the operator, which is also that of its source.
         inputs: names of its tensors in the order of the source, the last one ``"state"``.
-        n_sizes: number of dimensions of ``v``.
+        n_sizes: number of sizes of a token of ``v``.
         checkpoint_tokens: tokens from one kept state to the next; the source says the same, which loading checks.
-        without_batch: names of the inputs that all sequences share. The source leaves a row of their gradient for
-            each sequence, ``[B, *shape]``; the rows are added up here.
+        shared: names of the inputs that have no row for each token. The source leaves a row of their gradient for
+            each sequence, ``[S, *shape]``; the rows are added up here.
 
     Returns:
         ``(load, run)``: ``load()`` returns the library, built on first use, and raises ``BackendError`` where it
-        cannot be built; ``run(*inputs)`` returns ``(y, final_state)``.
+        cannot be built; ``run(*inputs, cu_seqlens)`` returns ``(y, final_state)``.
     """
     value_index = inputs.index("v")
     forward_name, backward_name = f"rwkv_{op}_forward", f"rwkv_{op}_backward"
@@ -52,40 +57,45 @@ def cpp_recurrence(
     def load() -> ctypes.CDLL:
         library = load_cpp_library(op)
         assert getattr(library, f"rwkv_{op}_checkpoint_tokens")() == checkpoint_tokens
-        # Beside the inputs: y, final_state, checkpoints; or checkpoints, dy, d_final for the state, and gradients.
-        n_tensors = {forward_name: len(inputs) + 3, backward_name: len(inputs) + 2 + len(inputs)}
+        # Beside the inputs: cu_seqlens and y, final_state, checkpoints; or checkpoints, dy, d_final for the state,
+        # and gradients.
+        n_tensors = {forward_name: len(inputs) + 4, backward_name: len(inputs) + 3 + len(inputs)}
         for name, count in n_tensors.items():
             launcher = getattr(library, name)
-            launcher.argtypes = argument_types(n_sizes, count)
+            launcher.argtypes = argument_types(1 + n_sizes, count)
             launcher.restype = None
         return library
 
-    def checkpoints_shape(*given: Tensor) -> tuple[int, ...]:
-        n_checkpoints = (given[value_index].shape[1] + checkpoint_tokens - 1) // checkpoint_tokens
-        *outer, rows, columns = given[-1].shape
-        return *outer, n_checkpoints, rows, columns
+    def checkpoints_shape(*arguments: Any) -> tuple[int, ...]:
+        *given, state, _cu_seqlens = arguments
+        batch, n_tokens = given[value_index].shape[:2]
+        return batch * n_tokens // checkpoint_tokens + state.shape[0], *state.shape[1:]
 
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *given, keep_checkpoints = arguments
+        *given, cu_seqlens, keep_checkpoints = arguments
         v, state = given[value_index], given[-1]
+        starts = _starts(v, cu_seqlens)
         y = v.new_empty(v.shape, dtype=torch.float32)
         final_state = state.new_empty(state.shape, dtype=torch.float32)
-        checkpoints = final_state.new_empty(checkpoints_shape(*given) if keep_checkpoints else (0,))
+        checkpoints = final_state.new_empty(
+            checkpoints_shape(*given, cu_seqlens) if keep_checkpoints else (0,)
+        )
         read = [as_float32(x) for x in given]
         written = (y, final_state, checkpoints if keep_checkpoints else None)
         launch = getattr(load(), forward_name)
-        launch(*v.shape, *addresses(*read, *written), torch.get_num_threads())
+        launch(state.shape[0], *v.shape[2:], *addresses(starts, *read, *written), torch.get_num_threads())
         return y.to(v.dtype), final_state, checkpoints
 
-    def backward(*arguments: Tensor) -> tuple[Tensor, ...]:
-        *given, _checkpoints, _dy, d_final = arguments
+    def backward(*arguments: Any) -> tuple[Tensor, ...]:
+        *given, cu_seqlens, checkpoints, dy, d_final = arguments
         v, like = given[value_index], (*given, d_final)
-        by_row = [name in without_batch for name in inputs]
-        shapes = [(v.shape[0], *x.shape) if rows else x.shape for x, rows in zip(like, by_row, strict=True)]
-        read = [as_float32(x) for x in arguments]
+        starts, n_sequences = _starts(v, cu_seqlens), d_final.shape[0]
+        by_row = [name in shared for name in inputs]
+        shapes = [(n_sequences, *x.shape) if rows else x.shape for x, rows in zip(like, by_row, strict=True)]
+        read = [as_float32(x) for x in (*given, checkpoints, dy, d_final)]
         written = [v.new_empty(shape, dtype=torch.float32) for shape in shapes]
         launch = getattr(load(), backward_name)
-        launch(*v.shape, *addresses(*read, *written), torch.get_num_threads())
+        launch(n_sequences, *v.shape[2:], *addresses(starts, *read, *written), torch.get_num_threads())
         gradients = (x.sum(0) if rows else x for x, rows in zip(written, by_row, strict=True))
         return tuple(gradient.to(x.dtype) for gradient, x in zip(gradients, like, strict=True))
 
@@ -100,3 +110,17 @@ def cpp_recurrence(
         )
     )
     return load, run
+
+
+def _starts(v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return where each sequence of a batch starts if its rows stand one after another, and where the last ends.
+
+    Raises:
+        ValueError: ``cu_seqlens`` does not go from 0 to the number of tokens, or falls: a kernel would read and write
+            beyond its tensors.
+    """
+    batch, n_tokens = v.shape[:2]
+    if cu_seqlens is None:
+        return torch.arange(batch + 1, device="cpu") * n_tokens
+    sequence_slices(cu_seqlens, n_tokens)
+    return cu_seqlens.contiguous()

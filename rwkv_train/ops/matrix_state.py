@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.ops.backends import Problem, kernel_for
-from rwkv_train.ops.context import SequenceContext
+from rwkv_train.ops.context import SequenceContext, count_sequences
 
 
 def zero_matrix_state(
@@ -27,27 +27,28 @@ def run_with_matrix_state(
         op: name of the operator.
         inputs: its tensors but the state; the first four are r, w, k, v, with r, k, v ``[B, T, H, N]``.
         state: state before the first token, ``[B, H, N, N]`` in float32 (float64 where v is); zeros if ``None``.
-        context: where sequences start.
+        context: where sequences start; of a packed row the state is ``[S, H, N, N]``.
         backend: a name from the operator's table, or ``"auto"``.
 
     Returns:
         ``(y, final_state)``: ``y`` is ``[B, T, H, N]`` in the dtype of v, ``final_state`` like ``state``.
 
     Raises:
-        ValueError: the state has another shape or dtype.
+        ValueError: the state has another shape or dtype, or the context does not fit the inputs.
         BackendError: ``backend`` cannot run this problem.
     """
     v = inputs[3]
     batch, n_tokens, n_head, head_size = v.shape
+    n_states = count_sequences(context, batch)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     if state is None:
-        state = zero_matrix_state(batch, n_head, head_size, v.device, dtype)
-    shape = (batch, n_head, head_size, head_size)
+        state = zero_matrix_state(n_states, n_head, head_size, v.device, dtype)
+    shape = (n_states, n_head, head_size, head_size)
     if state.shape != shape or state.dtype != dtype:
         raise ValueError(
             f"state must be {dtype} of shape {shape}, got {state.dtype} of shape {tuple(state.shape)}"
         )
     if n_tokens == 0:
         return v.clone(), state.clone()
-    problem = Problem(v.device.type, v.dtype, head_size, context)
-    return kernel_for(op, problem, backend)(*inputs, state)
+    problem = Problem(v.device.type, v.dtype, head_size, context.cu_seqlens is not None)
+    return kernel_for(op, problem, backend)(*inputs, state, context.cu_seqlens)

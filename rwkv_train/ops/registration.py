@@ -29,22 +29,34 @@ class Recurrence(NamedTuple):
     dispatch_key: str
     """``"CPU"``, or ``"CompositeExplicitAutograd"`` for every device."""
     checkpoints_shape: Callable[..., Sequence[int]]
-    """``(*inputs) ->`` the shape of the checkpoints, which are in the dtype of the state."""
+    """``(*inputs, cu_seqlens) ->`` the shape of the checkpoints, which are in the dtype of the state. It may not
+    depend on the values of cu_seqlens."""
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    """``(*inputs, keep_checkpoints) -> (y, final_state, checkpoints)``; no checkpoints: an empty tensor."""
+    """``(*inputs, cu_seqlens, keep_checkpoints) -> (y, final_state, checkpoints)``; no checkpoints: an empty
+    tensor."""
     backward: Callable[..., tuple[Tensor, ...]]
-    """``(*inputs but the state, checkpoints, dy, d_final_state) ->`` the gradient of each input, the state too."""
+    """``(*inputs but the state, cu_seqlens, checkpoints, dy, d_final_state) ->`` the gradient of each input, the
+    state too."""
 
 
 def register_recurrence(recurrence: Recurrence) -> Kernel:
-    """Register a recurrence and return it as a function ``(*inputs) -> (y, final_state)``."""
+    """Register a recurrence and return it as a function ``(*inputs, cu_seqlens) -> (y, final_state)``.
+
+    ``cu_seqlens`` is ``None`` for a plain batch; see :class:`rwkv_train.ops.context.SequenceContext`.
+    """
     name, inputs = recurrence.name, recurrence.inputs
     tensors = ", ".join(f"Tensor {argument}" for argument in inputs)
-    saved = ", ".join(f"Tensor {argument}" for argument in (*inputs[:-1], "checkpoints", "dy", "d_final"))
+    saved = ", ".join(f"Tensor {argument}" for argument in inputs[:-1])
     gradients = ", ".join("Tensor" for _ in inputs)
     schemas = {
-        name: (f"({tensors}, bool keep_checkpoints) -> (Tensor, Tensor, Tensor)", recurrence.forward),
-        f"{name}_backward": (f"({saved}) -> ({gradients})", recurrence.backward),
+        name: (
+            f"({tensors}, Tensor? cu_seqlens, bool keep_checkpoints) -> (Tensor, Tensor, Tensor)",
+            recurrence.forward,
+        ),
+        f"{name}_backward": (
+            f"({saved}, Tensor? cu_seqlens, Tensor checkpoints, Tensor dy, Tensor d_final) -> ({gradients})",
+            recurrence.backward,
+        ),
     }
     for operator, (schema, function) in schemas.items():
         _LIBRARY.define(operator + schema)  # type: ignore[no-untyped-call]
@@ -54,29 +66,29 @@ def register_recurrence(recurrence: Recurrence) -> Kernel:
     value_index = inputs.index("v")
 
     def forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *given, keep = arguments
-        v, state = given[value_index], given[-1]
-        shape = recurrence.checkpoints_shape(*given) if keep else (0,)
+        *given, state, cu_seqlens, keep = arguments
+        v = given[value_index]
+        shape = recurrence.checkpoints_shape(*given, state, cu_seqlens) if keep else (0,)
         return v.new_empty(v.shape), state.new_empty(state.shape), state.new_empty(shape)
 
-    def backward_shapes(*arguments: Tensor) -> tuple[Tensor, ...]:
-        *given, _checkpoints, _dy, d_final = arguments
+    def backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
+        *given, _cu_seqlens, _checkpoints, _dy, d_final = arguments
         return tuple(x.new_empty(x.shape) for x in (*given, d_final))
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *given, state, _keep = inputs
-        ctx.save_for_backward(*given, output[2])
+        *given, state, cu_seqlens, _keep = inputs
+        ctx.save_for_backward(*given, cu_seqlens, output[2])
         ctx.state_shape, ctx.state_dtype = state.shape, state.dtype
         ctx.set_materialize_grads(False)  # zeros for the checkpoints would be large and unused
 
     def backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        *given, checkpoints = ctx.saved_tensors
+        *given, cu_seqlens, checkpoints = ctx.saved_tensors
         v = given[value_index]
         if dy is None:
             dy = v.new_zeros(v.shape)
         if d_final is None:
             d_final = v.new_zeros(ctx.state_shape, dtype=ctx.state_dtype)
-        return (*backward_op(*given, checkpoints, dy, d_final), None)
+        return (*backward_op(*given, cu_seqlens, checkpoints, dy, d_final), None, None)
 
     def refuse(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         raise NotImplementedError(f"{name} has no second derivative; use the backend 'reference' for one")
@@ -86,9 +98,10 @@ def register_recurrence(recurrence: Recurrence) -> Kernel:
     torch.library.register_autograd(f"rwkv_train::{name}", backward, setup_context=save, lib=_LIBRARY)
     torch.library.register_autograd(f"rwkv_train::{name}_backward", refuse, lib=_LIBRARY)
 
-    def kernel(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
+        *tensors, cu_seqlens = arguments
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        y, final_state, _ = forward_op(*tensors, keep)
+        y, final_state, _ = forward_op(*tensors, cu_seqlens, keep)
         return y, final_state
 
     return kernel

@@ -10,22 +10,31 @@ from rwkv_train.models.layers import (
     relu_squared,
     shift_tokens,
 )
+from rwkv_train.ops.context import PLAIN, packed_context
 
 
 def test_each_token_sees_the_one_before_it_and_the_first_sees_the_state():
     x = torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]])
-    shifted = shift_tokens(x, torch.tensor([[7.0], [8.0]]))
+    shifted = shift_tokens(x, torch.tensor([[7.0], [8.0]]), PLAIN)
     assert shifted.squeeze(-1).tolist() == [[7.0, 1.0, 2.0], [8.0, 4.0, 5.0]]
 
 
 def test_a_state_of_another_dtype_does_not_change_the_activations():
     x = torch.ones(1, 2, 3, dtype=torch.bfloat16)
-    assert shift_tokens(x, torch.zeros(1, 3)).dtype == torch.bfloat16
+    assert shift_tokens(x, torch.zeros(1, 3), PLAIN).dtype == torch.bfloat16
+
+
+def test_in_a_packed_row_the_first_token_of_a_sequence_sees_its_own_state():
+    x = torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])
+    context = packed_context(torch.tensor([0, 0, 3, 3, 4, 4]))
+    before = torch.tensor([[5.0], [6.0], [7.0], [8.0], [9.0]])
+    assert shift_tokens(x, before, context).flatten().tolist() == [6, 1, 2, 8]
+    assert last_token(x, before, context).flatten().tolist() == [5, 3, 7, 4, 9]
 
 
 def test_the_last_token_does_not_keep_the_others_in_memory():
     x = torch.randn(2, 100, 3)
-    last = last_token(x)
+    last = last_token(x, torch.zeros(2, 3), PLAIN)
     assert last.tolist() == x[:, -1].tolist()
     assert last.untyped_storage().nbytes() == 2 * 3 * 4
 

@@ -1,7 +1,7 @@
 """Inputs for the recurrences, from a seeded generator."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -110,13 +110,27 @@ class Operator(NamedTuple):
     """The state before a text, for a problem of the usual size."""
     full_precision: tuple[int, ...]
     """Inputs that stay float32 where the rest is bfloat16: the log decay and the state."""
+    shared: tuple[int, ...] = ()
+    """Inputs that have no row for each token."""
+
+    def packed_problem(self, lengths: Sequence[int], **options) -> Problem:
+        """Inputs of one row that holds sequences of these lengths, each with a state of its own."""
+        row = self.problem(batch=1, n_tokens=sum(lengths), **options)
+        states = self.problem(batch=len(lengths), n_tokens=1, **options)
+        return Problem((*row.inputs[:-1], states.inputs[-1]), row.dy, states.d_final)
+
+    def of_sequence(self, problem: Problem, s: int, tokens: slice) -> Problem:
+        """Inputs of one sequence of a packed problem, as those of a plain batch of one."""
+        *inputs, state = problem.inputs
+        cut = [x if i in self.shared else x[:, tokens] for i, x in enumerate(inputs)]
+        return Problem((*cut, state[s : s + 1]), problem.dy[:, tokens], problem.d_final[s : s + 1])
 
 
 OPERATORS = {
     "wkv7": Operator(wkv7, _wkv7, lambda: wkv7_zero_state(2, 2, 8), (1, 6)),
-    "wkv6": Operator(wkv6, _wkv6, lambda: wkv6_zero_state(2, 2, 8), (1, 5)),
-    "wkv5": Operator(wkv5, _wkv5, lambda: wkv5_zero_state(2, 2, 8), (1, 5)),
-    "wkv4": Operator(wkv4, _wkv4, lambda: wkv4_zero_state(2, 6), (0, 4)),
+    "wkv6": Operator(wkv6, _wkv6, lambda: wkv6_zero_state(2, 2, 8), (1, 5), (4,)),
+    "wkv5": Operator(wkv5, _wkv5, lambda: wkv5_zero_state(2, 2, 8), (1, 5), (1, 4)),
+    "wkv4": Operator(wkv4, _wkv4, lambda: wkv4_zero_state(2, 6), (0, 4), (0, 1)),
 }
 
 

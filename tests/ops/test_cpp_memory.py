@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rwkv_train.ops.cpp import addresses
+from rwkv_train.ops.prepare import OPERATORS
 from rwkv_train.ops.wkv4 import cpp as wkv4_cpp
 from rwkv_train.ops.wkv5 import cpp as wkv5_cpp
 from rwkv_train.ops.wkv6 import cpp as wkv6_cpp
@@ -35,70 +36,38 @@ class Guarded:
             assert (buffer[-GUARD:] == GUARD_VALUE).all()
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 37, 3, 20), (1, 33, 2, 64), (1, 40, 13, 17)], ids=str)
-def test_wkv7_writes_all_of_its_outputs_and_nothing_else(wkv7_problem, shape):
-    batch, n_tokens, n_head, head_size = shape
-    problem = wkv7_problem(batch, n_tokens, n_head, head_size)
+# Rows of sequences, empty ones and ones of whole intervals among them; the last channels are no whole vector.
+LENGTHS = {"one-token": [1], "plain": [37, 37], "packed": [0, 33, 1, 64, 0, 32, 7, 0]}
+CHANNELS = {"one": (1, 1), "usual": (2, 64), "odd": (13, 17)}
+
+
+@pytest.mark.parametrize("lengths", list(LENGTHS.values()), ids=list(LENGTHS))
+@pytest.mark.parametrize(("n_head", "head_size"), list(CHANNELS.values()), ids=list(CHANNELS))
+@pytest.mark.parametrize("op", list(OPERATORS))
+def test_it_writes_all_of_its_outputs_and_nothing_else(operators, op, lengths, n_head, head_size):
+    backend = {"wkv4": wkv4_cpp, "wkv5": wkv5_cpp, "wkv6": wkv6_cpp, "wkv7": wkv7_cpp}[op]
+    n_tokens, n_sequences = sum(lengths), len(lengths)
+    sizes = (n_head * head_size,) if op == "wkv4" else (n_head, head_size)
+    options = {"n_embd": sizes[0]} if op == "wkv4" else {"n_head": n_head, "head_size": head_size}
+    problem = operators[op].packed_problem(lengths, **options)
+    state = problem.inputs[-1]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    n_checkpoints = n_tokens // backend.CHECKPOINT_TOKENS + n_sequences
+
     guarded = Guarded()
     inputs = [guarded.copy(x) for x in problem.inputs]
-    state_shape = problem.d_final.shape
-    n_checkpoints = -(-n_tokens // wkv7_cpp.CHECKPOINT_TOKENS)
-    y, final_state = guarded.output(*shape), guarded.output(*state_shape)
-    checkpoints = guarded.output(batch, n_head, n_checkpoints, head_size, head_size)
-    library = wkv7_cpp.load()
+    y, final_state = guarded.output(*problem.dy.shape), guarded.output(*state.shape)
+    checkpoints = guarded.output(n_checkpoints, *state.shape[1:])
+    gradients = [
+        guarded.output(*((n_sequences, *x.shape) if i in operators[op].shared else x.shape))
+        for i, x in enumerate(inputs)
+    ]
+    given = [guarded.copy(problem.dy), guarded.copy(torch.ones_like(state))]
 
-    library.rwkv_wkv7_forward(*shape, *addresses(*inputs, y, final_state, checkpoints), 2)
-    gradients = [guarded.output(*shape) for _ in range(6)] + [guarded.output(*state_shape)]
-    given = [guarded.copy(problem.dy), guarded.copy(problem.d_final)]
-    library.rwkv_wkv7_backward(*shape, *addresses(*inputs[:-1], checkpoints, *given, *gradients), 2)
-
-    guarded.assert_untouched()
-    for output in (y, final_state, checkpoints, *gradients):
-        assert output.isfinite().all()
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 37, 3, 20), (1, 33, 2, 64), (1, 40, 13, 17)], ids=str)
-@pytest.mark.parametrize("op", ["wkv5", "wkv6"])
-def test_wkv5_and_wkv6_write_all_of_their_outputs_and_nothing_else(operators, op, shape):
-    batch, n_tokens, n_head, head_size = shape
-    problem = operators[op].problem(batch=batch, n_tokens=n_tokens, n_head=n_head, head_size=head_size)
-    backend = {"wkv5": wkv5_cpp, "wkv6": wkv6_cpp}[op]
     library = backend.load()
     forward, backward = (getattr(library, f"rwkv_{op}_{name}") for name in ("forward", "backward"))
-    guarded = Guarded()
-    inputs = [guarded.copy(x) for x in problem.inputs]
-    state_shape, by_row = problem.d_final.shape, (batch, n_head, head_size)
-    n_checkpoints = -(-n_tokens // backend.CHECKPOINT_TOKENS)
-    y, final_state = guarded.output(*shape), guarded.output(*state_shape)
-    checkpoints = guarded.output(batch, n_head, n_checkpoints, head_size, head_size)
-
-    forward(*shape, *addresses(*inputs, y, final_state, checkpoints), 2)
-    dw_shape = by_row if op == "wkv5" else shape
-    gradients = [guarded.output(*size) for size in (shape, dw_shape, shape, shape, by_row, state_shape)]
-    given = [guarded.copy(problem.dy), guarded.copy(problem.d_final)]
-    backward(*shape, *addresses(*inputs[:-1], checkpoints, *given, *gradients), 2)
-
-    guarded.assert_untouched()
-    for output in (y, final_state, checkpoints, *gradients):
-        assert output.isfinite().all()
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 37, 70), (1, 64, 64), (3, 33, 129)], ids=str)
-def test_wkv4_writes_all_of_its_outputs_and_nothing_else(wkv4_problem, shape):
-    batch, n_tokens, n_embd = shape
-    problem = wkv4_problem(batch, n_tokens, n_embd)
-    guarded = Guarded()
-    inputs = [guarded.copy(x) for x in problem.inputs]
-    state_shape = (batch, 3, n_embd)
-    y, final_state = guarded.output(*shape), guarded.output(*state_shape)
-    checkpoints = guarded.output(batch, -(-n_tokens // wkv4_cpp.CHECKPOINT_TOKENS), 3, n_embd)
-    library = wkv4_cpp.load()
-
-    library.rwkv_wkv4_forward(*shape, *addresses(*inputs, y, final_state, checkpoints), 2)
-    by_row = (batch, n_embd)
-    gradients = [guarded.output(*size) for size in (by_row, by_row, shape, shape, state_shape)]
-    given = [guarded.copy(problem.dy), guarded.copy(torch.zeros(state_shape))]
-    library.rwkv_wkv4_backward(*shape, *addresses(*inputs[:-1], checkpoints, *given, *gradients), 2)
+    forward(n_sequences, *sizes, *addresses(cu_seqlens, *inputs, y, final_state, checkpoints), 2)
+    backward(n_sequences, *sizes, *addresses(cu_seqlens, *inputs[:-1], checkpoints, *given, *gradients), 2)
 
     guarded.assert_untouched()
     for output in (y, final_state, checkpoints, *gradients):

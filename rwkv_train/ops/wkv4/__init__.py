@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from rwkv_train.ops.backends import AUTO, Backend, Problem, kernel_for, register_operator
-from rwkv_train.ops.context import SequenceContext
+from rwkv_train.ops.by_sequence import reference_recurrence
+from rwkv_train.ops.context import SequenceContext, count_sequences
 from rwkv_train.ops.cpp import refuses_cpp
 from rwkv_train.ops.wkv4 import cpp
 from rwkv_train.ops.wkv4.chunked import wkv4_torch
@@ -13,11 +14,13 @@ from rwkv_train.ops.wkv4.reference import wkv4_reference
 EMPTY_LOG_SCALE = -1e38
 """Log scale of sums to which nothing has been added: exp of it is 0, and it stays finite in a subtraction."""
 
+_loop = reference_recurrence(wkv4_reference, ("w", "u", "k", "v", "state"), shared=("w", "u"))
+
 # Fastest first. A new backend is one line here and one file beside this one.
 BACKENDS = {
     "cpp": Backend(refuses=refuses_cpp, load=cpp.load, run=cpp.wkv4_cpp),
     "torch": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv4_torch),
-    "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv4_reference),
+    "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=_loop),
 }
 register_operator("wkv4", BACKENDS)
 
@@ -54,14 +57,14 @@ def wkv4(
         v: value, ``[B, T, C]``.
         state: state before the first token, ``[B, 3, C]`` in float32 (float64 where ``v`` is); that of
             :func:`wkv4_zero_state` if ``None``.
-        context: where sequences start.
+        context: where sequences start; of a packed row (B = 1) of S sequences the states are ``[S, 3, C]``.
         backend: a name from ``BACKENDS``, or ``"auto"`` for the fastest one that fits.
 
     Returns:
         ``(y, final_state)``: ``y`` is ``[B, T, C]`` in the dtype of ``v``; ``final_state`` is like ``state``.
 
     Raises:
-        ValueError: the shapes disagree, or the state has another dtype.
+        ValueError: the shapes or the context disagree, or the state has another dtype.
         BackendError: ``backend`` cannot run this problem.
 
     Source:
@@ -71,18 +74,19 @@ def wkv4(
         shapes = ", ".join(str(tuple(x.shape)) for x in (w, u, k, v))
         raise ValueError(f"w and u must be [C], k and v [B, T, C], got {shapes}")
     batch, _, n_embd = k.shape
+    n_states = count_sequences(context, batch)
     state_dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     if state is None:
-        state = wkv4_zero_state(batch, n_embd, v.device, state_dtype)
-    if state.shape != (batch, 3, n_embd) or state.dtype != state_dtype:
+        state = wkv4_zero_state(n_states, n_embd, v.device, state_dtype)
+    if state.shape != (n_states, 3, n_embd) or state.dtype != state_dtype:
         raise ValueError(
-            f"state must be {state_dtype} of shape {(batch, 3, n_embd)}, "
+            f"state must be {state_dtype} of shape {(n_states, 3, n_embd)}, "
             f"got {state.dtype} of shape {tuple(state.shape)}"
         )
     if v.shape[1] == 0:
         return v.clone(), state.clone()
-    problem = Problem(v.device.type, v.dtype, None, context)
-    return kernel_for("wkv4", problem, backend)(w, u, k, v, state)
+    problem = Problem(v.device.type, v.dtype, None, context.cu_seqlens is not None)
+    return kernel_for("wkv4", problem, backend)(w, u, k, v, state, context.cu_seqlens)
 
 
 def wkv4_zero_state(

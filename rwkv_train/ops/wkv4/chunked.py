@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwkv_train.ops.registration import Recurrence, register_recurrence
+from rwkv_train.ops.by_sequence import ONE_A_SEQUENCE, torch_recurrence
 
 EMPTY = -1e38
 """Log scale of a sum to which nothing has been added; finite, so that differences of two are no NaN."""
@@ -155,13 +155,12 @@ def _checkpoints_shape(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor
     return tuple(state.shape)  # the first state; all others are computed again
 
 
-wkv4_torch = register_recurrence(
-    Recurrence(
-        name="wkv4_torch",
-        inputs=("w", "u", "k", "v", "state"),
-        dispatch_key="CompositeExplicitAutograd",
-        checkpoints_shape=_checkpoints_shape,
-        forward=_forward,
-        backward=_backward,
-    )
+wkv4_torch = torch_recurrence(
+    "wkv4",
+    inputs=("w", "u", "k", "v", "state"),
+    shared=("w", "u"),
+    checkpoint_tokens=lambda device_type: ONE_A_SEQUENCE,
+    checkpoints_shape=_checkpoints_shape,
+    forward=_forward,
+    backward=_backward,
 )

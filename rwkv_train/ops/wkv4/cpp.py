@@ -8,7 +8,7 @@ CHECKPOINT_TOKENS = 32
 load, wkv4_cpp = cpp_recurrence(
     "wkv4",
     inputs=("w", "u", "k", "v", "state"),
-    n_sizes=3,
+    n_sizes=1,
     checkpoint_tokens=CHECKPOINT_TOKENS,
-    without_batch=("w", "u"),
+    shared=("w", "u"),
 )

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from rwkv_train.ops.registration import Recurrence, register_recurrence
+from rwkv_train.ops.by_sequence import torch_recurrence
+from rwkv_train.ops.chunks import chunk_tokens
 from rwkv_train.ops.wkv6 import chunked as wkv6
 
 
@@ -21,13 +22,12 @@ def _backward(
     return dr, dw.sum((0, 1)).to(w.dtype), *others
 
 
-wkv5_torch = register_recurrence(
-    Recurrence(
-        name="wkv5_torch",
-        inputs=("r", "w", "k", "v", "u", "state"),
-        dispatch_key="CompositeExplicitAutograd",
-        checkpoints_shape=wkv6.checkpoints_shape,
-        forward=_forward,
-        backward=_backward,
-    )
+wkv5_torch = torch_recurrence(
+    "wkv5",
+    inputs=("r", "w", "k", "v", "u", "state"),
+    shared=("w", "u"),
+    checkpoint_tokens=chunk_tokens,
+    checkpoints_shape=wkv6.checkpoints_shape,
+    forward=_forward,
+    backward=_backward,
 )

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from rwkv_train.ops.backends import AUTO, Backend, register_operator
+from rwkv_train.ops.by_sequence import reference_recurrence
 from rwkv_train.ops.context import SequenceContext
 from rwkv_train.ops.cpp import refuses_cpp
 from rwkv_train.ops.matrix_state import run_with_matrix_state, zero_matrix_state
@@ -10,11 +11,13 @@ from rwkv_train.ops.wkv6 import cpp
 from rwkv_train.ops.wkv6.chunked import wkv6_torch
 from rwkv_train.ops.wkv6.reference import wkv6_reference
 
+_loop = reference_recurrence(wkv6_reference, ("r", "w", "k", "v", "u", "state"), shared=("u",))
+
 # Fastest first. A new backend is one line here and one file beside this one.
 BACKENDS = {
     "cpp": Backend(refuses=refuses_cpp, load=cpp.load, run=cpp.wkv6_cpp),
     "torch": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv6_torch),
-    "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv6_reference),
+    "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=_loop),
 }
 register_operator("wkv6", BACKENDS)
 
@@ -51,14 +54,14 @@ def wkv6(
         u: bonus of the current token, ``[H, N]``, which multiplies its key; the model's ``time_faaaa``.
         state: state before the first token, ``[B, H, N, N]`` in float32 (float64 where ``v`` is); zeros if
             ``None``.
-        context: where sequences start.
+        context: where sequences start; of a packed row (B = 1) of S sequences the states are ``[S, H, N, N]``.
         backend: a name from ``BACKENDS``, or ``"auto"`` for the fastest one that fits.
 
     Returns:
         ``(y, final_state)``: ``y`` is ``[B, T, H, N]`` in the dtype of ``v``, ``final_state`` like ``state``.
 
     Raises:
-        ValueError: the shapes disagree, or the state has another dtype.
+        ValueError: the shapes or the context disagree, or the state has another dtype.
         BackendError: ``backend`` cannot run this problem.
 
     Source:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_train.ops.by_sequence import torch_recurrence
 from rwkv_train.ops.chunks import (
     STEP_TOKENS,
     chunk_tokens,
@@ -34,7 +35,6 @@ from rwkv_train.ops.chunks import (
     sum_after,
     sum_before,
 )
-from rwkv_train.ops.registration import Recurrence, register_recurrence
 from rwkv_train.ops.wkv6.reference import wkv6_reference
 
 
@@ -233,13 +233,12 @@ def backward(
     return *gradients, du.to(u.dtype), d_state.mT.contiguous().view(d_final.shape)
 
 
-wkv6_torch = register_recurrence(
-    Recurrence(
-        name="wkv6_torch",
-        inputs=("r", "w", "k", "v", "u", "state"),
-        dispatch_key="CompositeExplicitAutograd",
-        checkpoints_shape=checkpoints_shape,
-        forward=forward,
-        backward=backward,
-    )
+wkv6_torch = torch_recurrence(
+    "wkv6",
+    inputs=("r", "w", "k", "v", "u", "state"),
+    shared=("u",),
+    checkpoint_tokens=chunk_tokens,
+    checkpoints_shape=checkpoints_shape,
+    forward=forward,
+    backward=backward,
 )

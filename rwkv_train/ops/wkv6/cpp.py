@@ -8,7 +8,7 @@ CHECKPOINT_TOKENS = 32
 load, wkv6_cpp = cpp_recurrence(
     "wkv6",
     inputs=("r", "w", "k", "v", "u", "state"),
-    n_sizes=4,
+    n_sizes=2,
     checkpoint_tokens=CHECKPOINT_TOKENS,
-    without_batch=("u",),
+    shared=("u",),
 )

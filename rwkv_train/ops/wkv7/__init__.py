@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from rwkv_train.ops.backends import AUTO, Backend, register_operator
+from rwkv_train.ops.by_sequence import reference_recurrence
 from rwkv_train.ops.context import SequenceContext
 from rwkv_train.ops.cpp import refuses_cpp
 from rwkv_train.ops.matrix_state import run_with_matrix_state, zero_matrix_state
@@ -10,11 +11,13 @@ from rwkv_train.ops.wkv7 import cpp
 from rwkv_train.ops.wkv7.chunked import wkv7_torch
 from rwkv_train.ops.wkv7.reference import wkv7_reference
 
+_loop = reference_recurrence(wkv7_reference, ("r", "w", "k", "v", "a", "b", "state"))
+
 # Fastest first. A new backend is one line here and one file beside this one.
 BACKENDS = {
     "cpp": Backend(refuses=refuses_cpp, load=cpp.load, run=cpp.wkv7_cpp),
     "torch": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv7_torch),
-    "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv7_reference),
+    "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=_loop),
 }
 register_operator("wkv7", BACKENDS)
 
@@ -53,14 +56,14 @@ def wkv7(
         b: the key to write what was removed to, ``[B, T, H, N]``; the model passes ``kk`` times its gate.
         state: state before the first token, ``[B, H, N, N]`` in float32 (float64 where ``v`` is); zeros if
             ``None``.
-        context: where sequences start.
+        context: where sequences start; of a packed row (B = 1) of S sequences the states are ``[S, H, N, N]``.
         backend: a name from ``BACKENDS``, or ``"auto"`` for the fastest one that fits.
 
     Returns:
         ``(y, final_state)``: ``y`` is ``[B, T, H, N]`` in the dtype of ``v``, ``final_state`` like ``state``.
 
     Raises:
-        ValueError: the shapes disagree, or the state has another dtype.
+        ValueError: the shapes or the context disagree, or the state has another dtype.
         BackendError: ``backend`` cannot run this problem.
 
     Source:

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_train.ops.by_sequence import torch_recurrence
 from rwkv_train.ops.chunks import (
     STEP_TOKENS,
     chunk_tokens,
@@ -38,7 +39,6 @@ from rwkv_train.ops.chunks import (
     sum_from,
     sum_upto,
 )
-from rwkv_train.ops.registration import Recurrence, register_recurrence
 from rwkv_train.ops.wkv7.reference import wkv7_reference
 
 
@@ -289,13 +289,11 @@ def _backward(
     return *gradients, d_state.mT.contiguous().view(d_final.shape)
 
 
-wkv7_torch = register_recurrence(
-    Recurrence(
-        name="wkv7_torch",
-        inputs=("r", "w", "k", "v", "a", "b", "state"),
-        dispatch_key="CompositeExplicitAutograd",
-        checkpoints_shape=_checkpoints_shape,
-        forward=_forward,
-        backward=_backward,
-    )
+wkv7_torch = torch_recurrence(
+    "wkv7",
+    inputs=("r", "w", "k", "v", "a", "b", "state"),
+    checkpoint_tokens=chunk_tokens,
+    checkpoints_shape=_checkpoints_shape,
+    forward=_forward,
+    backward=_backward,
 )

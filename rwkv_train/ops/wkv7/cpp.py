@@ -8,7 +8,6 @@ CHECKPOINT_TOKENS = 32
 load, wkv7_cpp = cpp_recurrence(
     "wkv7",
     inputs=("r", "w", "k", "v", "a", "b", "state"),
-    n_sizes=4,
+    n_sizes=2,
     checkpoint_tokens=CHECKPOINT_TOKENS,
-    without_batch=(),
 )
