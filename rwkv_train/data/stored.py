@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rwkv_train.data.binidx import TokenFile, add_suffix
-from rwkv_train.data.corpus import UNKNOWN_DOMAIN
 from rwkv_train.data.sidecar import Sidecar, read_document_table
+from rwkv_train.data.sources.base import UNKNOWN_DOMAIN
 from rwkv_train.errors import DataError
 from rwkv_train.tokenizers.base import TokenArray, TokenizerIdentity
 

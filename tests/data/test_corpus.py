@@ -114,7 +114,7 @@ GOOD = b'{"text": "x"}\n'
         ("a.jsonl", GOOD + b"{oops\n", "a.jsonl, line 2: not JSON: .* at column 2"),
         ("a.jsonl", GOOD + b'{"txt": "x"}\n', 'a.jsonl, line 2: the object has no "text"'),
         ("a.jsonl", GOOD + b'{"text": 5}\n', 'line 2: "text" must be a string, found int'),
-        ("a.jsonl", GOOD + b'{"text": null}\n', 'line 2: "text" must be a string, found NoneType'),
+        ("a.jsonl", GOOD + b'{"text": null}\n', 'line 2: "text" must be a string, found null'),
         ("a.jsonl", GOOD + b'["text"]\n', 'line 2: wanted an object with "text", found a list'),
         ("a.jsonl", GOOD + b'\n{"text": "\xff"}\n', r"line 3: not UTF-8 \(byte 0xff\)"),
         (
@@ -139,7 +139,7 @@ GOOD = b'{"text": "x"}\n'
         ("a.jsonl.zst", CONTENT, "a.jsonl.zst is damaged or not compressed as its name says"),
         ("a.jsonl.gz", gzip.compress(CONTENT)[:-9], "a.jsonl.gz is cut off"),
         ("a.jsonl.gz", CONTENT, "a.jsonl.gz is damaged or not compressed as its name says"),
-        ("a.parquet", b"PAR1", r"a.parquet: cannot tell the format; wanted a name that ends in .jsonl, "),
+        ("a.docx", b"PK", r"a.docx: cannot tell the format; wanted a name that ends in .jsonl, "),
     ],
 )
 def test_bad_files_are_refused_with_file_and_line(name, content, sentence, tmp_path):

@@ -10,6 +10,21 @@ from typing import NamedTuple, Protocol
 from rwkv_train.data.sidecar import Source as SourceIdentity
 from rwkv_train.errors import DataError
 
+__all__ = [
+    "BLOCK_BYTES",
+    "MAX_RECORD_BYTES",
+    "UNKNOWN_DOMAIN",
+    "BadRecord",
+    "Block",
+    "Document",
+    "FileSource",
+    "Source",
+    "SourceIdentity",
+    "SourceOptions",
+    "cannot_read",
+    "hash_file",
+]
+
 UNKNOWN_DOMAIN = "unknown"
 """Domain of a document that names none."""
 
@@ -50,6 +65,12 @@ class SourceOptions(NamedTuple):
     """Key, column or field that holds the text, where a record has several."""
     domain_column: str | None = None
     """The one that holds the domain; ``None``: ``meta.pile_set_name`` where there is a ``meta``."""
+    dataset_config: str | None = None
+    """Configuration of a Hugging Face dataset that has several."""
+    dataset_split: str = "train"
+    """Its split."""
+    dataset_streaming: bool = False
+    """Read it as it comes over the network, instead of downloading it whole first."""
     pair_tokenizer: str | None = None
     """What ``load_tokenizer`` takes, for a ``.bin/.idx`` pair without a sidecar that names it."""
 
@@ -119,14 +140,20 @@ class FileSource(Source):
 
     def describe(self) -> SourceIdentity:
         """Return path, size and hash."""
-        try:
-            with self.path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-                return SourceIdentity(self.name, file.tell(), sha256)
-        except OSError as error:
-            raise cannot_read(self.path, error) from error
+        assert self.n_bytes is not None
+        return SourceIdentity(self.name, self.n_bytes, hash_file(self.path))
 
 
-def cannot_read(path: Path, error: OSError) -> DataError:
+def hash_file(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise cannot_read(path, error) from error
+
+
+def cannot_read(path: Path, error: OSError | RuntimeError) -> DataError:
     """Make the error for a file that the system does not give."""
-    return DataError(f"cannot read {path}: {error.strerror or error}")
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return DataError(f"cannot read {path}: {reason}")

@@ -3,9 +3,8 @@
 from collections import Counter
 from collections.abc import Collection, Mapping
 
+from rwkv_train.data.sources.values import show_names
 from rwkv_train.errors import DataError
-
-_N_SHOWN = 30
 
 
 class DomainChoice:
@@ -45,7 +44,7 @@ def require_kept(wanted: Collection[str] | None, n_kept: int, left_out: Mapping[
     if wanted is None or n_kept or not left_out:
         return
     there = sorted(left_out, key=lambda domain: (-left_out[domain], domain))
-    more = f" and {len(there) - _N_SHOWN} more" if len(there) > _N_SHOWN else ""
-    names = ", ".join(f"'{domain}'" for domain in there[:_N_SHOWN])
-    asked = ", ".join(f"'{domain}'" for domain in sorted(wanted))
-    raise DataError(f"no document is of the domain {asked}; the domains there are: {names}{more}")
+    raise DataError(
+        f"no document is of the domain {' or '.join(map(repr, sorted(wanted)))}; the domains there are: "
+        f"{show_names(there)}"
+    )

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from rwkv_train.data.sources.base import (
-    UNKNOWN_DOMAIN,
     BadRecord,
     Block,
     Document,
@@ -13,8 +12,8 @@ from rwkv_train.data.sources.base import (
     SourceOptions,
 )
 from rwkv_train.data.sources.lines import Lines, cut_lines
+from rwkv_train.data.sources.values import decode, domain_of_field, domain_of_meta, text_of
 from rwkv_train.errors import DataError
-from rwkv_train.tokenizers.base import encode_utf8
 
 
 class JsonLinesSource(FileSource):
@@ -50,22 +49,9 @@ class JsonLinesBlock(NamedTuple):
                     yield BadRecord(f"{self.lines.path}, line {number}", str(error))
 
 
-def domain_of_meta(meta: object) -> str:
-    """Return ``pile_set_name`` of a ``meta``, an object or (in some copies of the Pile) a string that holds one."""
-    if isinstance(meta, str):
-        try:
-            meta = json.loads(meta)
-        except (ValueError, RecursionError):
-            return UNKNOWN_DOMAIN  # a remark, not the Pile's object
-    name = meta.get("pile_set_name") if isinstance(meta, dict) else None
-    return name if isinstance(name, str) and name else UNKNOWN_DOMAIN
-
-
 def _parse(line: bytes, options: SourceOptions) -> Document:
     try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 (byte 0x{line[error.start]:02x})") from error
+        record = json.loads(decode(line))
     except json.JSONDecodeError as error:
         raise DataError(f"not JSON: {error.msg} at column {error.colno}") from error
     except ValueError as error:  # a number of thousands of digits
@@ -77,18 +63,6 @@ def _parse(line: bytes, options: SourceOptions) -> Document:
         raise DataError(f'wanted an object with "{key}", found a {type(record).__name__}')
     if key not in record:
         raise DataError(f'the object has no "{key}"')
-    text = record[key]
-    if not isinstance(text, str):
-        raise DataError(f'"{key}" must be a string, found {type(text).__name__}')
-    domain = _domain(record, options.domain_column)
-    if b"\\u" in line:  # the only way in which a line of UTF-8 can spell half a surrogate pair
-        encode_utf8(text)
-        encode_utf8(domain)
-    return Document(text, domain)
-
-
-def _domain(record: dict[str, object], column: str | None) -> str:
-    if column is None:
-        return domain_of_meta(record.get("meta"))
-    value = record.get(column)
-    return value if isinstance(value, str) and value else UNKNOWN_DOMAIN
+    if options.domain_column is None:
+        return Document(text_of(record[key], key), domain_of_meta(record.get("meta")))
+    return Document(text_of(record[key], key), domain_of_field(record.get(options.domain_column)))

@@ -1,0 +1,93 @@
+"""All texts of a folder and of the folders in it, in the order of their paths."""
+
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+from rwkv_train.data.sources.base import Block, Source, SourceIdentity, SourceOptions, cannot_read, hash_file
+from rwkv_train.data.sources.formats import FORMATS, SUFFIXES, format_of
+from rwkv_train.data.sources.text import TextFile, group_text_files
+from rwkv_train.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+class FolderSource(Source):
+    """A folder whose files are read by their endings; other files and hidden ones are left out.
+
+    The domain of a text file is the name of its first folder below the given one, else the given one's.
+
+    Args:
+        path: the folder.
+        options: how the files are read; with a format all files but hidden ones are of that format.
+
+    Raises:
+        DataError: it cannot be read, or holds nothing that can.
+    """
+
+    def __init__(self, path: Path, options: SourceOptions) -> None:
+        self.path = path
+        self.options = options
+        self.name = str(path)
+        self._files: list[tuple[Path, int]] = []  # below the folder, and the size
+        left_out: Counter[str] = Counter()
+        try:
+            for file in sorted(_walk(path)):
+                if options.format is None and not file.name.endswith(SUFFIXES):
+                    left_out[file.suffix or "without ending"] += 1
+                else:
+                    self._files.append((file, (path / file).stat().st_size))
+        except OSError as error:
+            raise cannot_read(Path(error.filename or path), error) from error
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common())
+        if not self._files:
+            found = f"only files of other kinds ({kinds})" if kinds else "no files"
+            raise DataError(
+                f"the folder {path} holds {found}; wanted files that end in {', '.join(SUFFIXES)}"
+            )
+        if kinds:
+            logger.warning("%s: %d files of other kinds are left out: %s", path, left_out.total(), kinds)
+        self.n_bytes = sum(n_bytes for _, n_bytes in self._files)
+
+    def describe(self) -> SourceIdentity:
+        """Return path, size of all files, and the hash of a list of their hashes and paths as sha256sum prints it."""
+        listed = hashlib.sha256()
+        for file, _ in self._files:
+            listed.update(
+                f"{hash_file(self.path / file)}  {file.as_posix()}\n".encode(errors="surrogateescape")
+            )
+        assert self.n_bytes is not None
+        return SourceIdentity(self.name, self.n_bytes, listed.hexdigest())
+
+    def _cut(self) -> Iterator[Block]:
+        for is_text, files in groupby(self._files, key=lambda entry: self._is_text(entry[0])):
+            if is_text:
+                yield from group_text_files(
+                    TextFile(self.path / file, self._domain(file), n_bytes) for file, n_bytes in files
+                )
+                continue
+            for file, _ in files:
+                path = self.path / file
+                yield from format_of(path, self.options.format).open(path, self.options).blocks()
+
+    def _is_text(self, file: Path) -> bool:
+        return format_of(file, self.options.format) is FORMATS["text"]
+
+    def _domain(self, file: Path) -> str:
+        return file.parts[0] if len(file.parts) > 1 else self.path.resolve().name
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Yield the files that are not hidden, relative to ``root``."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, names in os.walk(root, onerror=refuse):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        below = Path(folder).relative_to(root)
+        yield from (below / name for name in names if not name.startswith("."))
