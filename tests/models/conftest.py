@@ -30,20 +30,26 @@ def config(request) -> ModelConfig:
     return CONFIGS[request.param]
 
 
+def _perturbed_model(config: ModelConfig, wkv_backend: str = "auto") -> LanguageModel:
+    model = build_model(config, wkv_backend=wkv_backend)
+    initialize(model, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 @pytest.fixture
 def perturbed_model() -> Callable[..., LanguageModel]:
     """Makes a model a little away from its initial values, where many weights are zero."""
+    return _perturbed_model
 
-    def make(config: ModelConfig, wkv_backend: str = "auto") -> LanguageModel:
-        model = build_model(config, wkv_backend=wkv_backend)
-        initialize(model, seed=1)
-        generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        return model
 
-    return make
+@pytest.fixture(scope="session")
+def models_in_float64() -> list[LanguageModel]:
+    """A tiny model of each version that computes with the definition of its recurrence."""
+    return [_perturbed_model(config, wkv_backend="reference").double() for config in CONFIGS.values()]
 
 
 @pytest.fixture
