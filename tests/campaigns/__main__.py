@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
 from pathlib import Path
 
-from tests.campaigns import corrupt, faults, kill
+from tests.campaigns import corrupt, faults, inputs, kill
 from tests.campaigns.record import Record
 from tests.campaigns.runs import CHECKOUT
 
@@ -43,10 +43,18 @@ def run_corrupt(record: Record, work: Path) -> None:
             record.add(trial.run(name))
 
 
+def run_inputs(record: Record, work: Path) -> None:
+    """Try each kind of input that was not tried yet."""
+    trial = inputs.InputsTrial(work)
+    for name in inputs.FORMATS:
+        if not record.has(name):
+            record.add(trial.run(name))
+
+
 def main() -> int:
     """Run what the command line names; return 1 if something was not as promised."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaigns", description=__doc__)
-    parser.add_argument("name", choices=["kill", "faults", "corrupt"])
+    parser.add_argument("name", choices=["kill", "faults", "corrupt", "inputs"])
     parser.add_argument("--kills", type=int, default=200, help="how many kills there are to be")
     parser.add_argument("--workers", type=int, help="cases at a time (kill: 2, faults: 1)")
     parser.add_argument("--output", type=Path, help="the JSON file (benchmarks/results/campaign-NAME.json)")
@@ -62,6 +70,9 @@ def main() -> int:
     elif given.name == "corrupt":
         record = Record(output, command, "name", corrupt.totals)
         run_corrupt(record, work)
+    elif given.name == "inputs":
+        record = Record(output, command, "name", inputs.totals)
+        run_inputs(record, work)
     else:
         record = Record(output, command, "name", faults.totals)
         run_faults(record, work, given.workers or 1)

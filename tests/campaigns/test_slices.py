@@ -8,6 +8,8 @@ from tests.campaigns import faults_at_start, faults_while_running
 from tests.campaigns.corrupt import FORMATS, CorruptTrial
 from tests.campaigns.disk import can_mount
 from tests.campaigns.faults import Fault, FaultsTrial
+from tests.campaigns.inputs import FORMATS as INPUT_FORMATS
+from tests.campaigns.inputs import InputsTrial
 from tests.campaigns.kill import Case, KillTrial, Moment
 from tests.campaigns.record import AS_PROMISED
 
@@ -51,3 +53,10 @@ def test_damaged_checkpoints_are_refused_or_read_right(tmp_path, name):
     row = CorruptTrial(tmp_path).run(name, n_variants=8)
     assert row["outcome"] == AS_PROMISED
     assert row["ends"]["refused"] > 0
+
+
+@pytest.mark.parametrize("name", INPUT_FORMATS)
+def test_damaged_inputs_are_refused_counted_or_valid(tmp_path, name):
+    row = InputsTrial(tmp_path).run(name, n_variants=10)
+    assert row["outcome"] == AS_PROMISED
+    assert set(row["ends"]) != {"still valid"}

@@ -60,23 +60,23 @@ def _cut(path: Path, file: BinaryIO) -> Iterator[Lines]:
             damage = error
             break
         end = piece.rfind(b"\n") + 1
-        if n_held + len(piece) < BLOCK_BYTES or not end:
-            held.append(piece)
-            n_held += len(piece)
-            if n_held > MAX_RECORD_BYTES:
-                damage = DataError(
-                    f"{path} has a line of more than {MAX_RECORD_BYTES} bytes: is it of this format?"
-                )
-            continue
-        lines = Lines(path, line, b"".join([*held, piece[:end]]), file.tell() - n_read)
-        yield lines
-        line += lines.data.count(b"\n")
-        n_read += lines.n_bytes
-        held = [piece[end:]]
-        n_held = len(held[0])
+        if n_held + len(piece) >= BLOCK_BYTES and end:
+            lines = Lines(path, line, b"".join([*held, piece[:end]]), file.tell() - n_read)
+            yield lines
+            line += lines.data.count(b"\n")
+            n_read += lines.n_bytes
+            held, n_held, piece = [], 0, piece[end:]
+        held.append(piece)
+        n_held += len(piece)
+        if n_held > MAX_RECORD_BYTES:
+            damage = DataError(
+                f"{path} has a line of more than {MAX_RECORD_BYTES} bytes: is it of this format?"
+            )
+    if damage:  # whole lines only
+        while held and b"\n" not in held[-1]:
+            held.pop()
+        held[-1:] = [piece[: piece.rfind(b"\n") + 1] for piece in held[-1:]]
     rest = b"".join(held)
-    if damage:
-        rest = rest[: rest.rfind(b"\n") + 1]
     if rest or file.tell() > n_read:
         yield Lines(path, line, rest, file.tell() - n_read)
     if damage:
