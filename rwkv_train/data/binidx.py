@@ -191,7 +191,6 @@ class TokenFileWriter:
         self, prefix: Path, dtype: npt.DTypeLike, *, overwrite: bool = False, beside: Sequence[str] = ()
     ) -> None:
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self._code = next(code for code, name in DTYPES.items() if np.dtype(name) == self.dtype)
         self._prefix = prefix
         # The index comes last: where it is, the rest is.
         paths = [add_suffix(prefix, suffix) for suffix in (".bin", *beside, ".idx")]
@@ -202,7 +201,7 @@ class TokenFileWriter:
 
     def __enter__(self) -> Self:
         self._files.__enter__()
-        self.file(".idx").write(bytes(_HEADER.size))  # filled in at the end
+        self._index = IndexWriter(self.file(".idx"), self.dtype)
         return self
 
     def __exit__(
@@ -213,7 +212,7 @@ class TokenFileWriter:
     ) -> None:
         if error is None:
             try:
-                self._finish_index(self.file(".idx"))
+                self._index.finish()
             except OSError as problem:
                 kind, error, traceback = type(problem), problem, problem.__traceback__
         self._files.__exit__(kind, error, traceback)
@@ -244,26 +243,48 @@ class TokenFileWriter:
                 raise ValueError(f"ids {tokens.min()} to {tokens.max()} do not fit {self.dtype.name}")
         data = tokens.astype(self.dtype).tobytes()
         self.file(".bin").write(data)
-        self.file(".idx").write(struct.pack("<i", tokens.size))
+        self._index.add([tokens.size])
         self._hash.update(data)
         self.n_tokens += tokens.size
         self.n_documents += 1
 
-    def _finish_index(self, file: BinaryIO) -> None:
-        """Append the other tables, computed from the lengths that are already in the file."""
+
+class IndexWriter:
+    """Write an .idx file whose documents are one sequence each.
+
+    Args:
+        file: opened for reading and writing, empty.
+        dtype: type of the ids, one of ``DTYPES``.
+    """
+
+    def __init__(self, file: BinaryIO, dtype: npt.DTypeLike) -> None:
+        self._file = file
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._code = next(code for code, name in DTYPES.items() if np.dtype(name) == self._dtype)
+        self._n_documents = 0
+        file.write(bytes(_HEADER.size))  # filled in at the end
+
+    def add(self, sizes: npt.ArrayLike) -> None:
+        """Append documents of so many tokens each, below 2**31."""
+        sizes = np.asarray(sizes)
+        self._file.write(sizes.astype("<i4").tobytes())
+        self._n_documents += sizes.size
+
+    def finish(self) -> None:
+        """Append the other tables, computed from the lengths that are already in the file, and fill in the header."""
         offset = 0
-        for chunk in _chunks(self.n_documents):
-            file.seek(_HEADER.size + 4 * chunk.start)
-            sizes = np.frombuffer(file.read(4 * (chunk.stop - chunk.start)), "<i4").astype(np.int64)
-            ends = offset + np.cumsum(sizes * self.dtype.itemsize)
-            file.seek(_HEADER.size + 4 * self.n_documents + 8 * chunk.start)
-            file.write((ends - sizes * self.dtype.itemsize).astype("<i8").tobytes())
+        for chunk in _chunks(self._n_documents):
+            self._file.seek(_HEADER.size + 4 * chunk.start)
+            sizes = np.frombuffer(self._file.read(4 * (chunk.stop - chunk.start)), "<i4").astype(np.int64)
+            ends = offset + np.cumsum(sizes * self._dtype.itemsize)
+            self._file.seek(_HEADER.size + 4 * self._n_documents + 8 * chunk.start)
+            self._file.write((ends - sizes * self._dtype.itemsize).astype("<i8").tobytes())
             offset = int(ends[-1])
-        file.seek(_HEADER.size + 12 * self.n_documents)
-        for chunk in _chunks(self.n_documents + 1):
-            file.write(np.arange(chunk.start, chunk.stop, dtype="<i8").tobytes())
-        file.seek(0)
-        file.write(_HEADER.pack(_MAGIC, _VERSION, self._code, self.n_documents, self.n_documents + 1))
+        self._file.seek(_HEADER.size + 12 * self._n_documents)
+        for chunk in _chunks(self._n_documents + 1):
+            self._file.write(np.arange(chunk.start, chunk.stop, dtype="<i8").tobytes())
+        self._file.seek(0)
+        self._file.write(_HEADER.pack(_MAGIC, _VERSION, self._code, self._n_documents, self._n_documents + 1))
 
 
 def _chunks(length: int) -> Iterator[slice]:

@@ -140,7 +140,7 @@ def prepare_builtin(
     paths = {split: add_suffix(prefix, ".jsonl.zst") for split, prefix in prefixes.items()}
     _write_corpus(paths, overwrite=overwrite)
     return {
-        split: prepare_data([paths[split]], tokenizer, prefix, overwrite=overwrite)
+        split: prepare_data([paths[split]], tokenizer, prefix, overwrite=overwrite)[0]
         for split, prefix in prefixes.items()
     }
 

@@ -1,23 +1,25 @@
-"""Turn text files into a tokenized corpus on disk."""
+"""Turn text into a tokenized corpus on disk: read, tokenize, choose, write; killed, it goes on where it was."""
 
-import hashlib
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from rwkv_train.data.binidx import TokenFileWriter
-from rwkv_train.data.corpus import Document, read_documents
-from rwkv_train.data.sidecar import DocumentTableWriter, DomainCounter, Sidecar, Source
-from rwkv_train.errors import DataError
+from rwkv_train.data.binidx import add_suffix
+from rwkv_train.data.preparation.making import make_parts, prefixes_of
+from rwkv_train.data.preparation.marks import mark_of
+from rwkv_train.data.preparation.options import PrepareOptions
+from rwkv_train.data.preparation.parts import SUFFIXES, place
+from rwkv_train.data.preparation.progress import Progress, Silence
+from rwkv_train.data.preparation.reading import read_sources
+from rwkv_train.data.preparation.signatures import require_rensa
+from rwkv_train.data.preparation.work_folder import open_work_folder
+from rwkv_train.data.preparation.workers import suitable_workers
+from rwkv_train.data.sidecar import Sidecar
+from rwkv_train.data.sources.opening import open_source
+from rwkv_train.errors import ConfigError, DataError
 from rwkv_train.tokenizers.base import Tokenizer, token_dtype
-
-_BATCH_CHARACTERS = 1 << 20  # tokenized at once
-
-Progress = Callable[[int], None]
-"""Called with the number of bytes of the sources read since the last call."""
 
 
 class PreparedSummary(NamedTuple):
@@ -30,91 +32,85 @@ class PreparedSummary(NamedTuple):
 
 
 def prepare_data(
-    inputs: Sequence[Path],
+    inputs: Sequence[str | Path],
     tokenizer: Tokenizer,
     output_prefix: Path,
+    options: PrepareOptions | None = None,
     *,
+    workers: int | None = 1,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> PreparedSummary:
-    """Tokenize documents into ``.bin/.idx`` and a sidecar, in constant memory.
+) -> tuple[PreparedSummary, ...]:
+    """Tokenize documents into ``.bin/.idx`` and a sidecar, in bounded memory.
 
-    Each document is its tokens and one end-of-document token. Documents without text are skipped and
-    counted. All four files appear together when they are complete, or not at all.
+    Each document is its tokens and one end-of-document token. Documents without text are skipped and counted. All
+    files appear together when they are complete. Until then the work lies in ``PREFIX.unfinished``; the same call goes
+    on from there, and ends with the same bytes as one that was never disturbed, with any number of processes.
 
     Args:
-        inputs: files that :func:`~rwkv_train.data.corpus.read_documents` can read, in order.
+        inputs: what :func:`~rwkv_train.data.sources.opening.open_source` takes, in order.
         tokenizer: what cuts the texts.
-        output_prefix: path of the files without their endings.
+        output_prefix: path of the files without their endings; where a part is held out, ``-train`` and ``-valid``
+            are added.
+        options: how documents are read, chosen and ordered.
+        workers: processes that parse and tokenize; 1: this one; ``None``: as many as there are cores, and fewer for
+            small inputs. ``load_tokenizer`` must find the tokenizer by its name, unless it is 1.
         overwrite: replace files that exist, instead of refusing.
-        progress: told of the bytes of the inputs that are done.
+        progress: told how far it is.
+
+    Returns:
+        The corpus, or the training and the held-out part.
 
     Raises:
-        DataError: an input cannot be used, the output exists, or it cannot be written.
+        ConfigError: the options make no sense.
+        DataError: an input or a record cannot be used, the output exists or cannot be written, nothing is left of the
+            documents, or the unfinished work belongs to other inputs or settings.
+        LostProcessError: a worker was killed.
     """
-    dtype = token_dtype(tokenizer.vocab_size)
-    end = np.array([tokenizer.end_of_document], dtype=dtype)
-    counter = DomainCounter()
-    n_skipped_empty = 0
-    max_token = tokenizer.end_of_document
-    sources: list[Source] = []
-    with TokenFileWriter(output_prefix, dtype, overwrite=overwrite, beside=(".docs.npy", ".json")) as writer:
-        table = DocumentTableWriter(writer.file(".docs.npy"))
-        for path in inputs:
-            for batch in _batches(read_documents([path], keep_empty=True, on_bytes=progress)):
-                documents = [document for document in batch if document.text]
-                n_skipped_empty += len(batch) - len(documents)
-                ids = tokenizer.encode_arrays([document.text for document in documents])
-                for document, tokens in zip(documents, ids, strict=True):
-                    n_bytes = len(document.text.encode())
-                    n_words = len(re.split(r"\s+", document.text))
-                    table.add(
-                        counter.add(document.domain, len(tokens) + 1, n_bytes, n_words), n_bytes, n_words
-                    )
-                    writer.add_document(np.concatenate([tokens, end]))
-                    max_token = max(max_token, int(tokens.max(initial=0)))
-            sources.append(_describe(path))
-        if writer.n_documents == 0:
-            raise DataError(f"none of the documents in {', '.join(map(str, inputs))} has any text")
-        table.finish()
-        domains = counter.totals()
-        sidecar = Sidecar(
-            tokenizer=tokenizer.identity,
-            vocab_size=tokenizer.vocab_size,
-            end_of_document=tokenizer.end_of_document,
-            dtype=np.dtype(dtype).name,
-            n_documents=writer.n_documents,
-            n_skipped_empty=n_skipped_empty,
-            n_tokens=writer.n_tokens,
-            n_bytes=sum(domain.n_bytes for domain in domains),
-            max_token=max_token,
-            sha256=writer.sha256,
-            domains=domains,
-            sources=tuple(sources),
-            n_words=sum(domain.n_words or 0 for domain in domains),
-        )
-        writer.file(".json").write(sidecar.to_json().encode())
-    return PreparedSummary(output_prefix, sidecar)
+    options = options or PrepareOptions()
+    options.check()
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers must be 1 or more, found {workers}")
+    if options.dedup == "minhash":
+        require_rensa()
+    sources = [open_source(str(name), options.source) for name in inputs]
+    n_workers = workers or suitable_workers([source.n_bytes for source in sources])
+    progress = progress or Silence()
+    prefixes = prefixes_of(output_prefix, options)
+    reading = _reading(inputs, tokenizer, options)
+    dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<").str
+    with open_work_folder(output_prefix, reading, dtype, overwrite=overwrite) as work:
+        if work.journal.placing is None:
+            _refuse_existing(prefixes.values(), overwrite=overwrite)
+            read_sources(work, sources, tokenizer, options, n_workers, progress)
+            make_parts(work, tokenizer, options, n_workers, prefixes, progress)
+        placing = work.journal.placing
+        assert placing is not None
+        if placing["chosen"] != options.choosing():
+            raise DataError(
+                f"{work.path} holds files that are finished but for their places, chosen by {placing['chosen']}: give "
+                "the same command again, or remove the folder"
+            )
+        place([(Path(made), Path(there)) for made, there in placing["moves"]])
+        work.remove()
+    return tuple(_summary(prefix) for prefix in prefixes.values())
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Group documents to about ``_BATCH_CHARACTERS``, for the tokenizers' batch encoding."""
-    batch: list[Document] = []
-    n_characters = 0
-    for document in documents:
-        batch.append(document)
-        n_characters += len(document.text)
-        if n_characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, n_characters = [], 0
-    if batch:
-        yield batch
+def _reading(inputs: Sequence[str | Path], tokenizer: Tokenizer, options: PrepareOptions) -> dict[str, Any]:
+    """Return, as JSON's types, all that the tokens of the documents depend on."""
+    return {
+        "tokenizer": tokenizer.identity.sha256,
+        "inputs": [f"{name} ({mark_of(str(name))})" for name in inputs],
+        "options": options.reading(),
+    }
 
 
-def _describe(path: Path) -> Source:
-    try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            return Source(str(path), file.tell(), sha256)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+def _refuse_existing(prefixes: Iterable[Path], *, overwrite: bool) -> None:
+    for path in (add_suffix(prefix, suffix) for prefix in prefixes for suffix in SUFFIXES):
+        if path.exists() and not overwrite:
+            raise DataError(f"{path} exists already; choose another output or ask for overwriting")
+
+
+def _summary(prefix: Path) -> PreparedSummary:
+    path = add_suffix(prefix, ".json")
+    return PreparedSummary(prefix, Sidecar.from_json(path.read_bytes(), str(path)))

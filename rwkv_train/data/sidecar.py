@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -57,6 +57,8 @@ class Preparation(NamedTuple):
     """"train" or "valid" where a held-out part was split off."""
     n_skipped_bad: int = 0
     """Records of the sources that could not be used."""
+    first_bad: tuple[str, ...] = ()
+    """Where the first few of them are, and why."""
     n_duplicates: Mapping[str, int] = {}
     """Documents that were left out because an earlier one is (nearly) the same, by domain."""
     n_leaked: Mapping[str, int] = {}
@@ -120,7 +122,7 @@ class Sidecar(NamedTuple):
             fields["tokenizer"] = TokenizerIdentity(**fields["tokenizer"])
             fields["domains"] = tuple(DomainTotals(**domain) for domain in fields["domains"])
             fields["sources"] = tuple(Source(**source) for source in fields["sources"])
-            fields["preparation"] = Preparation(**fields.get("preparation", {}))
+            fields["preparation"] = _preparation(**fields.get("preparation", {}))
             return cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
@@ -129,32 +131,50 @@ class Sidecar(NamedTuple):
             ) from error
 
 
+def _preparation(*, first_bad: Sequence[str] = (), **fields: Any) -> Preparation:
+    return Preparation(first_bad=tuple(first_bad), **fields)
+
+
 class DomainCounter:
-    """Sums up documents by domain."""
+    """Sums up documents by domain and numbers the domains in the order of their first documents.
 
-    def __init__(self) -> None:
-        self._index: dict[str, int] = {}
-        self._sums: list[list[int]] = []
+    Args:
+        names: of the domains, in another numbering.
+    """
 
-    def add(self, domain: str, n_tokens: int, n_bytes: int, n_words: int) -> int:
-        """Count a document and return the index of its domain, in the order of their first documents."""
-        index = self._index.setdefault(domain, len(self._sums))
-        if index == len(self._sums):
-            self._sums.append([0, 0, 0, 0])
-        sums = self._sums[index]
-        sums[0] += 1
-        sums[1] += n_tokens
-        sums[2] += n_bytes
-        sums[3] += n_words
-        return index
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._numbers = np.full(len(names), -1, np.int64)
+        self._order: list[int] = []
+        self._sums = np.zeros((len(names), 4), np.int64)
+
+    def add(self, domains: npt.NDArray[np.integer], counts: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """Count documents.
+
+        Args:
+            domains: index in ``names`` of each document's, ``[n]``.
+            counts: tokens, bytes and words of each, ``[n, 3]``.
+
+        Returns:
+            The domains in the new numbering, ``[n]``.
+        """
+        np.add.at(self._sums[:, 0], domains, 1)
+        np.add.at(self._sums[:, 1:], domains, counts)
+        found, firsts = np.unique(domains, return_index=True)
+        for domain in found[np.argsort(firsts)].tolist():
+            if self._numbers[domain] < 0:
+                self._numbers[domain] = len(self._order)
+                self._order.append(domain)
+        numbers: npt.NDArray[np.int64] = self._numbers[domains]
+        return numbers
 
     def totals(self) -> tuple[DomainTotals, ...]:
-        """Return the sums so far."""
-        return tuple(DomainTotals(name, *self._sums[index]) for name, index in self._index.items())
+        """Return the sums so far, in the new numbering."""
+        return tuple(DomainTotals(self._names[index], *self._sums[index].tolist()) for index in self._order)
 
 
 class DocumentTableWriter:
-    """Write ``PREFIX.docs.npy`` a record at a time; numpy leaves room in its header for the final number.
+    """Write ``PREFIX.docs.npy`` piece by piece; numpy leaves room in its header for the final number.
 
     Args:
         file: opened for writing, empty.
@@ -165,10 +185,10 @@ class DocumentTableWriter:
         self._n_documents = 0
         self._write_header()
 
-    def add(self, domain: int, n_bytes: int, n_words: int) -> None:
-        """Append a document."""
-        self._file.write(np.array((domain, n_bytes, n_words), DOCUMENT_DTYPE).tobytes())
-        self._n_documents += 1
+    def add(self, documents: npt.NDArray[np.void]) -> None:
+        """Append documents, ``[n]`` of ``DOCUMENT_DTYPE``."""
+        self._file.write(documents.tobytes())
+        self._n_documents += len(documents)
 
     def finish(self) -> None:
         """Set the number of documents in the header."""

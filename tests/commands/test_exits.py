@@ -83,10 +83,11 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
 
 
 def _is_being_written(folder):
-    return any(path.stat().st_size for path in folder.glob(".corpus.bin.*"))
+    tokens = folder / "corpus.unfinished" / "tokens"
+    return tokens.exists() and tokens.stat().st_size > 0
 
 
-def test_a_termination_leaves_nothing_half_written(tmp_path):
+def test_a_termination_leaves_nothing_that_looks_complete_and_says_how_to_go_on(tmp_path):
     text = tmp_path / "text.jsonl"
     with text.open("w") as file:
         file.writelines('{"text": "state and decay"}\n' for _ in range(1_000_000))
@@ -96,6 +97,10 @@ def test_a_termination_leaves_nothing_half_written(tmp_path):
     while not _is_being_written(tmp_path / "out") and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
 
-    assert process.wait(timeout=60) == 143
-    assert list((tmp_path / "out").iterdir()) == []
+    assert process.returncode == 143
+    assert said.decode().endswith(
+        "corpus.unfinished keeps what is done; the same command goes on from there\n"
+    )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["corpus.unfinished"]

@@ -49,9 +49,9 @@ def test_files_become_a_corpus_and_a_table(run, text, tmp_path):
     assert result.exit_code == 0, result.output
     assert load_corpus(tmp_path / "out").tokens_by_domain() == {"greetings": 6, "unknown": 2001, "more": 4}
     rows = [line.replace("│", " ").split() for line in result.stdout.splitlines()]
-    assert ["greetings", "1", "6", "5"] in rows
-    assert ["unknown", "1", "2,001", "2,000"] in rows
-    assert ["total", "3", "2,011", "2,008"] in rows
+    assert ["greetings", "1", "6", "5", "1"] in rows
+    assert ["unknown", "1", "2,001", "2,000", "1"] in rows
+    assert ["total", "3", "2,011", "2,008", "3"] in rows
     assert "skipped, because without text: 1 documents" in result.stdout
 
 

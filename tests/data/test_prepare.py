@@ -33,7 +33,7 @@ def test_each_document_is_its_bytes_and_one_end_token(inputs, byte_tokenizer, tm
 
 
 def test_totals_count_documents_tokens_and_utf8_bytes(inputs, byte_tokenizer, tmp_path):
-    prefix, sidecar = prepare_data(inputs, byte_tokenizer, tmp_path / "out")
+    ((prefix, sidecar),) = prepare_data(inputs, byte_tokenizer, tmp_path / "out")
 
     code, prose = 23 + len("日本".encode()), len("Ein schöner Tag.".encode())
     assert prefix == tmp_path / "out"
@@ -87,7 +87,7 @@ def test_batches_do_not_show(byte_tokenizer, tmp_path, monkeypatch):
     texts = [f"document {number} " * (number % 7) for number in range(100)]
     lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
     (tmp_path / "many.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
-    monkeypatch.setattr("rwkv_train.data.prepare._BATCH_CHARACTERS", 50)
+    monkeypatch.setattr("rwkv_train.data.preparation.blocks._BATCH_CHARACTERS", 50)
 
     prepare_data([tmp_path / "many.jsonl.zst"], byte_tokenizer, tmp_path / "out")
 
@@ -96,12 +96,27 @@ def test_batches_do_not_show(byte_tokenizer, tmp_path, monkeypatch):
     assert [byte_tokenizer.decode_bytes(document.tokens) for document in found] == expected
 
 
+class Recorder:
+    """A progress that keeps what it is told."""
+
+    def __init__(self):
+        self.stages, self.n_bytes = [], 0
+
+    def begin(self, stage, n_bytes):
+        self.stages.append((stage, n_bytes))
+
+    def advance(self, n_bytes):
+        self.n_bytes += n_bytes
+
+
 def test_progress_tells_of_all_bytes(inputs, byte_tokenizer, tmp_path):
-    read: list[int] = []
+    told = Recorder()
 
-    prepare_data(inputs, byte_tokenizer, tmp_path / "out", progress=read.append)
+    prepare_data(inputs, byte_tokenizer, tmp_path / "out", progress=told)
 
-    assert sum(read) == sum(path.stat().st_size for path in inputs)
+    total = sum(path.stat().st_size for path in inputs)
+    assert told.stages == [("tokenizing", total), ("choosing", None), ("writing", None)]
+    assert told.n_bytes == total
 
 
 def test_an_existing_corpus_is_replaced_only_when_asked(inputs, byte_tokenizer, tmp_path):
@@ -116,11 +131,11 @@ def test_an_existing_corpus_is_replaced_only_when_asked(inputs, byte_tokenizer, 
     assert written(tmp_path / "out") == FILES
 
 
-def test_a_bad_line_far_down_leaves_nothing(inputs, byte_tokenizer, tmp_path):
+def test_a_bad_line_leaves_nothing_that_looks_like_a_corpus(inputs, byte_tokenizer, tmp_path):
     with inputs[0].open("a") as file:
         file.write("oops\n")
 
-    with pytest.raises(DataError, match=r"small\.jsonl, line 5: not JSON"):
+    with pytest.raises(DataError, match=r"small\.jsonl, line 5: not JSON.*--skip-bad-lines passes over"):
         prepare_data(inputs, byte_tokenizer, tmp_path / "out")
 
     assert written(tmp_path / "out") == []
@@ -135,14 +150,17 @@ def test_a_source_of_empty_documents_only_is_refused(byte_tokenizer, tmp_path):
     assert written(tmp_path / "out") == []
 
 
-def test_a_full_disk_leaves_nothing(byte_tokenizer, tmp_path):
+def test_a_full_disk_is_one_sentence(byte_tokenizer, tmp_path):
     (tmp_path / "long.txt").write_text("word " * 100_000)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
-        with pytest.raises(DataError, match=r"cannot write .*out\.idx: File too large"):
+        with pytest.raises(
+            DataError, match=r"cannot write .*out\.unfinished: File too large; what is done is kept"
+        ):
             prepare_data([tmp_path / "long.txt"], byte_tokenizer, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    assert written(tmp_path / "out") == []
+    prepare_data([tmp_path / "long.txt"], byte_tokenizer, tmp_path / "out")
+    assert written(tmp_path / "out") == FILES

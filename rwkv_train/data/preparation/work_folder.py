@@ -1,0 +1,253 @@
+"""What a preparation has done so far, on disk: killed at any moment, it goes on from the last journal.
+
+``PREFIX.unfinished/`` holds files that only grow (tokens, document records, signatures) and ``journal.json``, replaced
+as a whole, which says how much of them counts. What is beyond that is cut off when the folder is opened again.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from rwkv_train.data.binidx import add_suffix
+from rwkv_train.data.preparation.blocks import N_BAD_KEPT, TokenizedBlock
+from rwkv_train.data.preparation.stored_documents import RECORDS, SIGNATURES, TOKENS, StoredDocuments
+from rwkv_train.errors import DataError
+
+Json = dict[str, Any]
+
+SUFFIX = ".unfinished"
+"""Ending of the folder beside the output."""
+
+JOURNAL_SECONDS = 1.0
+"""Work that a kill can undo."""
+
+_FORMAT = "rwkv-train-unfinished/1"
+_JOURNAL, _LOCK = "journal.json", ".lock"
+
+
+@dataclass
+class Journal:
+    """What is done; the names are those in the file."""
+
+    reading: Json
+    """Tokenizer, inputs and options that the tokens depend on."""
+    dtype: str
+    """Of the ids."""
+    source: int = 0
+    """Index of the input that is read."""
+    block: int = 0
+    """Number of its next block."""
+    sources: list[Json] = field(default_factory=list)
+    """Path, size and hash of the inputs that are done."""
+    n_source_bytes: int = 0
+    """Bytes of all inputs that are done, as stored."""
+    n_documents: int = 0
+    n_tokens: int = 0
+    max_token: int = 0
+    domains: list[str] = field(default_factory=list)
+    n_empty: int = 0
+    n_bad: int = 0
+    first_bad: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    placing: Json | None = None
+    """When all files are made: what they were ``chosen`` by, their ``prefixes``, and the ``moves`` to their places."""
+
+
+class WorkFolder:
+    """The folder of a preparation that is not finished.
+
+    Args:
+        path: it is there, and locked by this process.
+        journal: what it starts from; the files are cut to it.
+
+    Raises:
+        DataError: a file is shorter than the journal says.
+    """
+
+    def __init__(self, path: Path, journal: Journal) -> None:
+        self.path = path
+        self.journal = journal
+        self._saved_at = time.monotonic()
+        self._files: dict[str, BinaryIO] = {}
+        if journal.placing is None:
+            for file, n_bytes in self.documents.lengths().items():
+                if file.name != SIGNATURES or journal.reading["options"]["signatures"]:
+                    self._files[file.name] = _open_cut(file, n_bytes)
+
+    @property
+    def documents(self) -> StoredDocuments:
+        """The documents so far; only what was saved is sure to be in the files."""
+        return StoredDocuments(self.path, self.journal.dtype, self.journal.n_tokens, self.journal.n_documents)
+
+    def add(self, block: TokenizedBlock) -> None:
+        """Append what a block holds; it counts when the journal is saved, a second later at most."""
+        journal = self.journal
+        index = {domain: number for number, domain in enumerate(journal.domains)}
+        numbers = [index.setdefault(domain, len(index)) for domain in block.domains]
+        records = block.records.copy()
+        records["first_token"] += journal.n_tokens
+        if numbers:
+            records["domain"] = np.array(numbers, "<u4")[records["domain"]]
+        self._files[TOKENS].write(block.tokens.astype(journal.dtype, copy=False).data)
+        self._files[RECORDS].write(records.tobytes())
+        if block.signatures is not None:
+            self._files[SIGNATURES].write(block.signatures.astype("<u4").tobytes())
+        # One assignment: a signal finds all of the block counted or nothing.
+        self.journal = replace(
+            journal,
+            block=journal.block + 1,
+            n_source_bytes=journal.n_source_bytes + block.n_source_bytes,
+            n_documents=journal.n_documents + len(records),
+            n_tokens=journal.n_tokens + len(block.tokens),
+            max_token=max(journal.max_token, int(block.tokens.max(initial=0))),
+            domains=list(index),
+            n_empty=journal.n_empty + block.n_empty,
+            n_bad=journal.n_bad + block.n_bad,
+            first_bad=[*journal.first_bad, *map(str, block.first_bad)][:N_BAD_KEPT],
+            left_out=dict(Counter(journal.left_out) + Counter(block.left_out)),
+        )
+        if time.monotonic() - self._saved_at > JOURNAL_SECONDS:
+            self.save()
+
+    def finish_source(self, described: Json) -> None:
+        """Note that an input is read to its end."""
+        journal = self.journal
+        self.journal = replace(
+            journal, sources=[*journal.sources, described], source=journal.source + 1, block=0
+        )
+        self.save()
+
+    def begin_placing(self, placing: Json) -> None:
+        """Note that all files are made, and only have to be moved."""
+        self.journal = replace(self.journal, placing=placing)
+        self.save()
+
+    def save(self) -> None:
+        """Make what was added count, on the disk itself."""
+        for growing in self._files.values():
+            growing.flush()
+            os.fsync(growing.fileno())
+        new = self.path / f"{_JOURNAL}.new"
+        with new.open("w", encoding="utf-8") as file:
+            json.dump({"format": _FORMAT, **asdict(self.journal)}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self.path / _JOURNAL)
+        self._saved_at = time.monotonic()
+
+    def close(self) -> None:
+        """Close the files, whatever becomes of their last bytes."""
+        for file in self._files.values():
+            with suppress(OSError):  # a full disk; what counts is on it already
+                file.close()
+
+    def remove(self) -> None:
+        """Remove the folder; the journal goes last."""
+        for path in self.path.iterdir():
+            if path.name in (_JOURNAL, _LOCK):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        for name in (_JOURNAL, _LOCK):
+            (self.path / name).unlink(missing_ok=True)
+        self.path.rmdir()
+
+
+@contextmanager
+def open_work_folder(prefix: Path, reading: Json, dtype: str, *, overwrite: bool) -> Iterator[WorkFolder]:
+    """Make or open ``PREFIX.unfinished/``, for this process alone.
+
+    Left by an exception, it keeps what is done; if that is nothing, it disappears.
+
+    Args:
+        prefix: path of the output without its endings.
+        reading: see :class:`Journal`.
+        dtype: of the ids.
+        overwrite: begin anew where the folder belongs to other settings, instead of refusing.
+
+    Raises:
+        DataError: it is in use, belongs to other settings, is damaged, or cannot be written.
+    """
+    path = add_suffix(prefix, SUFFIX)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / _LOCK, blocking=False)
+        with lock:
+            journal = _read_journal(path, reading, dtype, overwrite=overwrite)
+            folder = WorkFolder(path, journal)
+            try:
+                yield folder
+            except BaseException as error:
+                if folder.journal.n_documents == 0:
+                    folder.remove()
+                elif not isinstance(error, OSError):  # the disk may be full
+                    folder.save()
+                raise
+            finally:
+                folder.close()
+    except Timeout:
+        raise DataError(
+            f"{prefix} is being prepared by another process: wait for it, or choose another --output"
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"cannot write {error.filename or path}: {error.strerror or error}; what is done is kept, and the same "
+            "command goes on from there"
+        ) from error
+
+
+def _read_journal(path: Path, reading: Json, dtype: str, *, overwrite: bool) -> Journal:
+    file = path / _JOURNAL
+    if not file.exists():
+        return Journal(reading, dtype)
+    try:
+        fields = json.loads(file.read_bytes())
+        if fields.pop("format") != _FORMAT:
+            raise ValueError("it is of another version")
+        journal = Journal(**fields)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{file} is not the journal of an unfinished preparation ({error}): remove {path}"
+        ) from error
+    differences = _differences(journal.reading, json.loads(json.dumps(reading)))
+    if not differences:
+        return journal
+    if overwrite:
+        return Journal(reading, dtype)
+    raise DataError(
+        f"{path} holds an unfinished preparation of other things: {'; '.join(differences)}. Give the same command "
+        "again to go on with it, or --overwrite to begin anew"
+    )
+
+
+def _differences(before: Json, now: Json) -> list[str]:
+    """Say what is not the same, in the words of the journal."""
+    found = []
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += [f"{name}.{line}" for line in _differences(old, new)]
+        elif old != new:
+            found.append(f"{name} was {old}, is {new}")
+    return found
+
+
+def _open_cut(path: Path, n_bytes: int) -> BinaryIO:
+    file = path.open("ab")
+    if file.tell() < n_bytes:
+        file.close()
+        raise DataError(f"{path} is cut off: its journal tells of {n_bytes} bytes; remove {path.parent}")
+    file.truncate(n_bytes)
+    return file
