@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "data": {"config", "tokenizers"},
     "checkpoints": {"config", "models", "tokenizers"},
     "generation": {"config", "models", "checkpoints", "tokenizers"},
-    "evaluation": {"config", "models", "ops", "checkpoints", "tokenizers", "data"},
+    "evaluation": {"config", "models", "ops", "checkpoints", "tokenizers", "data", "generation"},
     "parallel": {"config"},
     "training": BELOW_TRAINING,
     "planning": BELOW_TRAINING | {"training"},
@@ -40,6 +40,7 @@ ONLY_IN = {
     "typer": ("commands/",),
     "rich": ("commands/", "training/progress.py"),
     "wandb": ("training/loggers.py",),
+    "lm_eval": ("evaluation/harness.py", "evaluation/harness_tasks.py", "benchmarks/evaluating.py"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

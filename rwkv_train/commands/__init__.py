@@ -19,6 +19,8 @@ from rwkv_train.commands.bench import bench
 from rwkv_train.commands.chat import chat
 from rwkv_train.commands.checkpoints import checkpoints
 from rwkv_train.commands.convert_checkpoint import convert_checkpoint
+from rwkv_train.commands.eval_harness import eval_harness
+from rwkv_train.commands.eval_lambada import eval_lambada
 from rwkv_train.commands.eval_ppl import eval_ppl
 from rwkv_train.commands.generate import generate
 from rwkv_train.commands.init_weights import init_weights
@@ -53,6 +55,8 @@ _COMMANDS = (
     pretrain,
     prepare_data,
     eval_ppl,
+    eval_lambada,
+    eval_harness,
     convert_checkpoint,
     generate,
     chat,

@@ -12,6 +12,8 @@ COMMANDS = [
     "pretrain",
     "prepare-data",
     "eval-ppl",
+    "eval-lambada",
+    "eval-harness",
     "convert-checkpoint",
     "generate",
     "chat",
