@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from rwkv_train.errors import BackendError
 from rwkv_train.ops.backends import AUTO, Problem
-from rwkv_train.ops.context import PLAIN
+from rwkv_train.ops.context import PLAIN, SequenceContext, packed_context
 from rwkv_train.ops.prepare import OPERATORS, prepare_backend
 from rwkv_train.ops.wkv4 import wkv4
 from rwkv_train.ops.wkv5 import wkv5
@@ -30,16 +30,22 @@ class KernelSize(NamedTuple):
     T: int
     H: int
     N: int
+    packed: bool = False
+    """All tokens in one row, in sequences each half as long as the one before, down to one token."""
 
 
 STANDARD_SIZES = (
     KernelSize("wkv7", B=4, T=512, H=12, N=64),
+    KernelSize("wkv7", B=4, T=512, H=12, N=64, packed=True),
     KernelSize("wkv7", B=12, T=64, H=2, N=64),
     KernelSize("wkv6", B=4, T=512, H=12, N=64),
+    KernelSize("wkv6", B=4, T=512, H=12, N=64, packed=True),
     KernelSize("wkv6", B=12, T=64, H=2, N=64),
     KernelSize("wkv5", B=4, T=512, H=12, N=64),
+    KernelSize("wkv5", B=4, T=512, H=12, N=64, packed=True),
     KernelSize("wkv5", B=12, T=64, H=2, N=64),
     KernelSize("wkv4", B=4, T=512, H=1, N=768),
+    KernelSize("wkv4", B=4, T=512, H=1, N=768, packed=True),
     KernelSize("wkv4", B=12, T=64, H=1, N=128),
 )
 
@@ -75,8 +81,9 @@ def bench_kernels(
         dtype: dtype of all inputs but the log decay and the state, which are float32.
 
     Returns:
-        One row for each size, backend and pass: ``op``, ``backend``, ``B``, ``T``, ``H``, ``N``, ``device``,
-        ``dtype``, ``pass`` (``"forward"`` or ``"forward+backward"``), ``repeats``, ``ms`` (median) and ``min_ms``.
+        One row for each size, backend and pass: ``op``, ``backend``, ``B``, ``T``, ``H``, ``N``, ``packed``,
+        ``device``, ``dtype``, ``pass`` (``"forward"`` or ``"forward+backward"``), ``repeats``, ``ms`` (median) and
+        ``min_ms``.
 
     Raises:
         BackendError: an operator or a backend is unknown, or cannot run a size.
@@ -86,11 +93,12 @@ def bench_kernels(
     for size in sizes:
         if size.op not in OPERATORS:
             raise BackendError(f"there is no operator '{size.op}'; choose one of {', '.join(OPERATORS)}")
-        problem = Problem(device.type, dtype, None if size.op == "wkv4" else size.N)
+        problem = Problem(device.type, dtype, None if size.op == "wkv4" else size.N, size.packed)
         names = list(dict.fromkeys(prepare_backend(size.op, problem, name).name for name in backends))
         inputs, dy = _inputs(size, device, dtype)
+        context = packed_context(_halving(size.B * size.T).to(device)) if size.packed else PLAIN
         calls = {
-            (name, kind): _call(size.op, name, kind, inputs, dy)
+            (name, kind): _call(size.op, name, kind, inputs, dy, context)
             for name in names
             for kind in ("forward", "forward+backward")
         }
@@ -131,9 +139,19 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _call(op: str, backend: str, kind: str, inputs: Sequence[Tensor], dy: Tensor) -> Callable[[], None]:
+def _halving(n_tokens: int) -> Tensor:
+    """Return where sequences start of which each takes half of the tokens that are left, the last one all."""
+    starts = [0]
+    while starts[-1] < n_tokens:
+        starts.append(starts[-1] + (n_tokens - starts[-1] + 1) // 2)
+    return torch.tensor(starts)
+
+
+def _call(
+    op: str, backend: str, kind: str, inputs: Sequence[Tensor], dy: Tensor, context: SequenceContext
+) -> Callable[[], None]:
     def run() -> Tensor:
-        return RECURRENCES[op](*inputs, None, PLAIN, backend=backend)[0]
+        return RECURRENCES[op](*inputs, None, context, backend=backend)[0]
 
     def forward() -> None:
         with torch.no_grad():
@@ -152,14 +170,15 @@ def _inputs(size: KernelSize, device: torch.device, dtype: torch.dtype) -> tuple
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    shape: tuple[int, ...] = (size.B, size.T, size.H, size.N)
+    rows = (1, size.B * size.T) if size.packed else (size.B, size.T)
+    shape: tuple[int, ...] = (*rows, size.H, size.N)
     if size.op == "wkv7":
         w = -0.6065 * torch.sigmoid(random(*shape))
         key = F.normalize(random(*shape), dim=-1)
         others = [random(*shape), random(*shape), random(*shape), -key, key * torch.sigmoid(random(*shape))]
         inputs = [others[0], w, *others[1:]]
     elif size.op == "wkv4":
-        shape = (size.B, size.T, size.N)
+        shape = (*rows, size.N)
         w = -torch.exp(random(size.N))
         inputs = [w, random(size.N), random(*shape), random(*shape)]
     else:

@@ -8,18 +8,26 @@ from rwkv_train.ops.prepare import OPERATORS
 
 SMALL = (
     KernelSize("wkv7", B=1, T=9, H=2, N=8),
+    KernelSize("wkv7", B=2, T=9, H=2, N=8, packed=True),
     KernelSize("wkv6", B=1, T=9, H=2, N=8),
     KernelSize("wkv5", B=1, T=9, H=2, N=8),
-    KernelSize("wkv4", B=1, T=9, H=1, N=16),
+    KernelSize("wkv4", B=1, T=9, H=1, N=16, packed=True),
 )
 
 
 def test_there_is_a_row_for_each_size_backend_and_pass():
     rows = bench_kernels(SMALL, ("cpp", "torch"), repeats=3)
-    found = [(row["op"], row["N"], row["backend"], row["pass"]) for row in rows]
+    found = [(row["op"], row["N"], row["packed"], row["backend"], row["pass"]) for row in rows]
+    sizes = [
+        ("wkv7", 8, False),
+        ("wkv7", 8, True),
+        ("wkv6", 8, False),
+        ("wkv5", 8, False),
+        ("wkv4", 16, True),
+    ]
     expected = [
-        (op, width, backend, kind)
-        for op, width in (("wkv7", 8), ("wkv6", 8), ("wkv5", 8), ("wkv4", 16))
+        (*size, backend, kind)
+        for size in sizes
         for backend in ("cpp", "torch")
         for kind in ("forward", "forward+backward")
     ]
