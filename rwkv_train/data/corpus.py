@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rwkv_train.data.sources.base import UNKNOWN_DOMAIN, BadRecord, Document, SourceOptions
 from rwkv_train.data.sources.domains import DomainChoice, require_kept
-from rwkv_train.data.sources.opening import open_source
+from rwkv_train.data.sources.opening import open_sources
 from rwkv_train.errors import DataError
 
 __all__ = ["UNKNOWN_DOMAIN", "Document", "read_documents"]
@@ -39,23 +39,25 @@ def read_documents(
     Raises:
         DataError: an input is missing, empty, cut off or of another kind, or a record is not what it should be
             (the message names the file and the line or row); or no document is of the ``domains``.
+        ConfigError: an option changes nothing for any input.
     """
     choice = DomainChoice(domains)
-    bad: list[BadRecord] = []
+    bad: list[BadRecord] = []  # the first ones
     n_bad = 0
-    for name in inputs:
-        for block in open_source(str(name), options).blocks():
-            for record in block.records():
-                if isinstance(record, BadRecord):
-                    if not skip_bad:
-                        raise DataError(str(record))
-                    n_bad += 1
-                    if n_bad <= _N_SHOWN:
-                        bad.append(record)
-                elif choice.keeps(record.domain) and (record.text or keep_empty):
-                    yield record
-            if on_bytes is not None:
-                on_bytes(block.n_bytes)
-    if n_bad:
-        logger.warning("skipped %d bad records; the first: %s", n_bad, "; ".join(map(str, bad)))
+    try:
+        for source in open_sources(inputs, options):
+            for block in source.blocks():
+                for record in block.records():
+                    if isinstance(record, BadRecord):
+                        if not skip_bad:
+                            raise DataError(str(record))
+                        n_bad += 1
+                        bad = [*bad, record][:_N_SHOWN]
+                    elif choice.keeps(record.domain) and (record.text or keep_empty):
+                        yield record
+                if on_bytes is not None:
+                    on_bytes(block.n_bytes)
+    finally:  # also where the caller stops early
+        if n_bad:
+            logger.warning("skipped %d bad records; the first: %s", n_bad, "; ".join(map(str, bad)))
     require_kept(domains, choice.n_kept, choice.left_out)

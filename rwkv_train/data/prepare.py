@@ -17,7 +17,7 @@ from rwkv_train.data.preparation.signatures import require_rensa
 from rwkv_train.data.preparation.work_folder import open_work_folder
 from rwkv_train.data.preparation.workers import suitable_workers
 from rwkv_train.data.sidecar import Sidecar
-from rwkv_train.data.sources.opening import open_source
+from rwkv_train.data.sources.opening import open_sources
 from rwkv_train.errors import ConfigError, DataError
 from rwkv_train.tokenizers.base import Tokenizer, token_dtype
 
@@ -73,7 +73,7 @@ def prepare_data(
         raise ConfigError(f"--workers must be 1 or more, found {workers}")
     if options.dedup == "minhash":
         require_rensa()
-    sources = [open_source(str(name), options.source) for name in inputs]
+    sources = open_sources(inputs, options.source)
     n_workers = workers or suitable_workers([source.n_bytes for source in sources])
     progress = progress or Silence()
     prefixes = prefixes_of(output_prefix, options)

@@ -17,7 +17,7 @@ from rwkv_train.data.corpus import read_documents
 from rwkv_train.data.sources import lines as lines_module
 from rwkv_train.data.sources.base import BadRecord, Document, SourceOptions
 from rwkv_train.data.sources.opening import open_source
-from rwkv_train.errors import DataError
+from rwkv_train.errors import ConfigError, DataError
 
 TEXTS = ["first\nline", "café 日本", 'a "quoted", word', "", "tab\there", "x" * 1000]
 DOMAINS = ["code", "prose", "code", "prose", "code", "prose"]
@@ -418,3 +418,26 @@ def test_documents_of_chosen_domains_are_read(tmp_path):
         DataError, match="no document is of the domain 'verse'; the domains there are: 'code', 'prose'"
     ):
         list(read_documents([path], options=options, domains={"verse"}))
+
+
+def test_all_inputs_are_opened_before_the_first_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+
+    with pytest.raises(DataError, match="absent"):
+        next(read_documents([tmp_path / "a.txt", tmp_path / "absent.txt"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"pair_tokenizer": "world"}, "--pair-tokenizer"),
+        ({"dataset_streaming": True}, "--streaming"),
+        ({"text_column": "body"}, "--text-column"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_option_that_changes_nothing_is_refused(options, name, tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+
+    with pytest.raises(ConfigError, match=f"{name} changes nothing for .*; leave it out"):
+        list(read_documents([tmp_path], options=SourceOptions(**options)))

@@ -12,6 +12,7 @@ from rwkv_train.errors import DataError
 
 __all__ = [
     "BLOCK_BYTES",
+    "COLUMN_OPTIONS",
     "MAX_RECORD_BYTES",
     "UNKNOWN_DOMAIN",
     "BadRecord",
@@ -75,6 +76,9 @@ class SourceOptions(NamedTuple):
     """What ``load_tokenizer`` takes, for a ``.bin/.idx`` pair without a sidecar that names it."""
 
 
+COLUMN_OPTIONS = frozenset({"text_column", "domain_column"})
+
+
 class Block(Protocol):
     """A few megabytes of raw records: small to send to another process, which then parses them."""
 
@@ -97,6 +101,8 @@ class Source(ABC):
     """As the user knows it."""
     n_bytes: int | None
     """Bytes as stored, over all blocks; ``None``: not known before the end."""
+    uses: frozenset[str]
+    """Names of the ``SourceOptions`` that change how it is read."""
 
     def blocks(self, start: int = 0) -> Iterator[Block]:
         """Yield the blocks, always the same ones, without the first ``start``.
@@ -115,7 +121,7 @@ class Source(ABC):
 
 
 class FileSource(Source):
-    """A source that is one file.
+    """A source that is one file, whose records have named fields.
 
     Args:
         path: the file.
@@ -124,6 +130,8 @@ class FileSource(Source):
     Raises:
         DataError: there is no such file, or it is empty.
     """
+
+    uses = COLUMN_OPTIONS
 
     def __init__(self, path: Path, options: SourceOptions) -> None:
         self.path = path

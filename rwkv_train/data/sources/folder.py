@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from rwkv_train.data.sources.base import Block, Source, SourceIdentity, SourceOptions, cannot_read, hash_file
+from rwkv_train.data.sources.base import (
+    COLUMN_OPTIONS,
+    Block,
+    Source,
+    SourceIdentity,
+    SourceOptions,
+    cannot_read,
+    hash_file,
+)
 from rwkv_train.data.sources.formats import FORMATS, SUFFIXES, format_of
 from rwkv_train.data.sources.text import TextFile, group_text_files
 from rwkv_train.errors import DataError
@@ -51,6 +59,7 @@ class FolderSource(Source):
             )
         if kinds:
             logger.warning("%s: %d files of other kinds are left out: %s", path, left_out.total(), kinds)
+        self.uses = frozenset() if all(self._is_text(file) for file, _ in self._files) else COLUMN_OPTIONS
         self.n_bytes = sum(n_bytes for _, n_bytes in self._files)
 
     def describe(self) -> SourceIdentity:

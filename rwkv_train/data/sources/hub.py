@@ -5,7 +5,15 @@ from collections.abc import Iterator
 
 from rwkv_train.config.data import DatasetConfig
 from rwkv_train.data.hub_dataset import open_text_dataset, show
-from rwkv_train.data.sources.base import BLOCK_BYTES, BadRecord, Block, Source, SourceIdentity, SourceOptions
+from rwkv_train.data.sources.base import (
+    BLOCK_BYTES,
+    COLUMN_OPTIONS,
+    BadRecord,
+    Block,
+    Source,
+    SourceIdentity,
+    SourceOptions,
+)
 from rwkv_train.data.sources.rows import Row, RowBlock
 from rwkv_train.errors import DataError
 
@@ -25,6 +33,8 @@ class HubSource(Source):
     Raises:
         DataError: there is no such dataset, or it cannot be reached.
     """
+
+    uses = COLUMN_OPTIONS | {"dataset_config", "dataset_split", "dataset_streaming"}
 
     def __init__(self, path: str, options: SourceOptions) -> None:
         self.options = options

@@ -12,7 +12,7 @@ from rwkv_train.data.sources.base import BLOCK_BYTES, MAX_RECORD_BYTES, cannot_r
 from rwkv_train.errors import DataError
 
 _PIECE_BYTES = 1 << 20
-_ZSTD_PIECE_BYTES = 1 << 11  # 64 MB of text at most: a block of 128 KiB can be written in four bytes
+_ZSTD_PIECE_BYTES = 1 << 13  # 256 MiB of text at most: a block of 128 KiB can be written in four bytes
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it before UTF-8; it is no text
 
 

@@ -1,5 +1,6 @@
 """Find out what an input is, and open it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rwkv_train.data.binidx import add_suffix
@@ -8,6 +9,27 @@ from rwkv_train.data.sources.folder import FolderSource
 from rwkv_train.data.sources.formats import PAIR, format_of
 from rwkv_train.data.sources.hub import HUB_PREFIX, HubSource
 from rwkv_train.data.sources.pair import PairSource
+from rwkv_train.errors import ConfigError
+
+_COMMAND_OPTIONS = {"dataset_streaming": "--streaming"}  # of another name than the field
+
+
+def open_sources(names: Sequence[str | Path], options: SourceOptions | None = None) -> list[Source]:
+    """Open several inputs, so that what is wrong with the last is known before the first is read.
+
+    Raises:
+        DataError: as :func:`open_source`.
+        ConfigError: an option changes nothing for any of them.
+    """
+    options = options or SourceOptions()
+    sources = [open_source(str(name), options) for name in names]
+    defaults = SourceOptions()
+    for field, value in options._asdict().items():
+        is_chosen = field != "format" and value != getattr(defaults, field)
+        if is_chosen and not any(field in source.uses for source in sources):
+            option = _COMMAND_OPTIONS.get(field, "--" + field.replace("_", "-"))
+            raise ConfigError(f"{option} changes nothing for {', '.join(map(str, names))}; leave it out")
+    return sources
 
 
 def open_source(name: str, options: SourceOptions | None = None) -> Source:

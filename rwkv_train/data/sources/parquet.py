@@ -14,6 +14,9 @@ from rwkv_train.errors import DataError
 
 _MAX_ROWS = 1 << 12  # of a block: a dictionary may make many long texts of few bytes
 _BUFFER_BYTES = 1 << 20  # read a column page by page, not whole
+_TEXT_TYPES = {
+    pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()
+}  # fmt: skip
 
 
 class ParquetSource(FileSource):
@@ -122,13 +125,11 @@ def _is_text(kind: pa.DataType) -> bool:
     """Say whether a column holds strings; some writers forget to say that their bytes are text."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    types = pa.types
-    is_string = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    return is_string or types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+    return kind in _TEXT_TYPES
 
 
 def _is_domain(kind: pa.DataType) -> bool:
-    return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_struct(kind)
+    return _is_text(kind) or bool(pa.types.is_integer(kind) or pa.types.is_struct(kind))
 
 
 def _one_line(error: BaseException) -> str:

@@ -28,6 +28,8 @@ class TextFile(NamedTuple):
 class TextSource(FileSource):
     """A ``.txt`` or ``.md`` file; its domain is the file's name without the ending."""
 
+    uses = frozenset[str]()
+
     def _cut(self) -> Iterator[Block]:
         assert self.n_bytes is not None
         yield TextBlock((TextFile(self.path, self.path.stem, self.n_bytes),))
