@@ -16,6 +16,8 @@ _SAVED_DATASET, _SAVED_SPLITS = (
     "dataset_dict.json",
 )  # files that save_to_disk leaves in its folder
 
+_META = "meta"  # the Pile's column, whose pile_set_name is the domain
+
 
 class Row(NamedTuple):
     """One row of a dataset; its values are not looked at yet."""
@@ -24,7 +26,7 @@ class Row(NamedTuple):
     """From 0, in the order of the dataset."""
     text: object
     domain: object
-    """``None`` where the dataset has no column for it."""
+    """``None`` where the dataset has no column for it; that of ``meta`` where no column was chosen."""
 
 
 class TextDataset:
@@ -40,10 +42,11 @@ class TextDataset:
 
     def __init__(self, spec: DatasetConfig, dataset: Any) -> None:
         self.spec = spec
-        wanted = [name for name in (spec.text_column, spec.domain_column) if name is not None]
         known = dataset.column_names
         if known is None:  # a streamed dataset may learn its columns from its first row only
             known = list(next(_guarded(spec, iter(dataset)), {}))
+        self._domain_column = spec.domain_column or (_META if _META in known else None)
+        wanted = [name for name in (spec.text_column, self._domain_column) if name is not None]
         for column in wanted:
             if column not in known:
                 raise DataError(
@@ -78,7 +81,7 @@ class TextDataset:
             return  # the library cannot select nothing at the end
         else:
             dataset = dataset.select(range(start, len(dataset)))
-        text_column, domain_column = self.spec.text_column, self.spec.domain_column
+        text_column, domain_column = self.spec.text_column, self._domain_column
         for number, row in enumerate(_guarded(self.spec, iter(dataset)), start=first):
             if number >= start:
                 yield Row(number, row[text_column], None if domain_column is None else row[domain_column])

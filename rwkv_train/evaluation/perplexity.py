@@ -1,108 +1,241 @@
-"""Perplexity of documents: every token of each document is scored once, in the context of all before it.
+"""Perplexity of documents: every token of each document is scored once, in the context that the mode gives it.
 
-A document starts from a state of zero. The model reads an end-of-document token and then the document, and
-is scored on the document: the inputs are ``[end_of_document] + tokens[:-1]``, the targets ``tokens``. The
-state is carried through the whole document, however long, so the result does not depend on the length of the
-chunks in which it is read: it is that of one infinite window. The end-of-document token is not scored,
-because it stands for no bytes of text.
+The model reads a prefix, as a rule the end-of-document token, and then the document, and is scored on the document:
+the inputs are ``[prefix] + tokens[:-1]``, the targets ``tokens``. The prefix is not scored, because it stands for no
+bytes of text. What else is known when a token is predicted, the mode says:
+
+- ``stateful``: all of the document before it. The state is carried from the first token to the last, so the result is
+  that of one infinite window.
+- ``windowed``: what stands before it in its window, as in lm-evaluation-harness.
+- ``stream``: all of the data before it. Documents are read in the order given, with the prefix between them.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from rwkv_train.data.corpus import Document
+from rwkv_train.data.sources.base import Document
 from rwkv_train.data.stored import TokenDocument
-from rwkv_train.errors import DataError
-from rwkv_train.evaluation.scoring import BATCH_SIZE, CHUNK_LEN, Sequence, score_sequences
-from rwkv_train.evaluation.totals import Report, Totals
-from rwkv_train.models.lm import LanguageModel
+from rwkv_train.errors import ConfigError, DataError
+from rwkv_train.evaluation.report import Report
+from rwkv_train.evaluation.scoring import BATCH_SIZE, CHUNK_LEN, Score, Sequence, score_sequences
+from rwkv_train.evaluation.stream import score_stream
+from rwkv_train.evaluation.totals import Totals, count_words
+from rwkv_train.evaluation.windows import Piece, rolling_windows, streamed, whole
+from rwkv_train.models.lm import NO_TARGET, LanguageModel
 from rwkv_train.tokenizers import Tokenizer
 from rwkv_train.tokenizers.base import TokenArray
+
+
+class Mode(StrEnum):
+    """What is known when a token is predicted."""
+
+    STATEFUL = "stateful"
+    WINDOWED = "windowed"
+    STREAM = "stream"
+
+
+class Reading(NamedTuple):
+    """How documents are read."""
+
+    mode: Mode = Mode.STATEFUL
+    window: int | None = None
+    """Tokens of a window, for ``windowed``."""
+    prefix_token: int | None = 0
+    """Read before a document, or between documents of a stream; ``None``: the first token is not scored."""
+    batch_size: int = BATCH_SIZE
+    """Sequences that are read side by side; a stream is read in chunks as large as the whole batch."""
+    chunk_len: int = CHUNK_LEN
+    """Tokens of each that are read at once; neither size changes the result beyond rounding."""
+
+
+class TokenizedText(NamedTuple):
+    """A document to be scored."""
+
+    number: int
+    """Its position in the data, from 0."""
+    tokens: TokenArray
+    domain: str
+    n_bytes: int
+    n_words: int
+
+
+def require_reading(mode: Mode, window: int | None, *, has_prefix: bool) -> None:
+    """Refuse settings that do not go together.
+
+    Raises:
+        ConfigError: with their names.
+    """
+    if mode is Mode.WINDOWED and window is None:
+        raise ConfigError("--mode windowed needs --window N, the tokens that are read in one window")
+    if mode is not Mode.WINDOWED and window is not None:
+        raise ConfigError(
+            f"--window {window} has a meaning with --mode windowed only; the mode is {mode.value}"
+        )
+    if window is not None and window < 1:
+        raise ConfigError(f"--window is {window}; it must be at least 1")
+    if mode is Mode.STREAM and not has_prefix:
+        raise ConfigError("--mode stream needs a token between documents; --prefix-token none gives it none")
+
+
+def tokenize(tokenizer: Tokenizer, documents: Iterable[tuple[int, Document]]) -> Iterator[TokenizedText]:
+    """Yield the tokens of numbered documents, with the bytes and words of their text."""
+    for number, (text, domain) in documents:
+        tokens = tokenizer.encode_arrays([text])[0]
+        yield TokenizedText(number, tokens, domain, len(text.encode()), count_words(text))
 
 
 def evaluate_documents(
     model: LanguageModel,
     tokenizer: Tokenizer,
     documents: Iterable[Document],
+    reading: Reading | None = None,
     *,
-    batch_size: int = BATCH_SIZE,
-    chunk_len: int = CHUNK_LEN,
     on_document: Callable[[Totals], None] | None = None,
 ) -> Report:
-    """Score text; see :func:`evaluate_tokens` for the arguments.
+    """Score text; see :func:`evaluate` for the arguments.
+
+    Args:
+        model: the model, on any device.
+        tokenizer: its tokenizer.
+        documents: read once, in order.
+        reading: as a rule each document whole, after the tokenizer's end-of-document token.
+        on_document: called with the totals of each document when it is done.
 
     Raises:
         DataError: there is no text, or the tokenizer has tokens beyond the model's vocabulary.
     """
-    tokenized = (
-        TokenDocument(tokenizer.encode_arrays([text])[0], domain, len(text.encode()))
-        for text, domain in documents
-    )
-    report = evaluate_tokens(
-        model,
-        tokenized,
-        end_of_document=tokenizer.end_of_document,
-        batch_size=batch_size,
-        chunk_len=chunk_len,
-        on_document=on_document,
-    )
-    if not report.total.tokens:
-        raise DataError("there is nothing to score: the data holds no document with text")
+    reading = reading or Reading(prefix_token=tokenizer.end_of_document)
+    report = evaluate(model, tokenize(tokenizer, enumerate(documents)), reading, on_document=on_document)
+    require_scored(report)
     return report
 
 
 def evaluate_tokens(
     model: LanguageModel,
     documents: Iterable[TokenDocument],
+    reading: Reading | None = None,
     *,
-    end_of_document: int = 0,
-    batch_size: int = BATCH_SIZE,
-    chunk_len: int = CHUNK_LEN,
     on_document: Callable[[Totals], None] | None = None,
 ) -> Report:
-    """Score tokenized documents, several side by side; neither size changes the result beyond rounding.
+    """Score documents that are tokenized already; see :func:`evaluate`. Their words are not known."""
+    texts = (
+        TokenizedText(number, tokens, domain, n_bytes, n_words=0)
+        for number, (tokens, domain, n_bytes) in enumerate(documents)
+    )
+    return evaluate(model, texts, reading or Reading(), on_document=on_document)
+
+
+def evaluate(
+    model: LanguageModel,
+    texts: Iterable[TokenizedText],
+    reading: Reading,
+    *,
+    on_document: Callable[[Totals], None] | None = None,
+) -> Report:
+    """Score tokenized documents, several side by side.
 
     Memory does not grow with the number of documents, nor with the length of one beyond its tokens and losses.
     Documents without tokens are passed over.
 
     Args:
         model: the model, on any device.
-        documents: read once, in order.
-        end_of_document: the token that stands before each document.
-        batch_size: documents that are read side by side.
-        chunk_len: tokens of each that are read at once; more is faster and takes more memory.
+        texts: read once, in order.
+        reading: how they are read.
         on_document: called with the totals of each document when it is done.
 
     Returns:
-        Sums of nats, tokens and bytes by domain, added up in float64.
+        Sums by domain, added up in float64.
 
     Raises:
-        ConfigError: ``batch_size`` or ``chunk_len`` is below 1.
-        DataError: a token is beyond the model's vocabulary.
-        CheckpointError: the model's loss is not finite.
+        ConfigError: a size is below 1, or settings do not go together.
+        DataError: a token is outside the model's vocabulary.
+        CheckpointError: a loss is not finite.
     """
-    domains: dict[str, Totals] = {}
-    pending: dict[int, TokenDocument] = {}  # those that the scoring has taken and not yet given back
-
-    def sequences() -> Iterator[Sequence]:
-        index = 0
-        for document in documents:
-            if len(document.tokens):
-                pending[index] = document
-                yield _sequence(document.tokens, end_of_document)
-                index += 1
-
-    for score in score_sequences(model, sequences(), batch_size=batch_size, chunk_len=chunk_len):
-        document = pending.pop(score.index)
-        nats = float(score.losses.sum(dtype=np.float64))
-        totals = Totals(1, len(document.tokens), document.n_bytes, nats)
-        domains[document.domain] = domains.get(document.domain, Totals()) + totals
+    require_reading(reading.mode, reading.window, has_prefix=reading.prefix_token is not None)
+    report = Report()
+    texts = (text for text in texts if len(text.tokens))
+    for scored in _score(model, texts, reading):
+        text, losses = scored.text, scored.losses
+        assert losses is not None
+        n_unscored = 1 if reading.prefix_token is None else 0
+        totals = Totals(
+            documents=1,
+            tokens=len(text.tokens) - n_unscored,
+            bytes=text.n_bytes,
+            words=text.n_words,
+            nats=float(losses.sum(dtype=np.float64)),
+        )
+        report.add(text.domain, totals, losses, number=text.number, n_unscored=n_unscored)
         if on_document is not None:
             on_document(totals)
-    return Report(dict(sorted(domains.items())))
+    return report
 
 
-def _sequence(tokens: TokenArray, prefix_token: int) -> Sequence:
-    text = np.concatenate([np.array([prefix_token], np.int32), tokens.astype(np.int32)])
-    return Sequence(inputs=text[:-1], targets=text[1:])
+def require_scored(report: Report) -> None:
+    """Refuse a report of nothing.
+
+    Raises:
+        DataError: no token was scored.
+    """
+    if not report.total.tokens:
+        raise DataError("there is nothing to score: the data holds no document with text")
+
+
+class _Unfinished:
+    """A document of which some pieces are not scored yet."""
+
+    def __init__(self, text: TokenizedText) -> None:
+        self.text = text
+        self.losses: npt.NDArray[np.floating] | None = None
+        self.n_missing = 0
+
+    def add(self, score: Score, piece: Piece) -> None:
+        if self.losses is None:
+            self.losses = np.zeros(len(self.text.tokens), score.losses.dtype)
+        losses = score.losses[piece.sequence.targets != NO_TARGET]
+        self.losses[piece.start : piece.start + len(losses)] = losses
+        self.n_missing -= 1
+
+
+def _score(model: LanguageModel, texts: Iterable[TokenizedText], reading: Reading) -> Iterator[_Unfinished]:
+    """Yield documents with all their losses, as they are done."""
+    taken: dict[int, tuple[_Unfinished, Piece]] = {}  # by the number of the sequence, until it is scored
+
+    def sequences() -> Iterator[Sequence]:
+        n_sequences = 0
+        for text in texts:
+            unfinished = _Unfinished(text)
+            pieces = list(_cut(text.tokens, reading))
+            unfinished.n_missing = len(pieces)
+            for piece in pieces:
+                taken[n_sequences] = (unfinished, piece)
+                n_sequences += 1
+                yield piece.sequence
+
+    if reading.mode is Mode.STREAM:
+        scores = score_stream(model, sequences(), chunk_len=reading.batch_size * reading.chunk_len)
+    else:
+        scores = score_sequences(
+            model, sequences(), batch_size=reading.batch_size, chunk_len=reading.chunk_len
+        )
+    for score in scores:
+        unfinished, piece = taken.pop(score.index)
+        unfinished.add(score, piece)
+        if not unfinished.n_missing:
+            yield unfinished
+
+
+def _cut(tokens: TokenArray, reading: Reading) -> Iterator[Piece]:
+    """Yield the sequences that score a document, at least one."""
+    if reading.mode is Mode.WINDOWED:
+        assert reading.window is not None
+        yield from rolling_windows(tokens, reading.prefix_token, reading.window)
+    elif reading.mode is Mode.STREAM:
+        assert reading.prefix_token is not None
+        yield from streamed(tokens, reading.prefix_token)
+    else:
+        yield from whole(tokens, reading.prefix_token)

@@ -1,7 +1,10 @@
 """Sums over scored documents, and the rates that are made of them."""
 
 import math
+import re
 from typing import Any, NamedTuple
+
+BITS_PER_NAT = 1 / math.log(2)
 
 
 class Totals(NamedTuple):
@@ -9,9 +12,11 @@ class Totals(NamedTuple):
 
     documents: int = 0
     tokens: int = 0
-    """Scored tokens: all of the documents' text; the end-of-document tokens are not scored."""
+    """Scored tokens; the end-of-document tokens are not scored."""
     bytes: int = 0
     """Length of the documents' text in UTF-8."""
+    words: int = 0
+    """What whitespace separates, as lm-evaluation-harness counts; 0 where the text is not at hand."""
     nats: float = 0.0
     """Negative log-likelihood of the scored tokens."""
 
@@ -20,13 +25,24 @@ class Totals(NamedTuple):
             self.documents + other.documents,
             self.tokens + other.tokens,
             self.bytes + other.bytes,
+            self.words + other.words,
             self.nats + other.nats,
         )
 
     @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
     def token_ppl(self) -> float:
         """Perplexity of a token; compares only with numbers of the same tokenizer."""
-        return _exp(self.nats / self.tokens)
+        return _exp(self.loss)
+
+    @property
+    def word_ppl(self) -> float:
+        """Perplexity of a word, whatever the tokenizer; languages without spaces have few words."""
+        return _exp(self.nats / self.words)
 
     @property
     def byte_ppl(self) -> float:
@@ -41,27 +57,22 @@ class Totals(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         """Return sums and rates as JSON's types; a rate per nothing, or beyond the largest float, is null."""
         return self._asdict() | {
+            "loss": self.loss if self.tokens else None,
             "token_ppl": _finite(self.token_ppl) if self.tokens else None,
+            "word_ppl": _finite(self.word_ppl) if self.words else None,
             "byte_ppl": _finite(self.byte_ppl) if self.bytes else None,
             "bits_per_byte": self.bits_per_byte if self.bytes else None,
         }
 
 
-class Report(NamedTuple):
-    """The result of an evaluation."""
+def count_words(text: str) -> int:
+    """Count the words of a text, as lm-evaluation-harness does: the pieces between runs of whitespace.
 
-    domains: dict[str, Totals]
-    """Totals of each domain, by name in alphabetical order."""
-
-    @property
-    def total(self) -> Totals:
-        """Totals of all documents: sums, not a mean of the domains' rates."""
-        return sum(self.domains.values(), start=Totals())
-
-    def to_json(self) -> dict[str, Any]:
-        """Return ``{"total": {...}, "domains": {name: {...}}}``."""
-        domains = {name: totals.to_json() for name, totals in self.domains.items()}
-        return {"total": self.total.to_json(), "domains": domains}
+    Example:
+        >>> count_words("two  words")
+        2
+    """
+    return len(re.split(r"\s+", text))
 
 
 def bits_per_byte(total_nats: float, total_bytes: int) -> float:
@@ -83,7 +94,7 @@ def bits_per_byte(total_nats: float, total_bytes: int) -> float:
     """
     if total_bytes <= 0:
         raise ValueError(f"total_bytes is {total_bytes}; it must be positive")
-    return total_nats / (total_bytes * math.log(2))
+    return total_nats / total_bytes * BITS_PER_NAT
 
 
 def _exp(x: float) -> float:

@@ -10,7 +10,7 @@ import torch
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.data.stored import Corpus, TokenDocument
 from rwkv_train.errors import DataError
-from rwkv_train.evaluation.perplexity import evaluate_tokens
+from rwkv_train.evaluation.perplexity import Reading, evaluate_tokens
 from rwkv_train.evaluation.totals import Totals
 from rwkv_train.generation.generate import generate
 from rwkv_train.generation.sampling import SamplingSettings
@@ -36,14 +36,17 @@ class Validation(NamedTuple):
     @property
     def loss(self) -> float:
         """Pooled nats per token."""
-        return self.totals[POOLED].nats / self.totals[POOLED].tokens
+        return self.totals[POOLED].loss
 
     def as_metrics(self) -> dict[str, float]:
         """Return the columns of a metrics row; see :func:`metric_columns`."""
-        row = {"val_loss": self.loss}
+        row = {}
         for domain, totals in self.totals.items():
+            loss, bits_per_byte = _columns(domain)
+            if totals.tokens:
+                row[loss] = totals.loss
             if totals.bytes:
-                row[_column(domain)] = totals.bits_per_byte
+                row[bits_per_byte] = totals.bits_per_byte
         return row
 
     def to_json(self) -> dict[str, Any]:
@@ -105,14 +108,14 @@ class Validator:
         calls = ModelCalls(model, self._processes, together=self._settings.is_sharded, beat=self._beat)
         by_domain: dict[str, Totals] = {}
         with self._processes.failing_together(), calls.finished_by_all():
-            by_domain = evaluate_tokens(
-                calls.as_model(),
-                self._documents,
-                end_of_document=self._tokenizer.end_of_document,
+            reading = Reading(
+                prefix_token=self._tokenizer.end_of_document,
                 # What fits in memory for training fits here. The result does not depend on either.
                 batch_size=self._settings.micro_batch_size,
                 chunk_len=self._ctx_len,
-            ).domains
+            )
+            report = evaluate_tokens(calls.as_model(), self._documents, reading)
+            by_domain = {domain: sums.totals for domain, sums in report.domains.items()}
         sums = torch.tensor(
             [
                 [list(part.get(domain, Totals())) for domain in self.domains]
@@ -121,8 +124,10 @@ class Validator:
             dtype=torch.float64,
         ).sum(dim=0)
         totals = {
-            domain: Totals(int(documents), int(tokens), int(n_bytes), nats)
-            for domain, (documents, tokens, n_bytes, nats) in zip(self.domains, sums.tolist(), strict=True)
+            domain: Totals(int(documents), int(tokens), int(n_bytes), int(words), nats)
+            for domain, (documents, tokens, n_bytes, words, nats) in zip(
+                self.domains, sums.tolist(), strict=True
+            )
         }
         pooled = Totals()
         for part in totals.values():
@@ -153,7 +158,7 @@ class Validator:
 
 def metric_columns(domains: list[str]) -> list[str]:
     """Return the names of the metrics of a validation over these domains."""
-    return ["val_loss", *(_column(domain) for domain in [POOLED, *domains])]
+    return [column for domain in [POOLED, *domains] for column in _columns(domain)]
 
 
 def select_documents(corpus: Corpus, tokenizer: Tokenizer, n_tokens: int) -> list[TokenDocument]:
@@ -181,8 +186,10 @@ def _cut(document: TokenDocument, tokenizer: Tokenizer, n_tokens: int) -> TokenD
     return TokenDocument(tokens, document.domain, n_bytes)
 
 
-def _column(domain: str) -> str:
-    return "val_bits_per_byte" if domain == POOLED else f"val_bits_per_byte/{domain}"
+def _columns(domain: str) -> tuple[str, str]:
+    """Return the names of the loss and of the bits per byte of a domain."""
+    suffix = "" if domain == POOLED else f"/{domain}"
+    return f"val_loss{suffix}", f"val_bits_per_byte{suffix}"
 
 
 def _one_line(validation: Validation) -> str:

@@ -60,6 +60,13 @@ def test_a_dataset_of_files_gives_its_documents(streaming, files, tmp_path, monk
     assert found == [Document(text, "a") for text in TEXTS]
 
 
+@pytest.mark.parametrize("meta", [{"pile_set_name": "ArXiv"}, '{"pile_set_name": "ArXiv"}'], ids=["object", "string"])
+def test_meta_of_a_dataset_is_read_as_in_json_lines(meta, tmp_path):
+    dataset(text=["x"], meta=[meta]).save_to_disk(tmp_path / "d")
+
+    assert records(f"hf:{tmp_path / 'd'}") == [Document("x", "ArXiv")]
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_a_dataset_goes_on_from_any_block_and_its_hash_is_that_of_its_texts(tmp_path):
     dataset(text=[f"text {number} " * 20 for number in range(300)]).save_to_disk(tmp_path / "one")

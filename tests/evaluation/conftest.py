@@ -69,9 +69,9 @@ def model(request):
 
 @pytest.fixture
 def documents():
-    """Twelve documents of two domains, from one token to 700."""
+    """Twelve documents of two domains, from one token to 200."""
     random = np.random.default_rng(5)
-    lengths = [3, 700, 1, 64, 65, 17, 130, 2, 40, 41, 300, 128]
+    lengths = [3, 200, 1, 64, 65, 17, 130, 2, 40, 41, 9, 30]
     return [
         TokenDocument(random.integers(0, 257, n).astype(np.uint16), "prose" if n % 2 else "code", n + 1)
         for n in lengths
