@@ -2,6 +2,7 @@
 
 Each is refused with one line that names the file, or its bad records are counted and passed over, or it is still
 valid. Nothing else is raised, nothing hangs, and nothing takes memory that the file's size does not justify.
+A corpus prepared from it has just the documents that can be read.
 """
 
 import csv
@@ -24,16 +25,17 @@ import zstandard
 from pyarrow import parquet as pq
 
 from rwkv_train.data.binidx import TokenFileWriter
+from rwkv_train.data.preparation.options import PrepareOptions
+from rwkv_train.data.prepare import prepare_data
 from rwkv_train.data.sources.base import BadRecord, Document, SourceOptions
 from rwkv_train.data.sources.opening import open_source
 from rwkv_train.errors import DataError
+from rwkv_train.tokenizers.bytes import ByteTokenizer
 from tests.campaigns.record import Row, outcome
 
 MAX_SECONDS = 20
 MAX_GROWTH_BYTES = 256 << 20
 """By which the process may grow at a file of some kilobytes."""
-
-OPTIONS = SourceOptions(pair_tokenizer="bytes")
 
 
 def _documents() -> list[tuple[str, str]]:
@@ -107,6 +109,7 @@ class InputFormat(NamedTuple):
 
     write: Callable[[Path], Path]
     n_variants: int
+    options: SourceOptions = SourceOptions()
 
 
 FORMATS = {
@@ -114,7 +117,7 @@ FORMATS = {
     "folder of text": InputFormat(write_texts, 20),
     "gz": InputFormat(write_gz, 50),
     "lines": InputFormat(write_lines, 120),
-    "pair": InputFormat(write_pair, 100),
+    "pair": InputFormat(write_pair, 100, SourceOptions(pair_tokenizer="bytes")),
     "parquet": InputFormat(write_parquet, 80),
     "zst": InputFormat(write_zst, 70),
 }
@@ -233,12 +236,11 @@ class InputsTrial:
         for seed in range(n_variants):
             draw = random.Random(f"{name} {seed}")
             source = self._write(name, folder)
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            damaged = draw.choice(files)
+            damaged = draw.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
             kind = damage(damaged, draw)
             kinds[kind] += 1
             before = _forget_peak()
-            end, problem = _read(source, damaged, name)
+            end, problem = _end(name, source, damaged, folder / "made" / "corpus")
             growth = _status_bytes("VmHWM") - before
             most_growth = max(most_growth, growth)
             ends[end] += 1
@@ -264,16 +266,16 @@ class InputsTrial:
 
     def _read_whole(self, name: str, folder: Path) -> None:
         """Read an undamaged one: the trial says nothing if that fails, and later ones find all libraries loaded."""
-        found, bad = read_all(self._write(name, folder))
+        found, bad = read_all(self._write(name, folder), FORMATS[name].options)
         wanted = {text for text, _ in DOCUMENTS}
         assert not bad, bad[:1]
         assert {document.text for document in found} == wanted, f"{name} is not read as it was written"
 
 
-def read_all(source: Path) -> tuple[list[Document], list[BadRecord]]:
+def read_all(source: Path, options: SourceOptions) -> tuple[list[Document], list[BadRecord]]:
     """Return the documents and the bad records of an input."""
     documents, bad = [], []
-    for block in open_source(str(source), OPTIONS).blocks():
+    for block in open_source(str(source), options).blocks():
         for record in block.records():
             if isinstance(record, BadRecord):
                 bad.append(record)
@@ -282,27 +284,42 @@ def read_all(source: Path) -> tuple[list[Document], list[BadRecord]]:
     return documents, bad
 
 
-def _read(source: Path, damaged: Path, name: str) -> tuple[str, str | None]:
-    """How the reading of a damaged input ended, and what is wrong with that."""
+def _end(name: str, source: Path, damaged: Path, made: Path) -> tuple[str, str | None]:
+    """How the reading and the preparing of a damaged input ended, and what is wrong with that."""
+    options = FORMATS[name].options
+    called = str(source.with_suffix("") if name == "pair" else source)
     try:
         with _time_limit():
-            documents, bad = read_all(source)
+            documents, bad = read_all(source, options)
     except DataError as error:
-        message = str(error)
-        names_it = str(source.with_suffix("") if name == "pair" else source) in message
-        return "refused", None if names_it and "\n" not in message else f"it said {message!r}"
+        if called not in str(error) or "\n" in str(error):
+            return "refused", f"it said {str(error)!r}"
+        return "refused", None if _prepare(source, options, made) is None else "prepared all the same"
     except Exception as error:  # noqa: BLE001 - a traceback is what this campaign looks for
         return "failed", f"{type(error).__name__}: {str(error)[:300]}"
-    lost = _lost(documents, damaged) if name == "lines" else None
-    if lost:
+    wrong = [str(record) for record in bad if "\n" in str(record) or called not in record.where]
+    if wrong:
+        return "skipped", f"it said {wrong[0]!r}"
+    if name == "lines" and (lost := _lost(documents, damaged)):
         return "lost", f"{lost} whole lines were not read"
-    for record in bad:
-        if (
-            "\n" in str(record)
-            or str(source.with_suffix("") if name == "pair" else source) not in record.where
-        ):
-            return "skipped", f"it said {str(record)!r}"
+    n_texts = sum(1 for document in documents if document.text)
+    wanted = (n_texts, len(documents) - n_texts, len(bad)) if n_texts else None
+    found = _prepare(source, options, made)
+    if found != wanted:
+        return "lost", f"prepared, skipped empty and bad: {found}, wanted {wanted}"
     return ("bad records counted" if bad else "still valid"), None
+
+
+def _prepare(source: Path, options: SourceOptions, made: Path) -> tuple[int, int, int] | None:
+    """Number of documents that were prepared, that were empty and that were bad; ``None`` if it was refused."""
+    chosen = PrepareOptions(source=options, skip_bad=True)
+    try:
+        with _time_limit():
+            (summary,) = prepare_data([source], ByteTokenizer(), made, chosen)
+    except DataError:
+        return None
+    sidecar = summary.sidecar
+    return sidecar.n_documents, sidecar.n_skipped_empty, sidecar.preparation.n_skipped_bad
 
 
 def _lost(documents: list[Document], damaged: Path) -> int:
