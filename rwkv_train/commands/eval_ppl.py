@@ -1,120 +1,238 @@
-"""``rwkv-train eval-ppl``: perplexity and bits per byte of text files."""
+"""``rwkv-train eval-ppl``: perplexity and bits per byte of text, of one model or of several beside each other."""
 
-import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rwkv_train.commands.inference import (
-    Checkpoint,
+    CHECKPOINT_HELP,
     Device,
     Dtype,
     DtypeName,
     TokenizerName,
-    load_for_inference,
+    find_devices,
 )
-from rwkv_train.commands.tables import print_table
-from rwkv_train.errors import ConfigError, DataError
+from rwkv_train.commands.prepare_data import (
+    DatasetConfig,
+    DatasetSplit,
+    DomainColumn,
+    Format,
+    PairTokenizer,
+    SkipBadLines,
+    Streaming,
+    TextColumn,
+)
+from rwkv_train.commands.results import JsonFile, require_writable, write_json, write_whole
+from rwkv_train.errors import ConfigError
+from rwkv_train.evaluation.modes import Mode
 
 if TYPE_CHECKING:
-    from rwkv_train.evaluation.totals import Report, Totals
+    from rwkv_train.evaluation.job import Evaluation, PrefixChoice
+    from rwkv_train.evaluation.positions import Curve
+    from rwkv_train.evaluation.totals import Totals
 
 CACHE_DIR = Path("~/.cache/rwkv-train")
+_PICTURES = (".png", ".svg")
 
+Checkpoints = Annotated[
+    list[str],
+    typer.Option(
+        "--checkpoint",
+        metavar="PATH",
+        help=f"{CHECKPOINT_HELP} Repeat it to compare models with the first.",
+    ),
+]
 Data = Annotated[
     list[str],
     typer.Option(
-        metavar="FILE",
-        help="Text to score: .jsonl, .jsonl.zst, .jsonl.gz or .txt; may be repeated. "
-        "builtin: the validation text of the built-in corpus.",
+        metavar="INPUT",
+        help="Text to score; repeatable: all that prepare-data reads. builtin: the validation text of the built-in "
+        "corpus.",
     ),
 ]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")]
+ModeName = Annotated[
+    Mode,
+    typer.Option(
+        help="What is known when a token is predicted. stateful: all of its document before it. windowed: what stands "
+        "before it in a window of --window tokens, as lm-evaluation-harness reads. stream: all of the data before it."
+    ),
+]
+Window = Annotated[int | None, typer.Option(metavar="N", help="Tokens of a window, for --mode windowed.")]
+PrefixToken = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ID|none",
+        help="Token that is read before each document; by default the tokenizer's end of a document. none: nothing, "
+        "and the first token of a document is not scored.",
+    ),
+]
 Limit = Annotated[int | None, typer.Option(help="Score only this many documents, the first ones.")]
 BatchSize = Annotated[int, typer.Option(help="Documents that are read side by side.")]
 ChunkLen = Annotated[int, typer.Option(help="Tokens of each that are read at once; no limit to the context.")]
+Devices = Annotated[
+    int, typer.Option(metavar="N", help="Processes that share the documents, each on a GPU of its own.")
+]
+MinLength = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Loss by position: over documents of at least N tokens, a power of two. By default the longest that one "
+        "document in ten has.",
+    ),
+]
+PlotFile = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", help="Draw loss by position here, .png or .svg."),
+]
 CacheDir = Annotated[Path, typer.Option(help="Folder of the built-in corpus.")]
 
 
 def eval_ppl(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoints,
     data: Data,
-    tokenizer: TokenizerName = None,
-    json_file: JsonFile = None,
+    data_format: Format = None,
+    text_column: TextColumn = "text",
+    domain_column: DomainColumn = None,
+    dataset_config: DatasetConfig = None,
+    dataset_split: DatasetSplit = "train",
+    streaming: Streaming = False,
+    pair_tokenizer: PairTokenizer = None,
+    skip_bad_lines: SkipBadLines = False,
     limit: Limit = None,
+    mode: ModeName = Mode.STATEFUL,
+    window: Window = None,
+    prefix_token: PrefixToken = None,
+    tokenizer: TokenizerName = None,
+    min_length: MinLength = None,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
     batch_size: BatchSize = 8,
     chunk_len: ChunkLen = 256,
-    cache_dir: CacheDir = CACHE_DIR,
     device: Device = "auto",
+    devices: Devices = 1,
     dtype: Dtype = DtypeName.FP32,
+    cache_dir: CacheDir = CACHE_DIR,
 ) -> None:
-    """Measure how well a model predicts text, pooled and by domain, with the state carried through documents."""
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit is {limit}; it must be at least 1")
-    if json_file is not None:
-        _require_writable(json_file)
-    paths = [_find_file(name, cache_dir) for name in data]
+    """Measure how well models predict text: perplexity and bits per byte, pooled and by domain, with intervals."""
+    require_writable(json_file)
+    _require_picture(plot_file)
+    prefix = _parse_prefix(prefix_token)
 
-    from rwkv_train.data.corpus import read_documents
-    from rwkv_train.evaluation.perplexity import evaluate_documents
+    from rwkv_train.checkpoints.tensors import DTYPES
+    from rwkv_train.data.sources.base import SourceOptions
+    from rwkv_train.evaluation.comparison import differences
+    from rwkv_train.evaluation.job import Job
+    from rwkv_train.evaluation.positions import require_power_of_two
+    from rwkv_train.evaluation.sharing import evaluate_checkpoint
 
-    model, text_tokenizer = load_for_inference(checkpoint, tokenizer, device, dtype)
-    with _progress() as on_document:
-        report = evaluate_documents(
-            model,
-            text_tokenizer,
-            islice(read_documents(paths), limit),
+    if min_length is not None:
+        require_power_of_two(min_length)
+    inputs = tuple(str(_find_input(name, cache_dir)) for name in data)
+    options = SourceOptions(
+        format=data_format,
+        text_column=text_column,
+        domain_column=domain_column,
+        dataset_config=dataset_config,
+        dataset_split=dataset_split,
+        dataset_streaming=streaming,
+        pair_tokenizer=pair_tokenizer,
+    )
+    jobs = [
+        Job(
+            checkpoint=path,
+            data=inputs,
+            tokenizer=tokenizer,
+            options=options,
+            skip_bad=skip_bad_lines,
+            limit=limit,
+            mode=mode,
+            window=window,
+            prefix=prefix,
             batch_size=batch_size,
             chunk_len=chunk_len,
-            on_document=on_document,
+            dtype=DTYPES[dtype.value],
         )
-    identity = text_tokenizer.identity
-    if json_file is not None:
-        result = report.to_json() | {
-            "checkpoint": checkpoint,
-            "tokenizer": identity._asdict(),
+        for path in checkpoint
+    ]
+    jobs[0].require_consistent(devices)
+    places = find_devices(device, devices)
+    evaluations = []
+    for number, job in enumerate(jobs):
+        with _progress(f"[{number + 1}/{len(jobs)}] " if len(jobs) > 1 else "") as on_document:
+            evaluations.append(evaluate_checkpoint(job, places, on_document=on_document))
+
+    first = evaluations[0]
+    results: list[dict[str, Any]] = []
+    for path, evaluation in zip(checkpoint, evaluations, strict=True):
+        compared = None
+        if evaluation is not first:
+            same_tokenizer = evaluation.tokenizer.matches(first.tokenizer)
+            parts = differences(first.report, evaluation.report, same_tokenizer=same_tokenizer)
+            compared = {
+                "total": parts.pop(None).to_json(),
+                "domains": {domain: part.to_json() for domain, part in parts.items()},
+            }
+        results.append(
+            {
+                "checkpoint": path,
+                "tokenizer": evaluation.tokenizer._asdict(),
+                "prefix_token": evaluation.prefix_token,
+                **evaluation.report.to_json(),
+                "difference_to_first": compared,
+            }
+        )
+    curves = _curves(evaluations, min_length)
+    write_json(
+        json_file,
+        {
+            "checkpoints": results,
             "data": data,
+            "mode": mode.value,
+            "window": window,
             "limit": limit,
-        }
-        _write(json_file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    _print_table(report, identity.name)
+            "dtype": dtype.value,
+        },
+    )
+    if plot_file is not None:
+        from rwkv_train.evaluation.curve_plot import draw_curves
+
+        labels = checkpoint if len(set(checkpoint)) == len(curves) else list(curves)
+        picture = draw_curves(dict(zip(labels, curves.values(), strict=True)), plot_file.suffix[1:])
+        write_whole(plot_file, picture)
+    _print(results, curves, mode, window)
 
 
-def _require_writable(path: Path) -> None:
-    """Find out before the long work, not after it."""
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"--json {path} cannot be written; give a file in a folder that can be")
+def _require_picture(path: Path | None) -> None:
+    if path is not None and path.suffix not in _PICTURES:
+        raise ConfigError(
+            f"--plot {path} must end in {' or '.join(_PICTURES)}, which says the kind of picture"
+        )
+    require_writable(path, "--plot")
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a whole file or nothing; a device such as /dev/stdout is written to, not replaced."""
-    from rwkv_train.checkpoints.io import new_file, resolve_target
+def _parse_prefix(given: str | None) -> "PrefixChoice":
+    if given is None:
+        return "end"
+    if given == "none":
+        return "none"
+    if not given.isascii() or not given.isdigit():
+        raise ConfigError(f"--prefix-token is '{given}'; wanted the id of a token, or none")
+    return int(given)
 
-    if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
-        return
-    with new_file(resolve_target(path), len(text)) as new:
-        new.write_text(text, encoding="utf-8")
 
-
-def _find_file(name: str, cache_dir: Path) -> Path:
+def _find_input(name: str, cache_dir: Path) -> str | Path:
     from rwkv_train.data.builtin import BUILTIN, builtin_folder, write_builtin_corpus
 
     if name == BUILTIN:
         return write_builtin_corpus(builtin_folder(cache_dir))["valid"]
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise DataError(f"there is no file {path}; wanted a text file, or 'builtin'")
-    return path
+    return Path(name).expanduser() if name.startswith("~") else name
 
 
 @contextmanager
-def _progress() -> "Iterator[Callable[[Totals], None]]":
+def _progress(title: str) -> "Iterator[Callable[[Totals], None]]":
     """Show on stderr what is done so far, where it is a terminal."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -122,38 +240,65 @@ def _progress() -> "Iterator[Callable[[Totals], None]]":
     from rwkv_train.evaluation.totals import Totals
 
     console = Console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading the model and the text")
+        task = bar.add_task(f"{title}reading the model and the text")
         total = Totals()
 
         def show(document: Totals) -> None:
             nonlocal total
             total += document
-            numbers = (
-                f"{total.documents:,} documents  {total.tokens:,} tokens  {total.bits_per_byte:.4f} bits/byte"
-            )
+            rate = f"  {total.bits_per_byte:.4f} bits/byte" if total.bytes else ""
+            numbers = f"{title}{total.documents:,} documents  {total.tokens:,} tokens{rate}"
             bar.update(task, description=numbers)
 
         yield show
 
 
-def _print_table(report: "Report", tokenizer: str) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, caption=f"tokenizer: {tokenizer}")
-    table.add_column("domain")
-    for name in ("documents", "tokens", "bytes", "nats", "token ppl", "byte ppl", "bits/byte"):
-        table.add_column(name, justify="right")
-    for domain, totals in report.domains.items():
-        table.add_row(domain, *_cells(totals))
-    table.add_section()
-    table.add_row("total", *_cells(report.total))
-    print_table(table)
+def _curves(evaluations: "list[Evaluation]", min_length: int | None) -> "dict[str, Curve]":
+    """Return the curve of each model, all of one length."""
+    positions = [evaluation.report.positions for evaluation in evaluations]
+    length = min_length or min(sums.usual_length() for sums in positions)
+    curves = {f"[{number}]": sums.curve(length) for number, sums in enumerate(positions, start=1)}
+    if not all(curve.documents for curve in curves.values()):
+        raise ConfigError(f"--min-length is {length}, but no document is so long; take a smaller one")
+    return curves
 
 
-def _cells(totals: "Totals") -> list[str]:
-    counts = (totals.documents, totals.tokens, totals.bytes)
-    rates = (totals.token_ppl, totals.byte_ppl, totals.bits_per_byte)
-    return [*(f"{count:,}" for count in counts), f"{totals.nats:,.1f}", *(f"{rate:.4f}" for rate in rates)]
+def _print(results: list[dict[str, Any]], curves: "dict[str, Curve]", mode: Mode, window: int | None) -> None:
+    from rwkv_train.commands.perplexity_tables import (
+        print_comparison,
+        print_counts,
+        print_curves,
+        print_rates,
+    )
+
+    first = results[0]
+    reading = f"windows of {window} tokens" if window is not None else mode.value
+    if len(results) == 1:
+        print_counts(first["total"], first["domains"])
+        typer.echo()
+        print_rates(first["total"], first["domains"])
+        typer.echo(f"\ntokenizer: {first['tokenizer']['name']}; read: {reading}; {_prefix_line(first)}")
+    else:
+        for number, result in enumerate(results, start=1):
+            name = result["tokenizer"]["name"]
+            typer.echo(f"[{number}] {result['checkpoint']} (tokenizer: {name}; {_prefix_line(result)})")
+        total = first["total"]
+        typer.echo(f"{total['documents']:,} documents, {total['bytes']:,} bytes; read: {reading}\n")
+        print_comparison(results)
+        if len({result["tokenizer"]["sha256"] for result in results}) > 1:
+            typer.echo(
+                "\nThe tokenizers differ: bits per byte compare, loss and perplexity of a token do not."
+            )
+    curve = next(iter(curves.values()))
+    typer.echo(
+        f"\nnats per token by position, in {curve.documents:,} of {first['total']['documents']:,} documents:"
+    )
+    print_curves({"loss/token": curve} if len(curves) == 1 else curves)
+
+
+def _prefix_line(result: dict[str, Any]) -> str:
+    if result["prefix_token"] is None:
+        return "no prefix, so the first token of each document is not scored"
+    return f"read before a document: token {result['prefix_token']}"

@@ -75,3 +75,28 @@ def find_device(name: str) -> "torch.device":
         reason = str(error).split("\n", 1)[0]
         raise BackendError(f"there is no device '{name}' here: {reason}; wanted auto, cpu or cuda") from error
     return torch.device(name)
+
+
+def find_devices(name: str, n_devices: int) -> "list[torch.device]":
+    """Return a device for each of several processes: GPUs from the first on, or the CPU, whose cores they share.
+
+    Args:
+        name: as for :func:`find_device`; several GPUs are not numbered.
+        n_devices: how many there are to be, at least 1.
+
+    Raises:
+        BackendError: there are not so many.
+    """
+    import torch
+
+    device = find_device(name)
+    if n_devices == 1 or device.type == "cpu":
+        return [device] * n_devices
+    if device.index is not None:
+        raise BackendError(
+            f"--devices {n_devices} takes the first GPUs; --device {name} is one; wanted cuda or auto"
+        )
+    n_found = torch.cuda.device_count()
+    if n_devices > n_found:
+        raise BackendError(f"--devices is {n_devices}, but there are {n_found} GPUs here")
+    return [torch.device(device.type, index) for index in range(n_devices)]

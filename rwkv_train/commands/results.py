@@ -1,4 +1,4 @@
-"""The file that ``--json`` names: found writable before the long work, and written whole or not at all."""
+"""Files of results: found writable before the long work, and written whole or not at all."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from rwkv_train.errors import ConfigError
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")]
 
 
-def require_writable(path: Path | None) -> None:
+def require_writable(path: Path | None, option: str = "--json") -> None:
     """Find out before the long work, not after it.
 
     Raises:
@@ -22,18 +22,21 @@ def require_writable(path: Path | None) -> None:
     if path is None:
         return
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"--json {path} cannot be written; give a file in a folder that can be")
+        raise ConfigError(f"{option} {path} cannot be written; give a file in a folder that can be")
 
 
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
+    """Write JSON; nothing where no file is named."""
+    if path is not None:
+        write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
     """Write a whole file or nothing; a device such as /dev/stdout is written to, not replaced."""
     from rwkv_train.checkpoints.io import new_file, resolve_target
 
-    if path is None:
-        return
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content)
         return
-    with new_file(resolve_target(path), len(text)) as new:
-        new.write_text(text, encoding="utf-8")
+    with new_file(resolve_target(path), len(content)) as new:
+        new.write_bytes(content)

@@ -11,14 +11,16 @@ from rwkv_train.checkpoints import load_model
 from rwkv_train.checkpoints.tokenizer import choose_tokenizer
 from rwkv_train.data.corpus import read_documents
 from rwkv_train.data.sources.base import SourceOptions
+from rwkv_train.data.sources.opening import open_source
 from rwkv_train.errors import ConfigError
-from rwkv_train.evaluation.perplexity import Mode, Reading, evaluate, require_reading, tokenize
+from rwkv_train.evaluation.modes import Mode, require_mode
+from rwkv_train.evaluation.perplexity import Reading, evaluate, tokenize
 from rwkv_train.evaluation.report import Report
 from rwkv_train.evaluation.scoring import BATCH_SIZE, CHUNK_LEN
 from rwkv_train.evaluation.totals import Totals
 from rwkv_train.tokenizers.base import TokenizerIdentity
 
-Prefix = int | Literal["end", "none"]
+PrefixChoice = int | Literal["end", "none"]
 """A token id; ``"end"``: the tokenizer's end of document; ``"none"``: nothing stands before a document."""
 
 
@@ -38,7 +40,7 @@ class Job:
     """Score only so many documents, the first ones."""
     mode: Mode = Mode.STATEFUL
     window: int | None = None
-    prefix: Prefix = "end"
+    prefix: PrefixChoice = "end"
     batch_size: int = BATCH_SIZE
     chunk_len: int = CHUNK_LEN
     dtype: torch.dtype = torch.float32
@@ -49,7 +51,7 @@ class Job:
         Raises:
             ConfigError: with their names.
         """
-        require_reading(self.mode, self.window, has_prefix=self.prefix != "none")
+        require_mode(self.mode, self.window, has_prefix=self.prefix != "none")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"--limit is {self.limit}; it must be at least 1")
         if n_processes < 1:
@@ -89,6 +91,8 @@ def run_job(
         RwkvTrainError: a setting, the checkpoint or the data are not what they should be.
     """
     job.require_consistent(world_size)
+    for name in job.data:
+        open_source(name, job.options)  # what is missing is said before the model is loaded
     model, weights = load_model(job.checkpoint, device=device, dtype=job.dtype)
     tokenizer = choose_tokenizer(weights, job.tokenizer)
     prefix_token = _prefix_token(job.prefix, tokenizer.end_of_document, model.config.vocab_size)
@@ -102,7 +106,7 @@ def run_job(
     return Evaluation(report, tokenizer.identity, prefix_token)
 
 
-def _prefix_token(prefix: Prefix, end_of_document: int, vocab_size: int) -> int | None:
+def _prefix_token(prefix: PrefixChoice, end_of_document: int, vocab_size: int) -> int | None:
     if prefix == "none":
         return None
     token = end_of_document if prefix == "end" else int(prefix)

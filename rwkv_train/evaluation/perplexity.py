@@ -11,7 +11,6 @@ bytes of text. What else is known when a token is predicted, the mode says:
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,8 @@ import numpy.typing as npt
 
 from rwkv_train.data.sources.base import Document
 from rwkv_train.data.stored import TokenDocument
-from rwkv_train.errors import ConfigError, DataError
+from rwkv_train.errors import DataError
+from rwkv_train.evaluation.modes import Mode, require_mode
 from rwkv_train.evaluation.report import Report
 from rwkv_train.evaluation.scoring import BATCH_SIZE, CHUNK_LEN, Score, Sequence, score_sequences
 from rwkv_train.evaluation.stream import score_stream
@@ -28,14 +28,6 @@ from rwkv_train.evaluation.windows import Piece, rolling_windows, streamed, whol
 from rwkv_train.models.lm import NO_TARGET, LanguageModel
 from rwkv_train.tokenizers import Tokenizer
 from rwkv_train.tokenizers.base import TokenArray
-
-
-class Mode(StrEnum):
-    """What is known when a token is predicted."""
-
-    STATEFUL = "stateful"
-    WINDOWED = "windowed"
-    STREAM = "stream"
 
 
 class Reading(NamedTuple):
@@ -61,24 +53,6 @@ class TokenizedText(NamedTuple):
     domain: str
     n_bytes: int
     n_words: int
-
-
-def require_reading(mode: Mode, window: int | None, *, has_prefix: bool) -> None:
-    """Refuse settings that do not go together.
-
-    Raises:
-        ConfigError: with their names.
-    """
-    if mode is Mode.WINDOWED and window is None:
-        raise ConfigError("--mode windowed needs --window N, the tokens that are read in one window")
-    if mode is not Mode.WINDOWED and window is not None:
-        raise ConfigError(
-            f"--window {window} has a meaning with --mode windowed only; the mode is {mode.value}"
-        )
-    if window is not None and window < 1:
-        raise ConfigError(f"--window is {window}; it must be at least 1")
-    if mode is Mode.STREAM and not has_prefix:
-        raise ConfigError("--mode stream needs a token between documents; --prefix-token none gives it none")
 
 
 def tokenize(tokenizer: Tokenizer, documents: Iterable[tuple[int, Document]]) -> Iterator[TokenizedText]:
@@ -155,7 +129,7 @@ def evaluate(
         DataError: a token is outside the model's vocabulary.
         CheckpointError: a loss is not finite.
     """
-    require_reading(reading.mode, reading.window, has_prefix=reading.prefix_token is not None)
+    require_mode(reading.mode, reading.window, has_prefix=reading.prefix_token is not None)
     report = Report()
     texts = (text for text in texts if len(text.tokens))
     for scored in _score(model, texts, reading):

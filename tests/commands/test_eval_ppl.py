@@ -1,6 +1,7 @@
 import inspect
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,12 @@ app.command()(eval_ppl)
 
 def run(*arguments):
     return CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"], env={"COLUMNS": "40"})
+
+
+def result_of(folder):
+    """The result of the only checkpoint."""
+    (result,) = json.loads((folder / "out.json").read_text(encoding="utf-8"))["checkpoints"]
+    return result
 
 
 def error_of(kind, *arguments):
@@ -44,21 +51,35 @@ def test_json_holds_the_whole_result(checkpoint, data, tmp_path):
     assert result.exit_code == 0, result.exception
     content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
 
-    assert list(content) == ["total", "domains", "checkpoint", "tokenizer", "data", "limit"]
-    assert content["checkpoint"] == checkpoint
-    assert content["tokenizer"] == load_tokenizer("bytes").identity._asdict()
-    assert content["data"] == [str(data[1]), str(data[3])]
-    assert {name: sums["documents"] for name, sums in content["domains"].items()} == {
+    (result,) = content.pop("checkpoints")
+    assert content == {
+        "data": [str(data[1]), str(data[3])],
+        "mode": "stateful",
+        "window": None,
+        "limit": None,
+        "dtype": "fp32",
+    }
+    assert result["checkpoint"] == checkpoint
+    assert result["tokenizer"] == load_tokenizer("bytes").identity._asdict()
+    assert result["prefix_token"] == 0
+    assert result["difference_to_first"] is None
+    assert {name: sums["documents"] for name, sums in result["domains"].items()} == {
         "book": 1,
         "code": 1,
         "prose": 2,
     }
-    total = content["total"]
+    total = result["total"]
     assert total["documents"] == 4
+    assert total["words"] == 3 + 4 + 2 + 4  # "x = 1\n" has an empty one at its end
     assert total["bytes"] == total["tokens"] == 13 + 6 + len("Grüße! 🦢".encode()) + 16
-    assert total["nats"] == pytest.approx(sum(sums["nats"] for sums in content["domains"].values()))
+    assert total["nats"] == pytest.approx(sum(sums["nats"] for sums in result["domains"].values()))
     assert total["bits_per_byte"] == pytest.approx(total["nats"] / total["bytes"] / math.log(2))
     assert total["byte_ppl"] == pytest.approx(2 ** total["bits_per_byte"])
+    low, high = total["bits_per_byte_interval"]
+    assert low < total["bits_per_byte"] < high
+    assert result["domains"]["code"]["bits_per_byte_interval"] is None  # one document
+    assert [curve["min_length"] for curve in result["positions"]] == [1, 2, 4, 8, 16]
+    assert [curve["documents"] for curve in result["positions"]] == [4, 4, 4, 3, 1]
 
 
 def test_nats_are_those_of_the_model(checkpoint, data, tmp_path):
@@ -68,19 +89,38 @@ def test_nats_are_those_of_the_model(checkpoint, data, tmp_path):
     with torch.no_grad():
         log_p = torch.log_softmax(model(tokens[:, :-1]).logits.double(), dim=2)
     expected = -float(log_p[0].gather(1, tokens[0, 1:, None]).sum())
-    content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    assert content["total"]["nats"] == pytest.approx(expected, rel=1e-5)
+    assert result_of(tmp_path)["total"]["nats"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_table_has_a_row_for_each_domain_and_the_total_however_narrow(checkpoint, data):
+def rows_of(output):
+    """Lines of a table by their first word, cut where two spaces stand."""
+    lines = [re.split(r"  +", line.strip()) for line in output.splitlines() if line.strip()]
+    rows = {}
+    for first, *cells in lines:
+        rows.setdefault(first, []).append(cells)
+    return rows
+
+
+def test_tables_have_a_row_for_each_domain_and_the_total_however_narrow(checkpoint, data):
     result = run("--checkpoint", checkpoint, *data)
     assert result.exit_code == 0, result.exception
     assert result.stderr == ""
-    rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()}
-    assert rows["code"][:3] == ["1", "6", "6"]
-    assert [len(rows[name]) for name in ("book", "code", "prose", "total")] == [7, 7, 7, 7]
+    rows = rows_of(result.stdout)
+    for name in ("book", "code", "prose", "total"):
+        counts, rates = rows[name]
+        assert len(counts) == 5
+        assert len(rates) == 6
+    assert rows["code"][0][:4] == ["1", "6", "6", "4"]
+    assert rows["code"][1][-1] == "-"  # one document has no interval
     assert "…" not in result.stdout
-    assert "tokenizer: bytes" in result.stdout
+    assert "tokenizer: bytes; read: stateful; read before a document: token 0" in result.stdout
+    assert "in 1 of 4 documents" in result.stdout
+    assert [first for first in rows if first[0] in "1359" and len(rows[first][0]) == 1] == [
+        "1",
+        "3-4",
+        "5-8",
+        "9-16",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -90,16 +130,15 @@ def test_batch_and_chunk_sizes_change_nothing(checkpoint, data, tmp_path, option
     nats = []
     for extra in ([], options):
         run("--checkpoint", checkpoint, *data, *extra, "--json", tmp_path / "out.json")
-        nats.append(json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["total"]["nats"])
+        nats.append(result_of(tmp_path)["total"]["nats"])
     assert nats[0] == pytest.approx(nats[1], rel=1e-5)
 
 
 def test_limit_scores_the_first_documents(checkpoint, data, tmp_path):
     run("--checkpoint", checkpoint, *data, "--limit", 2, "--json", tmp_path / "out.json")
-    content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    assert set(content["domains"]) == {"prose", "code"}
-    assert content["total"]["bytes"] == 13 + 6
-    assert content["limit"] == 2
+    assert set(result_of(tmp_path)["domains"]) == {"prose", "code"}
+    assert result_of(tmp_path)["total"]["bytes"] == 13 + 6
+    assert json.loads((tmp_path / "out.json").read_text())["limit"] == 2
     assert "--limit is 0" in error_of(ConfigError, "--checkpoint", checkpoint, *data, "--limit", 0)
 
 
@@ -116,7 +155,7 @@ def test_builtin_is_the_validation_text_of_the_cache(checkpoint, tmp_path, monke
     result = run("--checkpoint", checkpoint, "--data", "builtin", *cache, "--json", tmp_path / "out.json")
     assert result.exit_code == 0, result.exception
     assert asked[0].is_relative_to(tmp_path / "cache")
-    assert json.loads((tmp_path / "out.json").read_text())["total"]["bytes"] == 3
+    assert result_of(tmp_path)["total"]["bytes"] == 3
 
 
 def test_the_defaults_are_those_of_the_settings_and_the_library():
@@ -128,7 +167,7 @@ def test_the_defaults_are_those_of_the_settings_and_the_library():
 
 def test_data_that_cannot_be_scored_is_refused(checkpoint, tmp_path):
     rest = ["--checkpoint", checkpoint, "--data"]
-    assert "there is no file" in error_of(DataError, *rest, tmp_path / "missing.jsonl")
+    assert "No such file" in error_of(DataError, *rest, tmp_path / "missing.jsonl")
     (tmp_path / "empty.jsonl").write_bytes(b"")
     assert "is empty" in error_of(DataError, *rest, tmp_path / "empty.jsonl")
     (tmp_path / "hollow.jsonl").write_text('{"text": ""}\n')

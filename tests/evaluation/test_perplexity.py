@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from rwkv_train.data.corpus import Document
 from rwkv_train.data.stored import TokenDocument
 from rwkv_train.errors import ConfigError, DataError
-from rwkv_train.evaluation.perplexity import Mode, Reading, evaluate_documents, evaluate_tokens
+from rwkv_train.evaluation.modes import Mode
+from rwkv_train.evaluation.perplexity import Reading, evaluate_documents, evaluate_tokens
 from rwkv_train.models.registry import build_model
 
 # Float32 sums in another order: about 1e-7 for each loss, of either sign.
