@@ -1,9 +1,10 @@
-"""``rwkv-train bench``: measure recurrences, training, strategies, checkpoints and conversions on this machine."""
+"""``rwkv-train bench``: measure recurrences, training, strategies, checkpoints, conversions and evaluation here."""
 
 import importlib.util
 import json
 import os
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,13 +29,14 @@ class What(StrEnum):
     STRATEGIES = "strategies"
     SAVING = "saving"
     CONVERTING = "converting"
+    EVALUATING = "evaluating"
 
 
 Subject = Annotated[
     What,
     typer.Argument(
         help="The recurrences alone; training steps; steps under each strategy; checkpoints under each strategy; "
-        "conversions of weights."
+        "conversions of weights; eval-ppl beside lm-evaluation-harness with the same RWKV-4 in transformers."
     ),
 ]
 Backends = Annotated[
@@ -54,7 +56,9 @@ Strategies = Annotated[
 Config = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="For converting: a preset or file whose sizes are taken. By default rwkv7-0.4b."
+        metavar="NAME",
+        help="For converting and evaluating: a preset or file whose sizes are taken. By default rwkv7-0.4b and "
+        "rwkv4-169m.",
     ),
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Measurements after a warm-up; the median counts.")]
@@ -62,6 +66,11 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the measurements to this file.")
 ]
 
+WORLD_ROWS = 65_536
+"""Rows of the embedding of every published model with the World vocabulary."""
+EVALUATED_TEXTS = 8
+EVALUATED_CHARACTERS = 1500
+"""Of each: below the 1,024 tokens of RWKV-4's context, so that nobody cuts it into windows."""
 
 _SAME_IN_EVERY_ROW = frozenset({"device", "dtype", "repeats"})
 """Written to the file, but not worth a column on a terminal."""
@@ -82,7 +91,7 @@ def bench(
     for option, given, subjects in (
         ("--backend", backend, (What.KERNELS, What.TRAINING)),
         ("--strategy", strategy, (What.STRATEGIES, What.SAVING)),
-        ("--config", config, (What.CONVERTING,)),
+        ("--config", config, (What.CONVERTING, What.EVALUATING)),
     ):
         if given and what not in subjects:
             raise ConfigError(f"{option} is for {' and '.join(subjects)}, not for {what.value}")
@@ -96,6 +105,8 @@ def bench(
 
         model = load_train_config(config or "rwkv7-0.4b", []).model
         rows = list(bench_converting(model, repeats=repeats))
+    elif what is What.EVALUATING:
+        rows = _measure_evaluating(config or "rwkv4-169m", repeats, place)
     else:
         backends = backend or (["torch", "cpp"] if place.type == "cpu" else ["torch"])
         rows = _measure(what, backends, repeats, place)
@@ -148,6 +159,23 @@ def _measure_runs(
             repeats=repeats,
         )
     return _shown(rows)
+
+
+def _measure_evaluating(config: str, repeats: int, device: "torch.device") -> list[dict[str, Any]]:
+    from rwkv_train.benchmarks.evaluating import bench_evaluating
+    from rwkv_train.config.data import DataConfig
+    from rwkv_train.config.load import load_train_config
+    from rwkv_train.data.builtin import builtin_folder, write_builtin_corpus
+    from rwkv_train.data.corpus import read_documents
+    from rwkv_train.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer("world")  # the one that transformers can be given without the network
+    model = load_train_config(config, []).model.model_copy(update={"vocab_size": WORLD_ROWS})
+    path = write_builtin_corpus(builtin_folder(Path(DataConfig().cache_dir)))["valid"]
+    texts = [
+        document.text[:EVALUATED_CHARACTERS] for document in islice(read_documents([path]), EVALUATED_TEXTS)
+    ]
+    return list(bench_evaluating(model, tokenizer, texts, repeats=repeats, device=device))
 
 
 def _shown(rows: "Iterator[dict[str, Any]]") -> list[dict[str, Any]]:

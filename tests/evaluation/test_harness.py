@@ -12,7 +12,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
 from rwkv_train.checkpoints import Weights, write_weights
-from rwkv_train.data.corpus import Document
+from rwkv_train.data.sources.base import Document
 from rwkv_train.errors import ConfigError, DataError
 from rwkv_train.evaluation import harness_tasks
 from rwkv_train.evaluation.harness import RwkvTrainLM
@@ -240,6 +240,27 @@ def test_the_harness_loads_a_checkpoint_by_name(model, tokenizer, folder):
     )
     assert lm.get_model_info()["prefix"] == "newline"
     assert lm.tokenizer_name.startswith("bytes-")
+
+
+@pytest.mark.parametrize("model", ["rwkv4"], indirect=True)  # the version that transformers has
+def test_the_harness_finds_the_same_with_the_same_weights_in_transformers(model, tokenizer, tmp_path):
+    pytest.importorskip("accelerate", reason="the harness' model `hf` needs accelerate")
+    weights = Weights(model.config, model.state_dict(), tokenizer.identity, step=None)
+    path = write_weights(tmp_path / "hf", weights, "hf")
+    # One text at a time: beside a longer one it would begin with padding, which this model reads.
+    theirs = get_model("hf")(pretrained=str(path), device="cpu", dtype="float32", batch_size=1)
+    ours = RwkvTrainLM(model, tokenizer, prefix=Prefix.NONE)
+
+    pairs = requests("loglikelihood", [pair for pair in PAIRS if pair[1] and pair[0] != "  "])
+    for (expected, is_greedy), found in zip(
+        theirs.loglikelihood(pairs, disable_tqdm=True), ours.loglikelihood(pairs), strict=True
+    ):
+        assert found == (pytest.approx(expected, rel=1e-5), is_greedy)
+    texts = requests("loglikelihood_rolling", [(text,) for text in TEXTS])
+    expected = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(expected, rel=1e-5)
+    prompts = requests("generate_until", [(text, {"until": ["e"], "max_gen_toks": 8}) for text in TEXTS])
+    assert ours.generate_until(prompts) == theirs.generate_until(prompts, disable_tqdm=True)
 
 
 @pytest.mark.parametrize(
