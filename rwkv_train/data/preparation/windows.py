@@ -86,7 +86,7 @@ def _word_hashes(data: bytes) -> Hashes:
     is_white = np.concatenate([[True], _white(data), [True]])
     edges = np.flatnonzero(is_white[1:] != is_white[:-1])  # a start, an end, a start, ...
     starts, ends = edges[::2], edges[1::2]
-    powers, inverses = _powers((len(data)).bit_length())
+    powers, inverses = _powers(max(len(data), _PIECE_BYTES).bit_length())
     sums = np.zeros(len(data) + 1, np.uint64)
     np.cumsum(_VALUES[np.frombuffer(data, np.uint8)] * powers[: len(data)], out=sums[1:])
     return mix((sums[ends] - sums[starts]) * inverses[starts])
@@ -95,7 +95,6 @@ def _word_hashes(data: bytes) -> Hashes:
 @lru_cache(maxsize=2)
 def _powers(n_bits: int) -> tuple[Hashes, Hashes]:
     """Return ``B**i`` and ``B**-i`` for i below ``2**n_bits``."""
-    n_bits = max(n_bits, _PIECE_BYTES.bit_length())
     both = []
     for base in (_BASE, _INVERSE):
         factors = np.full(1 << n_bits, base, np.uint64)
