@@ -13,12 +13,9 @@ from rwkv_train.data.prepare import prepare_data
 from rwkv_train.data.sources.base import BadRecord, Document, SourceOptions
 from rwkv_train.data.sources.opening import open_source
 from rwkv_train.errors import DataError
+from tests.data.reading import records
 
 TEXTS = ["first\nline", "café 日本", "", "x" * 300]
-
-
-def records(name, **options):
-    return [r for block in open_source(str(name), SourceOptions(**options)).blocks() for r in block.records()]
 
 
 # ---- datasets
@@ -60,7 +57,9 @@ def test_a_dataset_of_files_gives_its_documents(streaming, files, tmp_path, monk
     assert found == [Document(text, "a") for text in TEXTS]
 
 
-@pytest.mark.parametrize("meta", [{"pile_set_name": "ArXiv"}, '{"pile_set_name": "ArXiv"}'], ids=["object", "string"])
+@pytest.mark.parametrize(
+    "meta", [{"pile_set_name": "ArXiv"}, '{"pile_set_name": "ArXiv"}'], ids=["object", "string"]
+)
 def test_meta_of_a_dataset_is_read_as_in_json_lines(meta, tmp_path):
     dataset(text=["x"], meta=[meta]).save_to_disk(tmp_path / "d")
 

@@ -50,28 +50,25 @@ def _cut(path: Path, file: BinaryIO) -> Iterator[Lines]:
     held: list[bytes] = []  # the begin of the next block
     n_held = 0
     damage: DataError | None = None
-    pieces = _pieces(path, file)
-    while damage is None:
-        try:
-            piece = next(pieces)
-        except StopIteration:
-            break
-        except DataError as error:
-            damage = error
-            break
-        end = piece.rfind(b"\n") + 1
-        if n_held + len(piece) >= BLOCK_BYTES and end:
-            lines = Lines(path, line, b"".join([*held, piece[:end]]), file.tell() - n_read)
-            yield lines
-            line += lines.data.count(b"\n")
-            n_read += lines.n_bytes
-            held, n_held, piece = [], 0, piece[end:]
-        held.append(piece)
-        n_held += len(piece)
-        if n_held > MAX_RECORD_BYTES:
-            damage = DataError(
-                f"{path} has a line of more than {MAX_RECORD_BYTES} bytes: is it of this format?"
-            )
+    try:
+        for piece in _pieces(path, file):
+            end = piece.rfind(b"\n") + 1
+            if n_held + len(piece) >= BLOCK_BYTES and end:
+                lines = Lines(path, line, b"".join([*held, piece[:end]]), file.tell() - n_read)
+                yield lines
+                line += lines.data.count(b"\n")
+                n_read += lines.n_bytes
+                held, n_held = [], 0
+            else:
+                end = 0
+            held.append(piece[end:])
+            n_held += len(piece) - end
+            if n_held > MAX_RECORD_BYTES:
+                raise DataError(
+                    f"{path} has a line of more than {MAX_RECORD_BYTES} bytes: is it of this format?"
+                )
+    except DataError as error:
+        damage = error
     if damage:  # whole lines only
         while held and b"\n" not in held[-1]:
             held.pop()
