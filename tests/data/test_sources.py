@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import pyarrow as pa
 import pytest
@@ -117,7 +118,18 @@ def test_a_folder_gives_its_files_by_path_with_their_first_folder_as_domain(tmp_
         Document("line", "Pile"),
         Document("text of top.txt", "books"),
     ]
-    assert "2 files of other kinds are left out: 1 without ending, 1 .png" in caplog.text
+    assert "left out what is of other kinds: 1 without ending, 1 .png" in caplog.text
+
+
+def test_pipes_and_links_to_folders_are_left_out_of_a_folder_and_told_of(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("x")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "loop.txt").symlink_to(tmp_path)
+
+    with caplog.at_level(logging.WARNING):
+        assert records(tmp_path) == [Document("x", tmp_path.name)]
+
+    assert "2 not a file" in caplog.text
 
 
 @pytest.mark.parametrize(

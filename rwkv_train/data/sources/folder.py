@@ -45,7 +45,9 @@ class FolderSource(Source):
         left_out: Counter[str] = Counter()
         try:
             for file in sorted(_walk(path)):
-                if options.format is None and not file.name.endswith(SUFFIXES):
+                if not (path / file).is_file():  # a link to a folder or to nothing, a pipe, ...
+                    left_out["not a file"] += 1
+                elif options.format is None and not file.name.endswith(SUFFIXES):
                     left_out[file.suffix or "without ending"] += 1
                 else:
                     self._files.append((file, (path / file).stat().st_size))
@@ -58,7 +60,7 @@ class FolderSource(Source):
                 f"the folder {path} holds {found}; wanted files that end in {', '.join(SUFFIXES)}"
             )
         if kinds:
-            logger.warning("%s: %d files of other kinds are left out: %s", path, left_out.total(), kinds)
+            logger.warning("%s: left out what is of other kinds: %s", path, kinds)
         self.uses = frozenset() if all(self._is_text(file) for file, _ in self._files) else COLUMN_OPTIONS
         self.n_bytes = sum(n_bytes for _, n_bytes in self._files)
 
@@ -91,7 +93,7 @@ class FolderSource(Source):
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Yield the files that are not hidden, relative to ``root``."""
+    """Yield what is not hidden and no folder, relative to ``root``; links to folders are not followed."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -99,4 +101,5 @@ def _walk(root: Path) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root, onerror=refuse):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         below = Path(folder).relative_to(root)
-        yield from (below / name for name in names if not name.startswith("."))
+        links = [name for name in subfolders if (Path(folder) / name).is_symlink()]
+        yield from (below / name for name in [*names, *links] if not name.startswith("."))
