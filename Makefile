@@ -1,13 +1,13 @@
 # make demo   the main job on built-in data      make test    the tests
 # make check  format, lint, types, tests         make wheel   the package
-# make campaign NAME=kill   a long trial outside the tests (kill, faults, corrupt, inputs); goes on where it was stopped
+# make campaign NAME=kill   a long trial outside the tests (kill, faults, corrupt, inputs, prepare); goes on where it was stopped
 # Paths here are relative, so the checkout may lie anywhere, also below a folder with spaces in its name.
 PY := .venv/bin/python
 RWKV := .venv/bin/rwkv-train
 DEMO := demo
 # Many tests wait for processes of their own, so several at a time; those of a file share what they make.
 TESTS := -m "not gpu and not slow and not network" -n logical --maxprocesses 8 --dist loadfile
-CAMPAIGNS := kill faults corrupt inputs
+CAMPAIGNS := kill faults corrupt inputs prepare
 NAME ?= $(filter $(CAMPAIGNS),$(MAKECMDGOALS))
 
 .PHONY: env demo test check campaign $(CAMPAIGNS) format wheel clean

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
 from pathlib import Path
 
-from tests.campaigns import corrupt, faults, inputs, kill
+from tests.campaigns import corrupt, faults, inputs, kill, prepare
 from tests.campaigns.record import Record
 from tests.campaigns.runs import CHECKOUT
 
@@ -24,6 +24,16 @@ def run_kill(record: Record, work: Path, n_kills: int, workers: int) -> None:
         with ThreadPoolExecutor(workers) as pool:
             for done in as_completed(pool.submit(trial.run, case) for case in planned):
                 record.add(done.result())
+
+
+def run_prepare(record: Record, work: Path, n_kills: int) -> None:
+    """Run cases until there were so many kills."""
+    trial = prepare.PrepareTrial(work)
+    for case in prepare.cases():
+        if sum(len(row["kills"]) for row in record.rows) >= n_kills:
+            break
+        if not record.has(case.seed):
+            record.add(trial.run(case))
 
 
 def run_faults(record: Record, work: Path, workers: int) -> None:
@@ -54,8 +64,8 @@ def run_inputs(record: Record, work: Path) -> None:
 def main() -> int:
     """Run what the command line names; return 1 if something was not as promised."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaigns", description=__doc__)
-    parser.add_argument("name", choices=["kill", "faults", "corrupt", "inputs"])
-    parser.add_argument("--kills", type=int, default=200, help="how many kills there are to be")
+    parser.add_argument("name", choices=["kill", "faults", "corrupt", "inputs", "prepare"])
+    parser.add_argument("--kills", type=int, help="how many kills there are to be (kill: 200, prepare: 50)")
     parser.add_argument("--workers", type=int, help="cases at a time (kill: 2, faults: 1)")
     parser.add_argument("--output", type=Path, help="the JSON file (benchmarks/results/campaign-NAME.json)")
     parser.add_argument("--work", type=Path, help="folder for the runs (runs/campaigns/NAME)")
@@ -66,7 +76,10 @@ def main() -> int:
     command = f"make campaign NAME={given.name}"
     if given.name == "kill":
         record = Record(output, command, "seed", kill.totals)
-        run_kill(record, work, given.kills, given.workers or 2)
+        run_kill(record, work, given.kills or 200, given.workers or 2)
+    elif given.name == "prepare":
+        record = Record(output, command, "seed", prepare.totals)
+        run_prepare(record, work, given.kills or 50)
     elif given.name == "corrupt":
         record = Record(output, command, "name", corrupt.totals)
         run_corrupt(record, work)

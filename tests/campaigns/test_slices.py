@@ -11,6 +11,9 @@ from tests.campaigns.faults import Fault, FaultsTrial
 from tests.campaigns.inputs import FORMATS as INPUT_FORMATS
 from tests.campaigns.inputs import InputsTrial
 from tests.campaigns.kill import Case, KillTrial, Moment
+from tests.campaigns.prepare import Case as PrepareCase
+from tests.campaigns.prepare import Moment as PrepareMoment
+from tests.campaigns.prepare import PrepareTrial
 from tests.campaigns.record import AS_PROMISED
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
@@ -60,3 +63,10 @@ def test_damaged_inputs_are_refused_counted_or_valid(tmp_path, name):
     row = InputsTrial(tmp_path).run(name, n_variants=10)
     assert row["outcome"] == AS_PROMISED
     assert set(row["ends"]) != {"still valid"}
+
+
+def test_a_killed_preparation_goes_on_to_the_undisturbed_end(tmp_path):
+    moments = (PrepareMoment("reading", 0.05), PrepareMoment("choosing", 0.1))
+    row = PrepareTrial(tmp_path, megabytes=3, tokenizer="bytes").run(PrepareCase(0, "parent", moments))
+    assert row["outcome"] == AS_PROMISED
+    assert len(row["kills"]) == 2

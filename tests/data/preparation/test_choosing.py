@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from rwkv_train.data.prepare import prepare_data
 from rwkv_train.data.preparation import duplicates, leaks
 from rwkv_train.data.preparation.options import PrepareOptions
+from rwkv_train.data.prepare import prepare_data
 from rwkv_train.data.stored import load_corpus
 from rwkv_train.errors import ConfigError, DataError
 from rwkv_train.tokenizers import load_tokenizer
@@ -159,14 +159,14 @@ def test_only_the_wanted_domains_are_taken(texts, tmp_path):
 
 
 def test_domains_that_are_not_there_are_refused_with_those_that_are(texts, tmp_path):
-    with pytest.raises(DataError, match="no document is of the domain 'law'.*domain 0"):
+    with pytest.raises(DataError, match=r"no document is of the domain 'law'.*domain 0"):
         prepared(write(tmp_path / "t.jsonl", texts), tmp_path / "out", domains=("law",))
 
 
 def test_a_part_without_documents_is_refused(texts, tmp_path):
     path = write(tmp_path / "t.jsonl", texts[:3])
 
-    with pytest.raises(DataError, match="0.0001 of 3 documents leaves the part 'valid' empty"):
+    with pytest.raises(DataError, match=r"0\.0001 of 3 documents leaves the part 'valid' empty"):
         prepared(path, tmp_path / "out", valid_fraction=0.0001)
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from rwkv_train.data.prepare import prepare_data
 from rwkv_train.data.preparation.options import PrepareOptions
+from rwkv_train.data.prepare import prepare_data
 from rwkv_train.errors import DataError
 from rwkv_train.tokenizers import load_tokenizer
 
+WORDS = ["some", "few", "words", "that", "do", "repeat"]
 OPTIONS = PrepareOptions(valid_fraction=0.3, dedup="minhash", shuffle=5, max_leak=0.5)
 
 
@@ -42,7 +43,10 @@ def texts(tmp_path):
     chance = random.Random(0)
     paths = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
     for path in paths:
-        lines = [" ".join(chance.choices("some few words that do repeat".split(), k=30)) for _ in range(60)]
+        lines = [
+            " ".join(chance.choices(["some", "few", "words", "that", "do", "repeat"], k=30))
+            for _ in range(60)
+        ]
         path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     return paths
 
