@@ -30,7 +30,7 @@ from rwkv_train.errors import ConfigError
 from rwkv_train.evaluation.modes import Mode
 
 if TYPE_CHECKING:
-    from rwkv_train.evaluation.job import Evaluation, PrefixChoice
+    from rwkv_train.evaluation.job import PrefixChoice
     from rwkv_train.evaluation.positions import Curve
     from rwkv_train.evaluation.totals import Totals
 
@@ -123,10 +123,10 @@ def eval_ppl(
 
     from rwkv_train.checkpoints.tensors import DTYPES
     from rwkv_train.data.sources.base import SourceOptions
-    from rwkv_train.evaluation.comparison import differences
     from rwkv_train.evaluation.job import Job
     from rwkv_train.evaluation.positions import require_power_of_two
     from rwkv_train.evaluation.sharing import evaluate_checkpoint
+    from rwkv_train.evaluation.side_by_side import curves_of, results_of
 
     if min_length is not None:
         require_power_of_two(min_length)
@@ -164,27 +164,8 @@ def eval_ppl(
         with _progress(f"[{number + 1}/{len(jobs)}] " if len(jobs) > 1 else "") as on_document:
             evaluations.append(evaluate_checkpoint(job, places, on_document=on_document))
 
-    first = evaluations[0]
-    results: list[dict[str, Any]] = []
-    for path, evaluation in zip(checkpoint, evaluations, strict=True):
-        compared = None
-        if evaluation is not first:
-            same_tokenizer = evaluation.tokenizer.matches(first.tokenizer)
-            parts = differences(first.report, evaluation.report, same_tokenizer=same_tokenizer)
-            compared = {
-                "total": parts.pop(None).to_json(),
-                "domains": {domain: part.to_json() for domain, part in parts.items()},
-            }
-        results.append(
-            {
-                "checkpoint": path,
-                "tokenizer": evaluation.tokenizer._asdict(),
-                "prefix_token": evaluation.prefix_token,
-                **evaluation.report.to_json(),
-                "difference_to_first": compared,
-            }
-        )
-    curves = _curves(evaluations, min_length)
+    results = results_of(jobs, evaluations)
+    curves = curves_of(evaluations, min_length)
     write_json(
         json_file,
         {
@@ -199,8 +180,7 @@ def eval_ppl(
     if plot_file is not None:
         from rwkv_train.evaluation.curve_plot import draw_curves
 
-        labels = checkpoint if len(set(checkpoint)) == len(curves) else list(curves)
-        picture = draw_curves(dict(zip(labels, curves.values(), strict=True)), plot_file.suffix[1:])
+        picture = draw_curves(dict(zip(_names(checkpoint), curves, strict=True)), plot_file.suffix[1:])
         write_whole(plot_file, picture)
     _print(results, curves, mode, window)
 
@@ -255,17 +235,13 @@ def _progress(title: str) -> "Iterator[Callable[[Totals], None]]":
         yield show
 
 
-def _curves(evaluations: "list[Evaluation]", min_length: int | None) -> "dict[str, Curve]":
-    """Return the curve of each model, all of one length."""
-    positions = [evaluation.report.positions for evaluation in evaluations]
-    length = min_length or min(sums.usual_length() for sums in positions)
-    curves = {f"[{number}]": sums.curve(length) for number, sums in enumerate(positions, start=1)}
-    if not all(curve.documents for curve in curves.values()):
-        raise ConfigError(f"--min-length is {length}, but no document is so long; take a smaller one")
-    return curves
+def _names(checkpoints: list[str]) -> list[str]:
+    """Return a different name for each line of the picture."""
+    is_plain = len(set(checkpoints)) == len(checkpoints)
+    return checkpoints if is_plain else [f"[{n}] {path}" for n, path in enumerate(checkpoints, start=1)]
 
 
-def _print(results: list[dict[str, Any]], curves: "dict[str, Curve]", mode: Mode, window: int | None) -> None:
+def _print(results: list[dict[str, Any]], curves: "list[Curve]", mode: Mode, window: int | None) -> None:
     from rwkv_train.commands.perplexity_tables import (
         print_comparison,
         print_counts,
@@ -291,11 +267,12 @@ def _print(results: list[dict[str, Any]], curves: "dict[str, Curve]", mode: Mode
             typer.echo(
                 "\nThe tokenizers differ: bits per byte compare, loss and perplexity of a token do not."
             )
-    curve = next(iter(curves.values()))
+    curve = curves[0]
     typer.echo(
         f"\nnats per token by position, in {curve.documents:,} of {first['total']['documents']:,} documents:"
     )
-    print_curves({"loss/token": curve} if len(curves) == 1 else curves)
+    heads = ["loss/token"] if len(curves) == 1 else [f"[{number + 1}]" for number in range(len(curves))]
+    print_curves(dict(zip(heads, curves, strict=True)))
 
 
 def _prefix_line(result: dict[str, Any]) -> str:

@@ -197,3 +197,155 @@ def test_a_model_of_damaged_weights_gives_no_number(weights, data, tmp_path):
     result = run("--checkpoint", folder, *data, "--json", tmp_path / "out.json")
     assert "is nan, not finite" in str(result.exception)
     assert not (tmp_path / "out.json").exists()
+
+
+@pytest.fixture
+def other(weights, tmp_path):
+    """Another model of the same tokenizer: its head is zero, so each token costs log2(257) bits."""
+    tensors = dict(weights.tensors)
+    tensors["head.weight"] = torch.zeros_like(tensors["head.weight"])
+    return str(write_weights(tmp_path / "other", weights._replace(tensors=tensors), "safetensors"))
+
+
+def test_several_checkpoints_are_compared_with_the_first(checkpoint, other, data, tmp_path):
+    result = run("--checkpoint", checkpoint, "--checkpoint", other, *data, "--json", tmp_path / "out.json")
+    assert result.exit_code == 0, result.exception
+    first, second = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["checkpoints"]
+
+    assert second["total"]["bits_per_byte"] == pytest.approx(math.log2(257))
+    difference = second["difference_to_first"]["total"]["bits_per_byte"]
+    assert difference["value"] == pytest.approx(math.log2(257) - first["total"]["bits_per_byte"])
+    # The other's loss is the same everywhere, so the interval of the difference is that of the first, turned round.
+    low, high = first["total"]["bits_per_byte_interval"]
+    assert difference["interval"] == pytest.approx([math.log2(257) - high, math.log2(257) - low])
+    assert second["difference_to_first"]["domains"]["code"]["loss"]["interval"] is None
+
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert f"[1] {checkpoint} (tokenizer: bytes; read before a document: token 0)" in result.stdout
+    assert ["[2]", *_shown(second, difference)] in lines
+    assert max(map(len, result.stdout.splitlines()[3:])) <= 100
+
+
+def _shown(result, difference):
+    total = result["total"]
+    signed = [difference["value"], *difference["interval"]]
+    return [
+        f"{total['loss']:.4f}",
+        f"{total['token_ppl']:.2f}",
+        *(f"{x:.4f}" for x in (total["bits_per_byte"], *total["bits_per_byte_interval"])),
+        *(f"{x:+.4f}" for x in signed),
+    ]
+
+
+def test_two_processes_find_what_one_finds(checkpoint, data, tmp_path):
+    results = []
+    for devices in (1, 2):
+        result = run("--checkpoint", checkpoint, *data, "--devices", devices, "--json", tmp_path / "out.json")
+        assert result.exit_code == 0, result.exception
+        results.append(result_of(tmp_path))
+    one, two = results
+    assert list(two["domains"]) == list(one["domains"])
+    for a, b in [
+        (one["total"], two["total"]),
+        *((one["domains"][d], two["domains"][d]) for d in one["domains"]),
+    ]:
+        expected = {name: pytest.approx(a[name], rel=1e-6) for name in ("nats", "loss", "bits_per_byte")}
+        expected |= {name: a[name] for name in ("documents", "tokens", "bytes", "words")}
+        assert {name: b[name] for name in expected} == expected
+    ends = "bits_per_byte_interval"
+    assert two["total"][ends] == pytest.approx(one["total"][ends], rel=1e-6)
+    assert two["domains"]["prose"][ends] == pytest.approx(one["domains"]["prose"][ends], rel=1e-6)
+    assert [curve["documents"] for curve in two["positions"]] == [
+        curve["documents"] for curve in one["positions"]
+    ]
+
+
+def test_what_is_wrong_in_a_process_is_said_as_by_one_alone(checkpoint, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
+    message = error_of(
+        DataError, "--checkpoint", checkpoint, "--data", tmp_path / "bad.jsonl", "--devices", 2
+    )
+    assert "bad.jsonl, line 2" in message
+
+
+def test_bad_lines_are_passed_over_where_asked_for(checkpoint, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "abc"}\nno JSON\n{"text": "de"}\n')
+    rest = ["--checkpoint", checkpoint, "--data", tmp_path / "bad.jsonl"]
+    assert "bad.jsonl, line 2" in error_of(DataError, *rest)
+    assert run(*rest, "--skip-bad-lines", "--json", tmp_path / "out.json").exit_code == 0
+    assert result_of(tmp_path)["total"]["bytes"] == 5
+
+
+def test_columns_and_format_are_those_named(checkpoint, tmp_path):
+    (tmp_path / "rows.data").write_text("body,kind\nabc,x\nde,y\n")
+    options = ["--data-format", "csv", "--text-column", "body", "--domain-column", "kind"]
+    result = run(
+        "--checkpoint",
+        checkpoint,
+        "--data",
+        tmp_path / "rows.data",
+        *options,
+        "--json",
+        tmp_path / "out.json",
+    )
+    assert result.exit_code == 0, result.exception
+    assert {name: sums["bytes"] for name, sums in result_of(tmp_path)["domains"].items()} == {"x": 3, "y": 2}
+
+
+def test_windows_and_streams_know_less_and_more(checkpoint, data, tmp_path):
+    nats = {}
+    for name, options in {
+        "whole": [],
+        "long": ["--mode", "windowed", "--window", 1000],
+        "short": ["--mode", "windowed", "--window", 2],
+        "stream": ["--mode", "stream"],
+    }.items():
+        assert (
+            run("--checkpoint", checkpoint, *data, *options, "--json", tmp_path / "out.json").exit_code == 0
+        )
+        nats[name] = result_of(tmp_path)["total"]["nats"]
+    assert nats["long"] == pytest.approx(nats["whole"], rel=1e-6)
+    assert len({round(value, 3) for value in nats.values()}) == 3
+
+
+def test_without_a_prefix_the_report_says_what_is_not_scored(checkpoint, data, tmp_path):
+    result = run("--checkpoint", checkpoint, *data, "--prefix-token", "none", "--json", tmp_path / "out.json")
+    assert "no prefix, so the first token of each document is not scored" in result.stdout
+    total = result_of(tmp_path)["total"]
+    assert total["tokens"] == total["bytes"] - 4
+    assert result_of(tmp_path)["prefix_token"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        (["--mode", "windowed"], ConfigError, "--mode windowed needs --window N"),
+        (["--window", 8], ConfigError, "--window 8 has a meaning with --mode windowed only"),
+        (["--mode", "stream", "--devices", 2], ConfigError, "--devices 2 has nothing to share"),
+        (["--mode", "stream", "--prefix-token", "none"], ConfigError, "needs a token between documents"),
+        (
+            ["--prefix-token", "eos"],
+            ConfigError,
+            "--prefix-token is 'eos'; wanted the id of a token, or none",
+        ),
+        (["--prefix-token", 257], ConfigError, "--prefix-token is 257; the model's tokens are 0 to 256"),
+        (["--devices", 0], ConfigError, "--devices is 0; it must be at least 1"),
+        (["--min-length", 3], ConfigError, "--min-length is 3; it must be a power of two"),
+        (["--min-length", 1024], ConfigError, "no document has so many tokens"),
+        (["--plot", "curve.pdf"], ConfigError, "must end in .png or .svg"),
+        (["--plot", "missing/curve.png"], ConfigError, "--plot missing/curve.png cannot be written"),
+        (["--data-format", "xml"], DataError, "there is no format 'xml'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(checkpoint, data, options, kind, message):
+    assert message in error_of(kind, "--checkpoint", checkpoint, *data, *options)
+
+
+@pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_the_curve_is_drawn_as_the_ending_says(checkpoint, other, data, tmp_path, ending, start):
+    picture = tmp_path / f"curve.{ending}"
+    both = ["--checkpoint", checkpoint, "--checkpoint", other]
+    result = run(*both, *data, "--limit", 2, "--plot", picture, "--min-length", 4)
+    assert result.exit_code == 0, result.exception
+    assert picture.read_bytes().startswith(start)
+    assert "in 2 of 2 documents" in result.stdout

@@ -1,5 +1,7 @@
 """The held-out loss during a run."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -7,9 +9,10 @@ from rwkv_train.data.binidx import TokenFileWriter
 from rwkv_train.data.prepare import prepare_data
 from rwkv_train.data.stored import load_corpus
 from rwkv_train.errors import DataError
+from rwkv_train.evaluation.totals import Totals
 from rwkv_train.tokenizers import load_tokenizer
 from rwkv_train.training.run import run_pretraining
-from rwkv_train.training.validation import select_documents
+from rwkv_train.training.validation import Validation, metric_columns, select_documents
 
 
 def test_a_corpus_without_text_is_refused_before_training(settings, tmp_path):
@@ -48,3 +51,17 @@ def test_each_domain_is_scored_in_its_share(two_domains):
 def test_a_corpus_smaller_than_what_is_wanted_is_scored_whole(two_domains):
     chosen = select_documents(two_domains, load_tokenizer("bytes"), 10_000)
     assert [len(document.tokens) for document in chosen] == [98, 100, 98, 98]
+
+
+def test_metrics_are_loss_and_bits_per_byte_of_all_text_and_of_each_domain():
+    # Two tokens of 1 nat over 4 bytes; a domain without known bytes.
+    totals = {"total": Totals(2, 5, 4, 0, 11.0), "a": Totals(1, 2, 4, 0, 2.0), "b": Totals(1, 3, 0, 0, 9.0)}
+    metrics = Validation(totals, step=7).as_metrics()
+    assert metrics == {
+        "val_loss": pytest.approx(2.2),
+        "val_bits_per_byte": pytest.approx(2.75 / math.log(2)),
+        "val_loss/a": 1.0,
+        "val_bits_per_byte/a": pytest.approx(0.5 / math.log(2)),
+        "val_loss/b": 3.0,
+    }
+    assert metrics.keys() <= set(metric_columns(["a", "b"]))
