@@ -92,7 +92,7 @@ def test_the_commands_of_the_readme_work_one_after_the_other(tmp_path):
         )
         assert result.returncode == 0, f"{line}\n{result.stderr}"
 
-    total = json.loads((tmp_path / "perplexity.json").read_text())["total"]
+    total = json.loads((tmp_path / "perplexity.json").read_text())["checkpoints"][0]["total"]
     assert total["documents"] == 3
     assert total["bytes"] == sum(len(f"valid document {i}. " * 20) for i in range(3))
     assert (tmp_path / "model.pth").is_file()
