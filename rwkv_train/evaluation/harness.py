@@ -4,7 +4,7 @@ Needs the extra ``rwkv-train[lm-eval]``. The harness finds no models of other pa
 module first. From the harness' own command line::
 
     python -c "import rwkv_train.evaluation.harness, lm_eval.__main__ as harness; harness.cli_evaluate()" \
-        run --model rwkv-train --model_args pretrained=PATH,prefix=end-of-document --tasks lambada_openai
+        run --model rwkv-train --model_args pretrained=PATH,prefix=newline --device auto --tasks lambada_openai
 
 What is read before a text is a choice (:class:`~rwkv_train.evaluation.prefix.Prefix`) and moves every number a
 little; the default is an end-of-document token before every request.
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from rwkv_train.checkpoints import load_model
 from rwkv_train.checkpoints.tensors import DTYPES
 from rwkv_train.checkpoints.tokenizer import choose_tokenizer
-from rwkv_train.errors import ConfigError
+from rwkv_train.errors import BackendError, ConfigError
 from rwkv_train.evaluation import scoring
 from rwkv_train.evaluation.gen_kwargs import parse_gen_kwargs
 from rwkv_train.evaluation.lambada import continuation
@@ -92,6 +92,7 @@ class RwkvTrainLM(LM):  # type: ignore[misc]  # the harness has no types
 
         Raises:
             ConfigError: an argument is unknown or has no such value.
+            BackendError: there is no such device.
             CheckpointError: the checkpoint cannot be read.
             DataError: the tokenizer is not the model's.
         """
@@ -106,7 +107,7 @@ class RwkvTrainLM(LM):  # type: ignore[misc]  # the harness has no types
         dtype = _one_of(given, "dtype", DTYPES, torch.float32)
         batch_size = _number(given, "batch_size", scoring.BATCH_SIZE)
         chunk_len = _number(given, "chunk_len", scoring.CHUNK_LEN)
-        device = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
+        device = _device(given.get("device", "auto"))
         model, weights = load_model(str(given["pretrained"]), device=device, dtype=dtype)
         tokenizer = choose_tokenizer(weights, given.get("tokenizer"))
         return cls(model, tokenizer, prefix=prefix, batch_size=batch_size, chunk_len=chunk_len)
@@ -207,6 +208,18 @@ class RwkvTrainLM(LM):  # type: ignore[misc]  # the harness has no types
 def _with_progress(items: Iterator[Any], total: int, what: str, disable: bool) -> Iterator[Any]:
     # None: only where stderr is a terminal.
     return iter(tqdm(items, desc=what, total=total, disable=True if disable else None))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise BackendError(
+            f"there is no device '{name}' here; give --device cpu or auto (without it the harness asks for cuda:0)"
+        ) from error
+    return torch.device(name)
 
 
 def _one_of(given: Mapping[str, Any], name: str, known: Mapping[str, Any], default: Any) -> Any:

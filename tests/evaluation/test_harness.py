@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 
 from rwkv_train.checkpoints import Weights, write_weights
 from rwkv_train.data.sources.base import Document
-from rwkv_train.errors import ConfigError, DataError
+from rwkv_train.errors import BackendError, ConfigError, DataError
 from rwkv_train.evaluation import harness_tasks
 from rwkv_train.evaluation.harness import RwkvTrainLM
 from rwkv_train.evaluation.harness_tasks import evaluate_tasks, format_results
@@ -276,6 +276,11 @@ def test_the_harness_finds_the_same_with_the_same_weights_in_transformers(model,
 def test_arguments_that_mean_nothing_here_are_refused(arguments, sentence):
     with pytest.raises(ConfigError, match=sentence):
         RwkvTrainLM.create_from_arg_string(arguments)
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(BackendError, match="there is no device 'cuda:99' here; give --device cpu or auto"):
+        RwkvTrainLM.create_from_arg_string("pretrained=x", {"device": "cuda:99"})
 
 
 @ONE_VERSION
