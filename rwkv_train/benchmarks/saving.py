@@ -13,12 +13,11 @@ from rwkv_train.benchmarks.trial import Json, TimedCallback, main, now, run_tria
 from rwkv_train.checkpoints.training_state import TrainingCheckpoint, open_training_checkpoint
 from rwkv_train.config.model import ModelConfig, Rwkv7Config
 from rwkv_train.config.train import TrainConfig
-from rwkv_train.data.stored import Corpus
 from rwkv_train.models.registry import build_model, count_parameters
 from rwkv_train.parallel.processes import Processes
+from rwkv_train.training.corpora import open_corpora, open_samples
 from rwkv_train.training.keeper import CheckpointKeeper
 from rwkv_train.training.module import PretrainModule
-from rwkv_train.training.run import open_corpora
 from rwkv_train.training.validation import Validation
 
 N_WARM_UP = 1
@@ -82,7 +81,7 @@ class SaveTimer(TimedCallback):
     """Lets a run save after every step, then reads the last checkpoint back."""
 
     def __init__(self, config: TrainConfig, processes: Processes) -> None:
-        self.timed_keeper = _TimedKeeper(config, open_corpora(config).train, processes)
+        self.timed_keeper = _TimedKeeper(config, processes)
         super().__init__(config, processes, self.timed_keeper)
         self._config = config
         self._found: Json = {}
@@ -135,9 +134,10 @@ class SaveTimer(TimedCallback):
 class _TimedKeeper(CheckpointKeeper):
     """Notes how long training waits for each save."""
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, processes: Processes) -> None:
-        assert corpus.sidecar is not None
-        super().__init__(config, corpus.sidecar.tokenizer, corpus, processes, None, beat=lambda: None)
+    def __init__(self, config: TrainConfig, processes: Processes) -> None:
+        corpora = open_corpora(config)
+        samples = open_samples(config, corpora)
+        super().__init__(config, corpora.tokenizer.identity, samples, processes, None, beat=lambda: None)
         self.seconds: list[float] = []
 
     def save(self, module: PretrainModule, seconds: float, validation: Validation | None) -> None:

@@ -14,11 +14,10 @@ import torch
 from rwkv_train.benchmarks.trial import Json, TimedCallback, main, now, run_trial, settings_of_trial
 from rwkv_train.config.model import ModelConfig, Rwkv7Config
 from rwkv_train.config.train import TrainConfig
-from rwkv_train.data.stored import Corpus
 from rwkv_train.parallel.processes import Processes
+from rwkv_train.training.corpora import open_corpora, open_samples
 from rwkv_train.training.keeper import CheckpointKeeper
 from rwkv_train.training.module import PretrainModule
-from rwkv_train.training.run import open_corpora
 from rwkv_train.training.validation import Validation
 
 N_WARM_UP = 3
@@ -110,7 +109,7 @@ class StepTimer(TimedCallback):
         self._marks: list[float] = []
         self._setup_seconds = 0.0
         self._peak_bytes = 0
-        super().__init__(config, processes, _NoCheckpoints(config, open_corpora(config).train, processes))
+        super().__init__(config, processes, _NoCheckpoints(config, processes))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin."""
@@ -144,9 +143,10 @@ class StepTimer(TimedCallback):
 class _NoCheckpoints(CheckpointKeeper):
     """Saves nothing, not even at the end."""
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, processes: Processes) -> None:
-        assert corpus.sidecar is not None
-        super().__init__(config, corpus.sidecar.tokenizer, corpus, processes, None, beat=lambda: None)
+    def __init__(self, config: TrainConfig, processes: Processes) -> None:
+        corpora = open_corpora(config)
+        samples = open_samples(config, corpora)
+        super().__init__(config, corpora.tokenizer.identity, samples, processes, None, beat=lambda: None)
 
     def is_due(self, step: int) -> bool:
         return False

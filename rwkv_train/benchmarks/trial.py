@@ -17,7 +17,7 @@ from rwkv_train.config.load import check_tree, load_train_config
 from rwkv_train.config.model import ModelConfig
 from rwkv_train.config.save import to_tree, to_yaml
 from rwkv_train.config.train import TrainConfig
-from rwkv_train.data.module import CorpusSamples, Position, PretrainData, n_slots
+from rwkv_train.data.module import Position, PretrainData
 from rwkv_train.data.prepare import prepare_data
 from rwkv_train.errors import RwkvTrainError, TrainingError
 from rwkv_train.models.registry import build_model, initialize
@@ -28,13 +28,13 @@ from rwkv_train.parallel.watchdog import Watchdog
 from rwkv_train.tokenizers import load_tokenizer
 from rwkv_train.training.backend import choose_wkv_backend
 from rwkv_train.training.callbacks import RunCallback
+from rwkv_train.training.corpora import open_corpora, open_samples, samples_in_epoch
 from rwkv_train.training.guard import Guard
 from rwkv_train.training.keeper import CheckpointKeeper
 from rwkv_train.training.meter import Meter
 from rwkv_train.training.module import PretrainModule
 from rwkv_train.training.precision import prepare_forward
 from rwkv_train.training.progress import Display
-from rwkv_train.training.run import open_corpora
 from rwkv_train.training.schedule import run_length
 from rwkv_train.training.strategy import ENGINES, device_of, make_trainer
 
@@ -175,8 +175,8 @@ def train(config: TrainConfig, callback_of: CallbackOf) -> Json | None:
     with join_processes(config.trainer, backend=backend, always=needs_group) as processes:
         callback = callback_of(config, processes)
         callback.began = began
-        corpus = open_corpora(config).train
-        length = run_length(config.trainer, config.model.ctx_len, n_slots(corpus, config))
+        corpora = open_corpora(config)
+        length = run_length(config.trainer, config.model.ctx_len, samples_in_epoch(config, corpora))
         model = build_model(config.model, wkv_backend=choose_wkv_backend(config, device).name)
         initialize(model, config.trainer.seed)
         prepare_forward(model, config.trainer)
@@ -184,8 +184,9 @@ def train(config: TrainConfig, callback_of: CallbackOf) -> Json | None:
         start = Position(0)
         module = PretrainModule(model, engine, config, length, start, Guard(config.guard))
         trainer = make_trainer(config, length.n_steps, [callback], [])
-        samples = CorpusSamples(corpus, config)
-        trainer.fit(module, datamodule=PretrainData(samples, config, start, length.n_steps))
+        end_of_document = corpora.tokenizer.end_of_document
+        data = PretrainData(open_samples(config, corpora), config, start, length.n_steps, end_of_document)
+        trainer.fit(module, datamodule=data)
         return callback.result() if processes.is_first else None
 
 

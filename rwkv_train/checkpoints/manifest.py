@@ -36,6 +36,9 @@ WEIGHTS = "model"
 OPTIMIZER = "optimizer"
 """Begins the names of the files of Adam's moments."""
 
+STREAM_FILE = "stream.safetensors"
+"""Name of the file of tokens that a run which streams its data has read and not yet trained on."""
+
 GIVEN_KEYS: Kinds = {
     "step": (int,),
     "tokens": (int,),
@@ -100,6 +103,8 @@ def tensor_files(folder: Path, manifest: Json, stem: str) -> list[str]:
 def files_of(folder: Path, manifest: Json, *, with_optimizer: bool = True) -> list[str]:
     """Return the names of a checkpoint's files but the manifest, indices included.
 
+    Without the optimizer's, those are the files of weights alone.
+
     Raises:
         CheckpointError: as in :func:`tensor_files`.
     """
@@ -107,6 +112,8 @@ def files_of(folder: Path, manifest: Json, *, with_optimizer: bool = True) -> li
     for stem in (WEIGHTS, OPTIMIZER) if with_optimizer else (WEIGHTS,):
         names = tensor_files(folder, manifest, stem)
         files += names if len(names) == 1 else [*names, index_name(stem)]
+    if with_optimizer and STREAM_FILE in manifest["files"]:
+        files.append(STREAM_FILE)
     return files
 
 

@@ -2,7 +2,8 @@
 
 ``OUT_DIR/checkpoints/step-00000500/`` holds ``model.safetensors`` (float32 weights under the official
 names), ``optimizer.safetensors`` (``exp_avg.NAME`` and ``exp_avg_sq.NAME``, float32), each in several files where
-it is large, and ``manifest.json`` (everything else, and the SHA-256 of each file). Nothing in it is a pickle.
+it is large, and ``manifest.json`` (everything else, and the SHA-256 of each file). A run that streams its data has
+``stream.safetensors`` too: tokens that it has read and not yet trained on. Nothing in it is a pickle.
 """
 
 import math
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rwkv_train.checkpoints.descriptions import Json, find_problem, parse_model
@@ -27,6 +30,7 @@ from rwkv_train.checkpoints.io import (
 from rwkv_train.checkpoints.manifest import (
     GIVEN_KEYS,
     OPTIMIZER,
+    STREAM_FILE,
     WEIGHTS,
     read_manifest,
     tensor_files,
@@ -129,6 +133,22 @@ class TrainingCheckpoint:
         """Read all weights from the disk, into memory of their own."""
         return {name: self._weights[name].clone() for name in self.names}
 
+    def stream(self) -> dict[str, Tensor]:
+        """Read what the run had of its stream; nothing where it trained on prepared corpora.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        if STREAM_FILE not in self.manifest["files"]:
+            return {}
+        path = self.folder / STREAM_FILE
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} is truncated or damaged: {' '.join(str(error).split())}"
+            ) from error
+
 
 def checkpoint_bytes(config: ModelConfig) -> int:
     """Return the size in bytes that a training checkpoint of a model has at most, but for names and JSON."""
@@ -141,6 +161,7 @@ def save_training_checkpoint(
     parameters: Iterable[ParameterState],
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
+    stream: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint of a run; it appears whole or not at all.
 
@@ -155,6 +176,7 @@ def save_training_checkpoint(
         parameters: every parameter of the model, in any order, on any device; dtypes narrower than float32
             are widened.
         max_file_bytes: size above which tensors of a kind go to several files.
+        stream: tensors on the CPU that :meth:`TrainingCheckpoint.stream` gives back; ``None``: there are none.
 
     Returns:
         The folder of the checkpoint.
@@ -174,8 +196,11 @@ def save_training_checkpoint(
     with os_errors_as_sentences(folder, "written"):
         if folder.parent.exists():
             remove_leftovers(folder.parent, is_checkpoint_name)
-    with new_folder(folder, checkpoint_bytes(config)) as new:
+    stream_bytes = sum(tensor.nbytes for tensor in (stream or {}).values())
+    with new_folder(folder, checkpoint_bytes(config) + stream_bytes) as new:
         _write_tensors(new, folder, config, parameters, max_file_bytes)
+        if stream:
+            _write_stream(new / STREAM_FILE, stream)
         content = {
             **manifest,
             "files": {path.name: sha256_of(path) for path in sorted(new.iterdir())},
@@ -251,6 +276,13 @@ def _write_tensors(
             _check_state(folder, config, weights.headers, moments.headers)
         except CheckpointError as error:
             raise ValueError(str(error)) from error
+
+
+def _write_stream(path: Path, stream: Mapping[str, Tensor]) -> None:
+    try:
+        save_file(dict(stream), path)
+    except SafetensorError as error:  # a full disk comes as this, too
+        raise OSError(str(error)) from error
 
 
 def _as_stored(name: str, tensor: Tensor) -> Tensor:

@@ -27,7 +27,10 @@ _ARCHITECTURES: dict[str, type[RwkvConfig]] = {
     config.model_fields["arch"].default: config for config in get_args(get_args(ModelConfig)[0])
 }
 
-_TAGS: dict[str, type[Config] | None] = {**_ARCHITECTURES, "ranks": None, "rule": None}
+_TAGS: dict[str, type[Config] | None] = {
+    **_ARCHITECTURES,
+    **dict.fromkeys(("ranks", "rule", "prefix", "mixture")),
+}
 """Names of union members in pydantic's locations, and the class that each one selects."""
 
 _LENGTHS = ("trainer.max_steps", "trainer.max_tokens", "trainer.max_epochs")
@@ -251,8 +254,10 @@ def _follow(location: tuple[int | str, ...]) -> tuple[type[Config], list[str]]:
         if part in _TAGS:
             classes = tuple(c for c in classes if _TAGS[part] in (None, c))
             continue
-        owner = classes[0] if classes else owner
         names.append(part)
+        if part.isdigit():  # a place in a list, whose entries the classes are of
+            continue
+        owner = classes[0] if classes else owner
         field = owner.model_fields.get(part)
         classes = _classes_in(field.annotation) if field is not None else ()
     return owner, names
@@ -261,7 +266,7 @@ def _follow(location: tuple[int | str, ...]) -> tuple[type[Config], list[str]]:
 def _classes_in(annotation: Any) -> tuple[type[Config], ...]:
     if get_origin(annotation) in (Union, types.UnionType):
         return tuple(c for arg in get_args(annotation) for c in _classes_in(arg))
-    if get_origin(annotation) is Annotated:
+    if get_origin(annotation) in (Annotated, list):
         return _classes_in(get_args(annotation)[0])
     return (annotation,) if isinstance(annotation, type) and issubclass(annotation, Config) else ()
 

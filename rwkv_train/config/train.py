@@ -43,3 +43,22 @@ class TrainConfig(Config):
                 f"{self.trainer.strategy!r}; set it to 'torch'"
             )
         return self
+
+    @model_validator(mode="after")
+    def _epochs_need_one_corpus(self) -> Self:
+        if self.trainer.max_epochs is not None and not isinstance(self.data.train, str):
+            found = "data.streaming" if self.data.train is None else "several corpora in data.train"
+            raise ValueError(
+                f"trainer.max_epochs ({self.trainer.max_epochs:g}) has no meaning with {found}; set trainer.max_steps "
+                "or max_tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _patience_needs_validation(self) -> Self:
+        if self.trainer.early_stopping_patience is not None and self.data.valid is None:
+            raise ValueError(
+                f"trainer.early_stopping_patience ({self.trainer.early_stopping_patience}) needs a corpus for "
+                "validation; set data.valid, or the patience to null"
+            )
+        return self

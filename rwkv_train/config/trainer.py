@@ -60,6 +60,8 @@ class TrainerConfig(Config):
     """Steps between two validations; besides, one before the first step and one after the last."""
     val_tokens: PositiveInt = 1_048_576
     """Tokens scored in each validation: the head of every domain, in its share of the validation corpus."""
+    early_stopping_patience: PositiveInt | None = None
+    """Validations in a row without a better loss after which the run ends early; null: never."""
     sample_tokens: NonNegativeInt = 128
     """Tokens of the sample that each validation writes; 0: none."""
     sample_prompt: str = "\n"

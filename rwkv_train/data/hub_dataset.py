@@ -56,6 +56,8 @@ class TextDataset:
         self._dataset = dataset.select_columns(list(dict.fromkeys(wanted)))
         self._is_streamed = not hasattr(dataset, "__len__")
         self._first_state: DatasetState | None = self._dataset.state_dict() if self._is_streamed else None
+        self._state_at_start: DatasetState | None = None
+        self._has_started = False
 
     @property
     def n_rows(self) -> int | None:
@@ -63,7 +65,7 @@ class TextDataset:
         return None if self._is_streamed else len(self._dataset)
 
     def rows(self, start: int = 0, state: DatasetState | None = None) -> Iterator[Row]:
-        """Yield the rows from ``start`` on. One iterator at a time: another call ends the one before.
+        """Return the rows from ``start`` on. One iterator at a time: another call ends the one before.
 
         Args:
             start: rows to pass over.
@@ -73,22 +75,29 @@ class TextDataset:
         Raises:
             DataError: a row cannot be read.
         """
+        self._state_at_start, self._has_started = state, False
         dataset = self._dataset
         first = 0 if self._is_streamed and state is None else start
         if self._is_streamed:
             dataset.load_state_dict(copy.deepcopy(self._first_state if state is None else state))
         elif start >= len(dataset):
-            return  # the library cannot select nothing at the end
+            return iter(())  # the library cannot select nothing at the end
         else:
             dataset = dataset.select(range(start, len(dataset)))
-        text_column, domain_column = self.spec.text_column, self._domain_column
-        for number, row in enumerate(_guarded(self.spec, iter(dataset)), start=first):
-            if number >= start:
-                yield Row(number, row[text_column], None if domain_column is None else row[domain_column])
+        rows = enumerate(_guarded(self.spec, iter(dataset)), start=first)
+        return (self._row(number, row) for number, row in rows if number >= start)
 
     def state(self) -> DatasetState | None:
         """Return where the iterator of :meth:`rows` stands; ``None`` where its number of rows is enough."""
-        return self._dataset.state_dict() if self._is_streamed else None
+        if not self._is_streamed or not self._has_started:
+            return self._state_at_start
+        state: DatasetState = self._dataset.state_dict()
+        return state
+
+    def _row(self, number: int, row: dict[str, object]) -> Row:
+        self._has_started = True
+        domain_column = self._domain_column
+        return Row(number, row[self.spec.text_column], None if domain_column is None else row[domain_column])
 
     def text_of(self, row: Row) -> str:
         """Return the text of a row.

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.data import sampler
-from rwkv_train.data.sampler import slot_of_sample
+from rwkv_train.data.packing import cut_at_documents
+from rwkv_train.data.sampler import seed_of_corpus, slot_of_sample
 from rwkv_train.data.stored import Corpus
 from rwkv_train.errors import DataError
 
@@ -19,17 +20,34 @@ class MicroBatch(NamedTuple):
     """What a process computes at once."""
 
     tokens: Tensor
-    """``[B, T]`` int64."""
+    """``[B, T]`` int64; packed: ``[1, B * T]``, one sample after another."""
     targets: Tensor
-    """The tokens to predict, ``[B, T]`` int64; -100 where none is."""
+    """The tokens to predict, of the same shape; -100 where none is."""
     step_targets: int
     """Tokens to predict in the whole step, over all processes and accumulated micro-batches."""
     first_sample: int
     """Number of its first sample in the run."""
+    cu_seqlens: Tensor | None = None
+    """Where a fresh state begins in a packed micro-batch, ``[S + 1]`` int64; see :func:`cut_at_documents`."""
+
+
+class Drawn(NamedTuple):
+    """What a run has taken from one of its corpora."""
+
+    name: str
+    """What the corpus is called among them."""
+    tokens: int
+    epochs: float
+    """Passes over it."""
 
 
 class Samples(Protocol):
     """Training samples by their number in a run."""
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What a resumed run recognises its data by: JSON's types."""
+        ...
 
     def read(self, sample: int) -> tuple[Tensor, Tensor]:
         """Return tokens and targets of a sample, both ``[T]`` int64."""
@@ -39,6 +57,10 @@ class Samples(Protocol):
         """Return how many targets, those of -100 aside, ``count`` samples from ``first`` on have together."""
         ...
 
+    def drawn(self, n_samples: int) -> tuple[Drawn, ...]:
+        """Return what the first ``n_samples`` took from each of several corpora; nothing where there is one."""
+        ...
+
 
 class CorpusSamples:
     """Windows of ``ctx_len`` tokens of a corpus.
@@ -46,21 +68,30 @@ class CorpusSamples:
     Args:
         corpus: the tokens, memory-mapped.
         config: the settings of the run.
+        index: place of the corpus among those of the run; each has an order of its own.
 
     Raises:
         DataError: the corpus is too small for the order.
     """
 
-    def __init__(self, corpus: Corpus, config: TrainConfig) -> None:
+    def __init__(self, corpus: Corpus, config: TrainConfig, index: int = 0) -> None:
+        self._corpus = corpus
         self._tokens = corpus.tokens.tokens
         self._prefix = corpus.prefix
-        self._n_slots = n_slots(corpus, config)
+        self.n_slots = n_slots(corpus, config)
+        """Samples in an epoch."""
         self._config = config
+        self._seed = seed_of_corpus(config.trainer.seed, index)
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """That of the corpus."""
+        return self._corpus.identify()
 
     def read(self, sample: int) -> tuple[Tensor, Tensor]:
         """Return tokens and targets of a sample, both ``[T]`` int64."""
         config = self._config
-        slot = int(slot_of_sample(sample, self._n_slots, config.trainer.seed, config.data.order))
+        slot = int(slot_of_sample(sample, self.n_slots, self._seed, config.data.order))
         start = slot * config.model.ctx_len
         window = self._tokens[start : start + config.model.ctx_len + 1].astype(np.int64)
         # A large foreign corpus was looked at in parts only; on a GPU a wrong id would crash the device.
@@ -75,6 +106,10 @@ class CorpusSamples:
     def n_targets(self, first: int, count: int) -> int:
         """Return the targets of ``count`` samples: every token has one."""
         return count * self._config.model.ctx_len
+
+    def drawn(self, n_samples: int) -> tuple[Drawn, ...]:
+        """Return nothing: there is one corpus."""
+        return ()
 
 
 class Position(NamedTuple):
@@ -113,14 +148,22 @@ class MicroBatches(Dataset[MicroBatch]):
         rank: number of this process.
         start: where the run stands.
         n_steps: steps of the whole run.
+        end_of_document: the token after which a sequence of its own begins; ``None``: none does.
     """
 
     def __init__(
-        self, samples: Samples, config: TrainConfig, rank: int, start: Position, n_steps: int
+        self,
+        samples: Samples,
+        config: TrainConfig,
+        rank: int,
+        start: Position,
+        n_steps: int,
+        end_of_document: int | None = None,
     ) -> None:
         self._samples = samples
         self._trainer = config.trainer
         self._rank = rank
+        self._end_of_document = end_of_document
         self._first_sample = start.first_sample(config)
         self._length = (n_steps - start.step) * config.trainer.accumulation
 
@@ -135,24 +178,43 @@ class MicroBatches(Dataset[MicroBatch]):
         pairs = [self._samples.read(sample) for sample in range(first, first + trainer.micro_batch_size)]
         tokens, targets = (torch.stack(part) for part in zip(*pairs, strict=True))
         step_targets = self._samples.n_targets(step_first, trainer.global_batch_size)
-        return MicroBatch(tokens, targets, step_targets, first)
+        if self._end_of_document is None:
+            return MicroBatch(tokens, targets, step_targets, first)
+        cu_seqlens = cut_at_documents(tokens, self._end_of_document)
+        return MicroBatch(tokens.view(1, -1), targets.view(1, -1), step_targets, first, cu_seqlens)
 
 
 class PretrainData(LightningDataModule):
-    """The training batches of a run; Lightning's own distributed sampler stays off."""
+    """The training batches of a run; Lightning's own distributed sampler stays off.
 
-    def __init__(self, samples: Samples, config: TrainConfig, start: Position, n_steps: int) -> None:
+    Args:
+        samples: where they come from.
+        config: the settings of the run.
+        start: where the run stands.
+        n_steps: steps of the whole run.
+        end_of_document: the tokenizer's end token, at which ``data.documents: reset`` cuts.
+    """
+
+    def __init__(
+        self, samples: Samples, config: TrainConfig, start: Position, n_steps: int, end_of_document: int
+    ) -> None:
         super().__init__()
         self._samples = samples
         self._config = config
         self._start = start
         self._n_steps = n_steps
+        self._end_of_document = end_of_document if config.data.documents == "reset" else None
 
     def train_dataloader(self) -> DataLoader[MicroBatch]:
         """Return this process' micro-batches in order."""
         assert self.trainer is not None
         batches = MicroBatches(
-            self._samples, self._config, self.trainer.global_rank, self._start, self._n_steps
+            self._samples,
+            self._config,
+            self.trainer.global_rank,
+            self._start,
+            self._n_steps,
+            self._end_of_document,
         )
-        # No workers: reading a memory-mapped slice takes microseconds. An item is a whole batch.
+        # No workers: reading a memory-mapped slice takes microseconds, and a stream is one. An item is a whole batch.
         return DataLoader(batches, batch_size=None)

@@ -18,6 +18,7 @@ ORDERS = ("shuffled", "sequential", "official")
 _N_ROUNDS = 8
 _MIN_HALF_BITS = 4  # below, eight rounds on so few values mix badly
 _MASK64 = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15  # SplitMix64's step from one number to the next
 
 _Number = Any  # an int, or an array of uint64; the same formula serves both
 
@@ -122,6 +123,26 @@ def slot_of_sample(
     return slot
 
 
+def seed_of_corpus(seed: int, index: int) -> int:
+    """Return the seed of one of several corpora, so that each has an order of its own; the first has ``seed``.
+
+    Args:
+        seed: seed of the run.
+        index: place of the corpus among those of the run, from 0.
+    """
+    return (seed + index * _GAMMA) & _MASK64
+
+
+def random_number(seed: int, number: int) -> int:
+    """Return number ``number`` of a sequence of random 64-bit numbers, each computed by itself.
+
+    Args:
+        seed: which sequence; its lowest 64 bits count.
+        number: place in the sequence, from 0.
+    """
+    return int(_mix((_mix(seed & _MASK64) + number) & _MASK64))
+
+
 def _check_order(order: str) -> None:
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
@@ -159,7 +180,7 @@ def _mix(x: _Number) -> _Number:
 
     Arrays wrap around by themselves; the masks are for Python's integers.
     """
-    x = (x + 0x9E3779B97F4A7C15) & _MASK64
+    x = (x + _GAMMA) & _MASK64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
     return x ^ (x >> 31)

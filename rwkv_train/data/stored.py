@@ -21,6 +21,7 @@ FOREIGN_END_OF_DOCUMENT = 0
 
 _SCAN_TOKENS = 1 << 20  # looked at at once
 _MAX_SCANNED_TOKENS = 1 << 30  # a few seconds
+_MAX_CHECKED_DOCUMENTS = 1 << 16
 
 
 class TokenDocument(NamedTuple):
@@ -113,6 +114,29 @@ class Corpus:
                 f"{self.prefix} holds the token id {wrong}, but the model's ids are 0 to {vocab_size - 1} "
                 f"(vocab_size {vocab_size})"
             )
+
+    def require_end_tokens(self, end_of_document: int) -> None:
+        """Refuse a corpus whose documents do not end with the token that tells one from the next.
+
+        The last tokens of evenly spread 2**16 documents are looked at, or of all where there are fewer.
+        """
+        n_documents = self.tokens.n_documents
+        for number in np.linspace(0, n_documents - 1, min(n_documents, _MAX_CHECKED_DOCUMENTS)).astype(int):
+            document = self.tokens.document(int(number))
+            if len(document) == 0 or document[-1] != end_of_document:
+                found = f"with the token {document[-1]}" if len(document) else "without any token"
+                raise DataError(
+                    f"{self.prefix}: document {number} ends {found}, but data.documents 'reset' needs each to end with "
+                    f"the tokenizer's end token {end_of_document}: prepare the corpus with it, or set data.documents "
+                    "to 'stream'"
+                )
+
+    def identify(self) -> dict[str, object]:
+        """Return what a resumed run recognises its corpus by, wherever it lies then: JSON's types."""
+        return {
+            "tokens": self.tokens.n_tokens,
+            "sha256": None if self.sidecar is None else self.sidecar.sha256,
+        }
 
     def require_length(self, ctx_len: int) -> None:
         """Refuse a corpus that is shorter than one sample."""

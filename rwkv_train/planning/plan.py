@@ -5,13 +5,12 @@ from typing import NamedTuple
 import torch
 
 from rwkv_train.config.train import TrainConfig
-from rwkv_train.data.module import n_slots
-from rwkv_train.data.stored import Corpus
+from rwkv_train.data.module import Drawn, Samples
 from rwkv_train.errors import ConfigError, DataError, RwkvTrainError
 from rwkv_train.models.registry import count_parameters
 from rwkv_train.planning.memory import MemoryEstimate, estimate_memory
 from rwkv_train.training.backend import choose_wkv_backend
-from rwkv_train.training.run import open_corpora
+from rwkv_train.training.corpora import Corpora, open_corpora, open_samples, samples_in_epoch
 from rwkv_train.training.schedule import run_length
 from rwkv_train.training.strategy import device_of
 from rwkv_train.training.zero_settings import deepspeed_config
@@ -26,7 +25,9 @@ class Plan(NamedTuple):
     tokens_per_step: int
     accumulation: int
     train_tokens: int | None
-    """Tokens in the training corpus; ``None`` where it cannot be opened."""
+    """Tokens in the training corpora; ``None`` where they cannot be opened, or the run streams."""
+    drawn: tuple[Drawn, ...]
+    """What the whole run takes from each of several corpora."""
     memory: MemoryEstimate
     device: torch.device
     world_size: int
@@ -45,7 +46,10 @@ class Plan(NamedTuple):
         if self.n_steps is not None:
             tokens = self.n_steps * self.tokens_per_step
             rows += [("steps", f"{self.n_steps:,}"), ("tokens in all", f"{tokens:,}")]
-            if self.train_tokens is not None:
+            rows += [
+                (f"from {one.name}", f"{one.tokens:,} tokens, {one.epochs:.2f} epochs") for one in self.drawn
+            ]
+            if self.train_tokens is not None and not self.drawn:
                 epochs = f"{tokens / self.train_tokens:.2f} epochs of {self.train_tokens:,} tokens"
                 rows.append(("training corpus", epochs))
         return [
@@ -71,14 +75,15 @@ def make_plan(config: TrainConfig) -> Plan:
         BackendError: ``trainer.wkv_backend`` cannot run there.
     """
     obstacles: list[RwkvTrainError] = []
-    train: Corpus | None = None
+    data: tuple[Corpora, Samples] | None = None
     try:
         device = device_of(config.trainer)
     except ConfigError as error:
         obstacles.append(error)
         device = torch.device("cuda")
     try:
-        train = open_corpora(config).train
+        corpora = open_corpora(config)
+        data = corpora, open_samples(config, corpora)
     except DataError as error:
         obstacles.append(error)
     try:
@@ -86,13 +91,17 @@ def make_plan(config: TrainConfig) -> Plan:
             deepspeed_config(config, device)
     except ConfigError as error:
         obstacles.append(error)
+    n_steps = _steps(config, data)
     backend = choose_wkv_backend(config, device)
     return Plan(
         n_parameters=count_parameters(config.model),
-        n_steps=_steps(config, train),
+        n_steps=n_steps,
         tokens_per_step=config.trainer.global_batch_size * config.model.ctx_len,
         accumulation=config.trainer.accumulation,
-        train_tokens=None if train is None else train.tokens.n_tokens,
+        train_tokens=None if data is None else data[0].train_tokens,
+        drawn=()
+        if data is None or n_steps is None
+        else data[1].drawn(n_steps * config.trainer.global_batch_size),
         memory=estimate_memory(config, backend.name),
         device=device,
         world_size=config.trainer.world_size,
@@ -101,8 +110,8 @@ def make_plan(config: TrainConfig) -> Plan:
     )
 
 
-def _steps(config: TrainConfig, train: Corpus | None) -> int | None:
-    if train is None and config.trainer.max_epochs is not None:
+def _steps(config: TrainConfig, data: tuple[Corpora, Samples] | None) -> int | None:
+    if data is None and config.trainer.max_epochs is not None:
         return None
-    slots = 0 if train is None else n_slots(train, config)
+    slots = 0 if data is None else samples_in_epoch(config, data[0])
     return run_length(config.trainer, config.model.ctx_len, slots).n_steps

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.core import LightningModule
 
 from rwkv_train.config.guard import GuardConfig
+from rwkv_train.data.module import Samples
 from rwkv_train.errors import TrainingError
 from rwkv_train.parallel.processes import Processes
 from rwkv_train.parallel.signals import StopSignal
@@ -73,7 +74,9 @@ class RunCallback(Callback):
         self.watchdog.start()
         assert isinstance(pl_module, PretrainModule)
         if self.validator is not None and pl_module.start.step == 0:
-            self._log(trainer, self._validate(self.validator, pl_module, 0).as_metrics(), 0)
+            validation = self._validate(self.validator, pl_module, 0)
+            self.keeper.early_stopping.note(validation.loss)
+            self._log(trainer, validation.as_metrics(), 0)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -112,20 +115,25 @@ class RunCallback(Callback):
         if self.validator is not None and (is_last or step % module.config.trainer.val_every_n_steps == 0):
             validation = self._validate(self.validator, module, step)
             row |= validation.as_metrics()
+            self.keeper.early_stopping.note(validation.loss)
         if row:
             self._log(trainer, row, step)
 
         # One small exchange a step: signals and clocks differ between processes, decisions must not.
         wants_stop, is_time = self.processes.any_of(self.stop.is_set, self.keeper.is_time())
         is_best = validation is not None and self.keeper.is_best(validation)
-        if is_last or is_best or wants_stop or is_time or self.keeper.is_due(step):
+        ends_early = self.keeper.early_stopping.reason
+        if is_last or ends_early or is_best or wants_stop or is_time or self.keeper.is_due(step):
             self.watchdog.beat()
             self.keeper.save(module, self.meter.seconds, validation)
         if wants_stop:
             # Perhaps it came to some of the processes only; all leave with its exit code.
             received = self.processes.gather(self.stop.received)
             self.signal = next(number for number in received if number is not None)
-        if wants_stop and not is_last:
+        if ends_early and not is_last:
+            logger.info("ending after step %d of %d: %s", step, module.length.n_steps, ends_early)
+            trainer.should_stop = True
+        elif wants_stop and not is_last:
             n_steps = module.length.n_steps
             logger.info("stopping after step %d of %d; the same command goes on from here", step, n_steps)
             trainer.should_stop = True
@@ -148,6 +156,9 @@ class RunCallback(Callback):
             "seconds": round(self.meter.seconds, 3),
             "learning_rate": rate,
             **metrics._asdict(),
+            **drawn_metrics(
+                self.keeper.samples, module.start._replace(step=step).first_sample(module.config)
+            ),
         }
 
     def _validate(self, validator: Validator, module: PretrainModule, step: int) -> Validation:
@@ -201,3 +212,11 @@ class RunCallback(Callback):
         with self.processes.failing_together():
             for run_logger in trainer.loggers:  # the first process has them
                 run_logger.log_metrics(row, step=step)
+
+
+def drawn_metrics(samples: Samples, n_samples: int) -> dict[str, float]:
+    """Return what the first ``n_samples`` of a run took from each of several corpora, as columns of a metrics row."""
+    row: dict[str, float] = {}
+    for part in samples.drawn(n_samples):
+        row |= {f"tokens/{part.name}": part.tokens, f"epochs/{part.name}": part.epochs}
+    return row

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rwkv_train.data.module import MicroBatch
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.parallel.processes import Processes
-from rwkv_train.training.module import PretrainModule
+from rwkv_train.training.module import PretrainModule, context_of
 
 
 def where_it_went_wrong(module: PretrainModule, processes: Processes) -> str:
@@ -17,9 +18,8 @@ def where_it_went_wrong(module: PretrainModule, processes: Processes) -> str:
     All processes call this together; its forward is one more for each of them.
     """
     assert module.last_batch is not None
-    tokens, targets = module.last_batch[:2]
     with module.forward_context():
-        found = first_bad_tensor(module.model, tokens, targets, module.engine.full, module.engine.rest)
+        found = first_bad_tensor(module.model, module.last_batch, module.engine.full, module.engine.rest)
     for rank, name in enumerate(processes.gather(found)):
         if name is not None:
             where = f" (on rank {rank})" if processes.world_size > 1 else ""
@@ -29,8 +29,7 @@ def where_it_went_wrong(module: PretrainModule, processes: Processes) -> str:
 
 def first_bad_tensor(
     model: LanguageModel,
-    tokens: Tensor,
-    targets: Tensor,
+    batch: MicroBatch,
     full: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     rest: Callable[[], None] = lambda: None,
 ) -> str | None:
@@ -38,15 +37,14 @@ def first_bad_tensor(
 
     Args:
         model: the model, with its gradients where the strategy keeps them; they are looked at last.
-        tokens: the batch that went wrong, ``[B, T]``.
-        targets: the tokens to predict, ``[B, T]``.
+        batch: the batch that went wrong.
         full: gathers a parameter or gradient that is spread over processes.
         rest: called after the forward, which has no backward.
     """
     for name, parameter in model.named_parameters():
         if not full(parameter.detach()).isfinite().all():
             return f"the parameter {name}"
-    found = _first_bad_output(model, tokens, targets)
+    found = _first_bad_output(model, batch)
     rest()
     if found is not None:
         return f"the output of {found}"
@@ -56,7 +54,7 @@ def first_bad_tensor(
     return None
 
 
-def _first_bad_output(model: LanguageModel, tokens: Tensor, targets: Tensor) -> str | None:
+def _first_bad_output(model: LanguageModel, batch: MicroBatch) -> str | None:
     bad: list[str] = []
 
     def watch(name: str) -> Any:
@@ -69,7 +67,7 @@ def _first_bad_output(model: LanguageModel, tokens: Tensor, targets: Tensor) -> 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
     try:
         with torch.no_grad():
-            model(tokens, targets=targets)
+            model(batch.tokens, targets=batch.targets, context=context_of(batch))
     finally:
         for handle in handles:
             handle.remove()

@@ -23,10 +23,12 @@ from rwkv_train.checkpoints.training_state import (
 )
 from rwkv_train.config.save import to_tree
 from rwkv_train.config.train import TrainConfig
-from rwkv_train.data.stored import Corpus
+from rwkv_train.data.module import Samples
+from rwkv_train.data.streaming import StreamSamples
 from rwkv_train.errors import CheckpointError
 from rwkv_train.parallel.processes import Processes
 from rwkv_train.tokenizers import TokenizerIdentity
+from rwkv_train.training.early_stopping import EarlyStopping
 from rwkv_train.training.module import PretrainModule
 from rwkv_train.training.validation import Validation
 
@@ -39,7 +41,7 @@ class CheckpointKeeper:
     Args:
         config: the settings of the run, saved with each checkpoint.
         tokenizer: identity of the corpus' tokenizer.
-        corpus: the training corpus.
+        samples: the training samples.
         processes: the processes of the run; the first one writes what all of them hold.
         resumed: the checkpoint that the run goes on from; ``None`` from scratch.
         beat: called for each parameter of a save, as a sign of progress.
@@ -49,13 +51,19 @@ class CheckpointKeeper:
         self,
         config: TrainConfig,
         tokenizer: TokenizerIdentity,
-        corpus: Corpus,
+        samples: Samples,
         processes: Processes,
         resumed: TrainingCheckpoint | None,
         beat: Callable[[], None],
     ) -> None:
         self._config = config
-        self._corpus = identify_corpus(corpus)
+        self.samples = samples
+        """The training samples."""
+        self.early_stopping = EarlyStopping(
+            config.trainer.early_stopping_patience,
+            None if resumed is None else resumed.manifest.get("early_stopping"),
+        )
+        """Counts the validations that found the run no better."""
         self._tokenizer = tokenizer
         self._processes = processes
         self._beat = beat
@@ -124,8 +132,12 @@ class CheckpointKeeper:
         self, manifest: dict[str, Any], parameters: Iterator[ParameterState], validation: Validation | None
     ) -> None:
         settings = self._config.checkpoint
+        stream = None
+        if isinstance(self.samples, StreamSamples):
+            state = self.samples.state_at(manifest["data"]["samples"])
+            manifest["data"]["stream"], stream = state.to_json(), state.to_tensors()
         self.newest = save_training_checkpoint(
-            self._out_dir, manifest, parameters, max_file_bytes=settings.max_file_bytes
+            self._out_dir, manifest, parameters, max_file_bytes=settings.max_file_bytes, stream=stream
         )
         logger.debug("wrote %s", self.newest)
         if validation is not None and self.is_best(validation):
@@ -140,6 +152,7 @@ class CheckpointKeeper:
     ) -> dict[str, Any]:
         step = module.completed_steps
         position = module.start._replace(step=step)
+        n_samples = position.first_sample(self._config)
         return {
             "step": step,
             "tokens": step * module.length.tokens_per_step,
@@ -147,24 +160,18 @@ class CheckpointKeeper:
             "arch_config": to_tree(make_explicit(self._config.model)),
             "tokenizer": self._tokenizer._asdict(),
             "data": {
-                "samples": position.first_sample(self._config),
+                "samples": n_samples,
                 "skipped": position.skipped,
-                "train": self._corpus,
+                "train": self.samples.identity,
+                "drawn": [part._asdict() for part in self.samples.drawn(n_samples)],
             },
             "random": random_state(),
             "updates": module.engine.n_updates,
             "guard": module.guard.to_json(),
+            "early_stopping": self.early_stopping.to_json(),
             "train_seconds": seconds,
             "validation": None if validation is None else validation.to_json(),
         }
-
-
-def identify_corpus(corpus: Corpus) -> dict[str, Any]:
-    """Return what a resumed run recognises its corpus by, wherever it lies then."""
-    return {
-        "tokens": corpus.tokens.n_tokens,
-        "sha256": None if corpus.sidecar is None else corpus.sidecar.sha256,
-    }
 
 
 def random_state() -> dict[str, str]:

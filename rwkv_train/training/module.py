@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.data.module import MicroBatch, Position
 from rwkv_train.models.lm import LanguageModel
+from rwkv_train.ops.context import PLAIN, SequenceContext, packed_context
 from rwkv_train.training.engine import Engine
 from rwkv_train.training.guard import Guard
 from rwkv_train.training.meter import mean_over_ranks
@@ -27,6 +28,11 @@ class StepResult(NamedTuple):
     """Norm of the gradient over all processes, before clipping."""
     problem: str | None
     """What was wrong, so that the weights are still those of the step before; ``None`` if nothing was."""
+
+
+def context_of(batch: MicroBatch) -> SequenceContext:
+    """Return how a micro-batch is cut into sequences."""
+    return PLAIN if batch.cu_seqlens is None else packed_context(batch.cu_seqlens)
 
 
 class PretrainModule(LightningModule):
@@ -107,7 +113,9 @@ class PretrainModule(LightningModule):
         torch.manual_seed((settings.seed * 1_000_003 + batch.first_sample) % (1 << 63))
         factor = self.config.optim.l2wrap
         with self.forward_context():
-            output = self.model(batch.tokens, targets=batch.targets, with_penalty=factor > 0)
+            output = self.model(
+                batch.tokens, targets=batch.targets, context=context_of(batch), with_penalty=factor > 0
+            )
         nats = output.losses.sum()
         self._nats = self._nats.to(nats.device) + nats.detach()
         if factor > 0:

@@ -15,11 +15,10 @@ from rwkv_train.config.guard import GuardConfig
 from rwkv_train.config.optim import OptimConfig
 from rwkv_train.config.save import to_tree
 from rwkv_train.config.train import TrainConfig
-from rwkv_train.data.stored import Corpus
+from rwkv_train.data.module import Samples
 from rwkv_train.errors import CheckpointError, ConfigError
 from rwkv_train.parallel.processes import Processes
 from rwkv_train.tokenizers import TokenizerIdentity
-from rwkv_train.training.keeper import identify_corpus
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +47,7 @@ MAY_CHANGE = {
         "log_every_n_steps",
         "val_every_n_steps",
         "val_tokens",
+        "early_stopping_patience",
         "sample_tokens",
         "sample_prompt",
         "tensorboard",
@@ -65,12 +65,15 @@ MAY_CHANGE_ON_REQUEST = {
 }
 """Settings that it may have otherwise where the user names them, because they change what is learnt."""
 
+_ONCE_FIXED = {"data": {"documents": "stream"}}
+"""What older versions did that had no setting for it, by section."""
+
 
 def find_checkpoint(
     resume: str,
     config: TrainConfig,
     tokenizer: TokenizerIdentity,
-    corpus: Corpus,
+    samples: Samples,
     processes: Processes,
     allow_change: Collection[str] = (),
 ) -> TrainingCheckpoint | None:
@@ -81,7 +84,7 @@ def find_checkpoint(
             training checkpoint or of another run's folder.
         config: the settings of the run.
         tokenizer: identity of its corpus' tokenizer.
-        corpus: its training corpus.
+        samples: its training samples.
         processes: the processes of the run; the first one looks and verifies, all open what it has found.
         allow_change: names of settings, such as ``"optim.lr"``, that may differ from the checkpoint's.
 
@@ -102,7 +105,7 @@ def find_checkpoint(
         checkpoint = open_training_checkpoint(folder, verify=False)
         _check_manifest(checkpoint.manifest, folder)
         _check_same_settings(checkpoint.manifest, config, folder, allow_change)
-        _check_same_data(checkpoint.manifest, tokenizer, corpus, folder)
+        _check_same_data(checkpoint.manifest, tokenizer, samples.identity, folder)
     logger.info("going on from %s", folder)
     return checkpoint
 
@@ -171,7 +174,7 @@ def _check_same_settings(
 ) -> None:
     now = to_tree(config)
     for section, saved in manifest["config"].items():
-        for name, value in saved.items():
+        for name, value in {**_ONCE_FIXED.get(section, {}), **saved}.items():
             found = now.get(section, {}).get(name)
             if found == value or name in MAY_CHANGE.get(section, set()):
                 continue
@@ -188,7 +191,7 @@ def _check_same_settings(
 
 
 def _check_same_data(
-    manifest: dict[str, Any], tokenizer: TokenizerIdentity, corpus: Corpus, folder: Path
+    manifest: dict[str, Any], tokenizer: TokenizerIdentity, now: dict[str, object], folder: Path
 ) -> None:
     saved = TokenizerIdentity(**manifest["tokenizer"])
     if not saved.matches(tokenizer):
@@ -196,9 +199,22 @@ def _check_same_data(
             f"the corpus was tokenized with {tokenizer.name} ({tokenizer.sha256[:12]}) but {folder} was trained "
             f"with {saved.name} ({saved.sha256[:12]}); use the same one"
         )
-    before, now = manifest["data"]["train"], identify_corpus(corpus)
+    before = manifest["data"]["train"]
     if before != now:
         raise ConfigError(
-            f"data.train ({corpus.prefix}, {now['tokens']:,} tokens) is not the corpus that {folder} was trained "
-            f"on ({before['tokens']:,} tokens); use that one, or choose another trainer.out_dir"
+            f"data.train ({_describe(now)}) is not what {folder} was trained on ({_describe(before)}); use that, with "
+            "the same weights in the same order, or choose another trainer.out_dir"
         )
+
+
+def _describe(identity: dict[str, Any]) -> str:
+    """What training data are, in a few words."""
+    match identity:
+        case {"mixture": [*parts]}:
+            return "; ".join(f"weight {part['weight']:g}: {_describe(part)}" for part in parts)
+        case {"streaming": _}:
+            return "data.streaming"
+        case {"tokens": int(n_tokens), "sha256": sha256}:
+            return f"{n_tokens:,} tokens" + ("" if sha256 is None else f", hash {str(sha256)[:12]}")
+        case _:
+            return "unknown"

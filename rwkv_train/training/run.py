@@ -18,21 +18,20 @@ from rwkv_train.checkpoints.training_state import TrainingCheckpoint, checkpoint
 from rwkv_train.checkpoints.weights import read_weights
 from rwkv_train.config.save import to_tree
 from rwkv_train.config.train import TrainConfig
-from rwkv_train.data.builtin import BUILTIN, ensure_builtin
-from rwkv_train.data.module import CorpusSamples, Position, PretrainData, n_slots
-from rwkv_train.data.stored import Corpus, load_corpus
+from rwkv_train.data.module import Drawn, Position, PretrainData
 from rwkv_train.errors import ConfigError
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.models.registry import build_model, initialize
 from rwkv_train.parallel.processes import Processes, join_processes, naming_lost_processes
 from rwkv_train.parallel.signals import StopSignal
 from rwkv_train.parallel.watchdog import Watchdog
-from rwkv_train.tokenizers import Tokenizer, TokenizerIdentity, load_tokenizer
+from rwkv_train.tokenizers import TokenizerIdentity
 from rwkv_train.training.backend import choose_wkv_backend
-from rwkv_train.training.callbacks import RunCallback
+from rwkv_train.training.callbacks import RunCallback, drawn_metrics
 from rwkv_train.training.code_version import code_version
+from rwkv_train.training.corpora import Corpora, go_to, open_corpora, open_samples, samples_in_epoch
 from rwkv_train.training.guard import Guard, RollBack
-from rwkv_train.training.keeper import CheckpointKeeper, identify_corpus, restore_random_state
+from rwkv_train.training.keeper import CheckpointKeeper, restore_random_state
 from rwkv_train.training.loggers import make_loggers
 from rwkv_train.training.meter import Meter, StepMetrics
 from rwkv_train.training.module import PretrainModule
@@ -65,14 +64,21 @@ class RunSummary(NamedTuple):
     plot: Path | None
     signal: int | None
     """Number of the signal that ended the run early."""
+    drawn: tuple[Drawn, ...] = ()
+    """What was taken from each of several corpora."""
+    ended_early: str | None = None
+    """Why the run is over before its last step; ``None``: it is not."""
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the summary as names and values for a table."""
         rows = [
             ("steps", f"{self.completed_steps:,} of {self.n_steps:,}"),
             ("tokens", f"{self.tokens:,}"),
+            *((f"from {one.name}", f"{one.tokens:,} tokens, {one.epochs:.2f} epochs") for one in self.drawn),
             ("training time", f"{self.train_seconds:,.0f} s"),
         ]
+        if self.ended_early is not None:
+            rows.insert(1, ("ended early", self.ended_early))
         if self.train_seconds > 0:
             rows.append(("speed", f"{self.tokens / self.train_seconds:,.0f} tokens/s"))
         if self.validation is not None:
@@ -87,18 +93,6 @@ class RunSummary(NamedTuple):
             ]
         rows += [("checkpoint", str(self.checkpoint or "none written")), ("plot", str(self.plot or "none"))]
         return rows
-
-
-class Corpora(NamedTuple):
-    """The data of a run, checked against its settings."""
-
-    train: Corpus
-    valid: Corpus | None
-    tokenizer: Tokenizer
-
-    def splits(self) -> Iterator[tuple[str, Corpus | None]]:
-        """Return the corpora with their names."""
-        return iter((("train", self.train), ("valid", self.valid)))
 
 
 def run_pretraining(
@@ -149,32 +143,6 @@ def run_pretraining(
             gc.collect()  # the Trainer, the module and their hooks refer to each other
 
 
-def open_corpora(config: TrainConfig) -> Corpora:
-    """Open the token files of a run and check that they fit it.
-
-    Raises:
-        DataError: they are missing, damaged, too short, or of another tokenizer or vocabulary.
-    """
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    train = _open_corpus(config, config.data.train, "train", tokenizer)
-    train.require_length(config.model.ctx_len)
-    valid = None
-    if config.data.valid is not None:
-        valid = _open_corpus(config, config.data.valid, "valid", tokenizer)
-    return Corpora(train, valid, tokenizer)
-
-
-def _open_corpus(config: TrainConfig, prefix: str, split: str, tokenizer: Tokenizer) -> Corpus:
-    if prefix == BUILTIN:
-        path = ensure_builtin(Path(config.data.cache_dir).expanduser(), tokenizer)[split]
-    else:
-        path = Path(prefix).expanduser()
-    corpus = load_corpus(path)
-    corpus.require_tokenizer(tokenizer.identity)
-    corpus.require_vocab(config.model.vocab_size)
-    return corpus
-
-
 def _run(
     config: TrainConfig,
     resume: str,
@@ -184,17 +152,11 @@ def _run(
 ) -> RunSummary:
     out_dir = config.trainer.run_folder
     corpora = _open_corpora_together(config, processes)
-    processes.require_same(
-        {
-            f"data.{split}": None if corpus is None else identify_corpus(corpus)
-            for split, corpus in corpora.splits()
-        }
-    )
-    samples = CorpusSamples(corpora.train, config)
-    length = run_length(config.trainer, config.model.ctx_len, n_slots(corpora.train, config))
-    saved = find_checkpoint(
-        resume, config, corpora.tokenizer.identity, corpora.train, processes, allow_change
-    )
+    samples = open_samples(config, corpora)
+    valid = None if corpora.valid is None else corpora.valid.identify()
+    processes.require_same({"data.train": samples.identity, "data.valid": valid})
+    length = run_length(config.trainer, config.model.ctx_len, samples_in_epoch(config, corpora))
+    saved = find_checkpoint(resume, config, corpora.tokenizer.identity, samples, processes, allow_change)
     start = _position(config, saved, roll_back)
     with processes.failing_together():
         if start.step > length.n_steps:
@@ -204,6 +166,7 @@ def _run(
             )
         if processes.is_first and start.step < length.n_steps:
             require_space(out_dir, checkpoint_bytes(config.model))
+        go_to(samples, start.first_sample(config), saved)
         guard = _make_guard(config, saved, roll_back)
         backend = choose_wkv_backend(config, device_of(config.trainer))
         model = _make_model(config, backend.name, saved, corpora.tokenizer.identity)
@@ -217,14 +180,14 @@ def _run(
             restore_random_state(saved.manifest["random"])
         if corpora.valid is not None:
             validator = Validator(corpora.valid, corpora.tokenizer, config, processes, watchdog.beat)
-    columns = ["tokens", "seconds", "learning_rate", *StepMetrics._fields]
+    columns = ["tokens", "seconds", "learning_rate", *StepMetrics._fields, *drawn_metrics(samples, 0)]
     if validator is not None:
         columns += metric_columns(validator.domains)
     callback = RunCallback(
         processes,
         Meter(length.tokens_per_step, 0.0 if saved is None else float(saved.manifest["train_seconds"])),
         validator,
-        CheckpointKeeper(config, corpora.tokenizer.identity, corpora.train, processes, saved, watchdog.beat),
+        CheckpointKeeper(config, corpora.tokenizer.identity, samples, processes, saved, watchdog.beat),
         Display(length.n_steps, start.step, is_shown=processes.is_first),
         StopSignal(config.trainer.grace_seconds),
         watchdog,
@@ -232,11 +195,15 @@ def _run(
     with processes.failing_together():
         loggers = make_loggers(config, columns, start.step) if processes.is_first else []
         trainer = make_trainer(config, length.n_steps - start.step, [callback], loggers)
+    early_stopping = callback.keeper.early_stopping
     _announce(model, length, start, config, trainer)
     if start.step == length.n_steps:
         logger.info("nothing to do: all %d steps are done", length.n_steps)
+    elif early_stopping.reason is not None:
+        logger.info("nothing to do: the run ended with step %d: %s", start.step, early_stopping.reason)
     else:
-        _fit(trainer, module, PretrainData(samples, config, start, length.n_steps))
+        end_of_document = corpora.tokenizer.end_of_document
+        _fit(trainer, module, PretrainData(samples, config, start, length.n_steps, end_of_document))
     completed = start.step + trainer.global_step
     return RunSummary(
         out_dir=out_dir,
@@ -248,6 +215,8 @@ def _run(
         checkpoint=callback.keeper.newest,
         plot=plot_run(out_dir) if processes.is_first else None,
         signal=callback.signal,
+        drawn=samples.drawn(start._replace(step=completed).first_sample(config)),
+        ended_early=early_stopping.reason if completed < length.n_steps else None,
     )
 
 

@@ -5,6 +5,7 @@ import torch
 
 from rwkv_train.config.load import check_tree
 from rwkv_train.models.registry import build_model, initialize
+from rwkv_train.ops.context import PLAIN
 from rwkv_train.planning.memory import estimate_memory
 from rwkv_train.training.precision import prepare_forward
 
@@ -88,11 +89,11 @@ def test_recomputation_keeps_the_inputs_of_blocks_and_one_block(section):
     # The second block: the first one of RWKV-7 has no mix with the first values, which costs memory.
     block, values = model.blocks[1], first if section["arch"] == "rwkv7" else None
     inputs = [x, first, *state[1]]
-    one_block = bytes_kept(block.parameters(), lambda: block(x, state[1], values, ()), inputs)
+    one_block = bytes_kept(block.parameters(), lambda: block(x, state[1], values, PLAIN), inputs)
 
     estimate = estimate_memory(config, "cpp").activation_bytes
 
-    others = bytes_kept(model.blocks[0].parameters(), lambda: model.blocks[0](x, state[0], None, ()), inputs)
+    others = bytes_kept(model.blocks[0].parameters(), lambda: model.blocks[0](x, state[0], None, PLAIN), inputs)
     assert estimate == bytes_of_block_inputs(section) + max(one_block, others)
 
 

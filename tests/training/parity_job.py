@@ -12,7 +12,7 @@ from pathlib import Path
 from rwkv_train.config.load import check_tree
 from rwkv_train.data.module import CorpusSamples
 from rwkv_train.parallel.processes import join_processes
-from rwkv_train.training import run
+from rwkv_train.training import corpora, run
 
 CTX_LEN = 16
 
@@ -48,7 +48,7 @@ def main(path):
         opened.append(SamplesWithHoles(corpus, config))
         return opened[-1]
 
-    run.CorpusSamples = open_samples
+    corpora.CorpusSamples = open_samples
     with join_processes(runs[0].trainer, backend="gloo", always=True) as processes:
 
         @contextmanager

@@ -224,7 +224,7 @@ def test_going_on_with_other_settings_is_refused(settings, changes, sentence):
 
 def test_going_on_with_another_corpus_is_refused(settings, corpus):
     run_pretraining(settings())
-    with pytest.raises(ConfigError, match=r"data\.train .* is not the corpus"):
+    with pytest.raises(ConfigError, match=r"data\.train .* is not what .* was trained on"):
         run_pretraining(settings({"data.train": str(corpus / "valid"), "trainer.max_steps": 13}))
 
 

@@ -1,0 +1,39 @@
+"""When a run ends because the held-out loss falls no more."""
+
+from typing import Any
+
+
+class EarlyStopping:
+    """Counts validations without a better loss; what it knows is saved, so that a resumed run decides the same.
+
+    Args:
+        patience: how many in a row end the run; ``None``: no number does.
+        memory: what :meth:`to_json` gave when the checkpoint was saved; ``None`` from scratch.
+    """
+
+    def __init__(self, patience: int | None, memory: dict[str, Any] | None) -> None:
+        memory = memory or {}
+        self._patience = patience
+        self._best: float | None = memory.get("best_loss")
+        self._n_since: int = memory.get("validations_since", 0)
+
+    def note(self, loss: float) -> None:
+        """Take note of the loss of a validation, in nats per token."""
+        if self._best is None or loss < self._best:
+            self._best, self._n_since = loss, 0
+        else:
+            self._n_since += 1
+
+    @property
+    def reason(self) -> str | None:
+        """Why the run ends here; ``None``: it goes on."""
+        if self._patience is None or self._n_since < self._patience:
+            return None
+        return (
+            f"{self._n_since} validations in a row were not below the loss of {self._best:.4f} nats/token "
+            f"(trainer.early_stopping_patience is {self._patience})"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what to remember as JSON's types."""
+        return {"best_loss": self._best, "validations_since": self._n_since}
