@@ -93,7 +93,9 @@ def test_recomputation_keeps_the_inputs_of_blocks_and_one_block(section):
 
     estimate = estimate_memory(config, "cpp").activation_bytes
 
-    others = bytes_kept(model.blocks[0].parameters(), lambda: model.blocks[0](x, state[0], None, PLAIN), inputs)
+    others = bytes_kept(
+        model.blocks[0].parameters(), lambda: model.blocks[0](x, state[0], None, PLAIN), inputs
+    )
     assert estimate == bytes_of_block_inputs(section) + max(one_block, others)
 
 
