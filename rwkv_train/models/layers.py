@@ -22,7 +22,9 @@ def shift_tokens(x: Tensor, last_x: Tensor, context: SequenceContext) -> Tensor:
     """
     if context.first is None:
         return torch.cat([last_x.to(x.dtype).unsqueeze(1), x[:, :-1]], dim=1)
-    shifted = torch.cat([x[:, :1], x], dim=1)  # a row too many: there lies what an empty sequence brings
+    # A row too many: there lies what an empty sequence brings. Padded, not concatenated: PyTorch 2.13 compiles a
+    # concatenation that is then written to such that x itself is overwritten.
+    shifted = F.pad(x, (0, 0, 1, 0))
     return shifted.index_copy(1, context.first, last_x.to(x.dtype).unsqueeze(0))[:, :-1]
 
 

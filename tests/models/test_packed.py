@@ -183,6 +183,16 @@ def test_other_lengths_are_no_other_graph(config, perturbed_model):
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
+def test_compiled_to_machine_code_a_packed_row_has_the_same_losses_and_gradients(config, perturbed_model):
+    """With inductor, which once wrote over the input of a token shift that was made otherwise."""
+    torch.compiler.reset()
+    model = perturbed_model(config.model_copy(update={"n_layer": 1}))
+    state = random_state(model, len(LENGTHS))
+    expected = packed(model, LENGTHS, state)
+    assert_close(packed(torch.compile(model, fullgraph=True), LENGTHS, state), expected, FLOAT32)
+
+
 def test_autocast_and_bfloat16_weights_take_packed_rows(config, perturbed_model):
     model = perturbed_model(config)
     tokens, targets, context = row_of(LENGTHS)
