@@ -1,4 +1,4 @@
-"""``rwkv-train bench``: measure recurrences, training, strategies, checkpoints, conversions and evaluation here."""
+"""``rwkv-train bench``: measure what takes time on this machine, from recurrences to the preparation of data."""
 
 import importlib.util
 import json
@@ -30,13 +30,15 @@ class What(StrEnum):
     SAVING = "saving"
     CONVERTING = "converting"
     EVALUATING = "evaluating"
+    PREPARING = "preparing"
 
 
 Subject = Annotated[
     What,
     typer.Argument(
         help="The recurrences alone; training steps; steps under each strategy; checkpoints under each strategy; "
-        "conversions of weights; eval-ppl beside lm-evaluation-harness with the same RWKV-4 in transformers."
+        "conversions of weights; eval-ppl beside lm-evaluation-harness with the same RWKV-4 in transformers; "
+        "prepare-data beside its tokenizer alone."
     ),
 ]
 Backends = Annotated[
@@ -61,6 +63,12 @@ Config = Annotated[
         "rwkv4-169m.",
     ),
 ]
+Input = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="For preparing: text, as prepare-data takes it. By default the built-in corpus."
+    ),
+]
 Repeats = Annotated[int, typer.Option(min=1, help="Measurements after a warm-up; the median counts.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the measurements to this file.")
@@ -81,6 +89,7 @@ def bench(
     backend: Backends = None,
     strategy: Strategies = None,
     config: Config = None,
+    input: Input = None,  # noqa: A002 - the option's name
     repeats: Repeats = 5,
     device: Device = "auto",
     json_file: JsonFile = None,
@@ -92,6 +101,7 @@ def bench(
         ("--backend", backend, (What.KERNELS, What.TRAINING)),
         ("--strategy", strategy, (What.STRATEGIES, What.SAVING)),
         ("--config", config, (What.CONVERTING, What.EVALUATING)),
+        ("--input", input, (What.PREPARING,)),
     ):
         if given and what not in subjects:
             raise ConfigError(f"{option} is for {' and '.join(subjects)}, not for {what.value}")
@@ -107,6 +117,8 @@ def bench(
         rows = list(bench_converting(model, repeats=repeats))
     elif what is What.EVALUATING:
         rows = _measure_evaluating(config or "rwkv4-169m", repeats, place)
+    elif what is What.PREPARING:
+        rows = _measure_preparing(input, repeats)
     else:
         backends = backend or (["torch", "cpp"] if place.type == "cpu" else ["torch"])
         rows = _measure(what, backends, repeats, place)
@@ -159,6 +171,16 @@ def _measure_runs(
             repeats=repeats,
         )
     return _shown(rows)
+
+
+def _measure_preparing(source: Path | None, repeats: int) -> list[dict[str, Any]]:
+    from rwkv_train.benchmarks.preparing import bench_preparing
+    from rwkv_train.config.data import DataConfig
+    from rwkv_train.data.builtin import builtin_folder, write_builtin_corpus
+
+    if source is None:
+        source = write_builtin_corpus(builtin_folder(Path(DataConfig().cache_dir)))["train"]
+    return list(bench_preparing(source, repeats=repeats))
 
 
 def _measure_evaluating(config: str, repeats: int, device: "torch.device") -> list[dict[str, Any]]:
