@@ -99,3 +99,19 @@ def test_an_id_beyond_the_vocabulary_is_refused_where_it_is_read(corpus):
     samples.read(0)
     with pytest.raises(DataError, match="near token 96 there is an id outside of the model's 0 to 99"):
         samples.read(12)
+
+
+def test_a_packed_micro_batch_is_one_row_that_knows_where_its_documents_begin(tmp_path):
+    with TokenFileWriter(tmp_path / "documents", np.uint16) as writer:
+        for first in range(1, 900, 5):  # 1 to 4 and an end, 6 to 9 and an end, ...
+            writer.add_document(np.array([*range(first, first + 4), 0], np.uint16))
+    config = settings(micro_batch_size=3)
+    samples = CorpusSamples(load_corpus(tmp_path / "documents"), config)
+    plain, packed = (MicroBatches(samples, config, 0, Position(0), 4, end)[0] for end in (None, 0))
+
+    assert plain.cu_seqlens is None
+    assert torch.equal(packed.tokens, plain.tokens.view(1, 24))
+    assert torch.equal(packed.targets, plain.targets.view(1, 24))
+    assert packed.step_targets == plain.step_targets
+    # Samples begin at 0, 8 and 16, end tokens are at 4, 9, 14 and 19.
+    assert packed.cu_seqlens.tolist() == [0, 4, 8, 9, 14, 16, 19, 24, 24]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sympy import isprime
 
-from rwkv_train.data.sampler import n_slots, slot_of_sample
+from rwkv_train.data.sampler import n_slots, random_number, seed_of_corpus, slot_of_sample
 
 MASK64 = (1 << 64) - 1
 
@@ -196,3 +196,24 @@ def test_a_corpus_too_small_for_a_magic_prime_is_refused(n_whole):
 def test_the_slots_of_an_unknown_order_are_refused():
     with pytest.raises(ValueError, match="order must be one of"):
         n_slots(1000, 10, "random")
+
+
+@pytest.mark.parametrize("seed", [0, 42, 2**70 + 5])
+def test_random_numbers_follow_the_formula(seed):
+    expected = [mix((mix(seed & MASK64) + number) & MASK64) for number in (0, 1, 10**18)]
+    assert [random_number(seed, number) for number in (0, 1, 10**18)] == expected
+
+
+@pytest.mark.parametrize("size", [2, 10, 1000])
+def test_places_that_are_drawn_from_a_buffer_are_spread_evenly(size):
+    places = [random_number(42, number) % size for number in range(20 * size)]
+    counts = np.bincount(places, minlength=size)
+    # chi-squared over n - 1 degrees of freedom has the mean n - 1 and a variance of twice that; 5 deviations.
+    assert np.square(counts - 20).sum() / 20 < size - 1 + 5 * np.sqrt(2 * size)
+
+
+def test_the_first_of_several_corpora_has_the_seed_of_the_run_and_each_another_one():
+    seeds = [seed_of_corpus(42, index) for index in range(1000)]
+    assert seeds[0] == 42
+    assert len(set(seeds)) == 1000
+    assert all(0 <= seed < 2**64 for seed in seeds)

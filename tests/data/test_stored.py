@@ -205,3 +205,31 @@ def test_a_hand_made_pair_beside_no_sidecar_opens(tmp_path):
     )
 
     assert load_corpus(tmp_path / "hand").tokens.tokens.tolist() == [70_000, 1, 0]
+
+
+def make_documents(prefix, documents):
+    with TokenFileWriter(prefix, np.uint16) as writer:
+        for tokens in documents:
+            writer.add_document(np.array(tokens, np.uint16))
+    return load_corpus(prefix)
+
+
+def test_prepared_documents_end_with_the_end_token(corpus):
+    corpus.require_end_tokens(0)
+
+
+@pytest.mark.parametrize("place", [0, 7, 19])
+def test_a_document_without_the_end_token_is_found_wherever_it_is(place, tmp_path):
+    documents = [[5, 6, 0] for _ in range(20)]
+    documents[place] = [5, 0, 6]
+    with pytest.raises(
+        DataError, match=rf"document {place} ends with the token 6, but .* end token 0: prepare"
+    ):
+        make_documents(tmp_path / "foreign", documents).require_end_tokens(0)
+
+
+def test_of_very_many_documents_some_all_over_the_corpus_are_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr("rwkv_train.data.stored._MAX_CHECKED_DOCUMENTS", 10)
+    corpus = make_documents(tmp_path / "foreign", [[5, 0]] * 90 + [[5]] * 10)
+    with pytest.raises(DataError, match="document 99 ends with the token 5"):
+        corpus.require_end_tokens(0)
