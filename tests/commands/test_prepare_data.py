@@ -91,6 +91,34 @@ def test_the_builtin_corpus_is_text_and_tokens_of_both_parts(run, tmp_path, monk
         assert f"{corpus.sidecar.n_tokens:,}" in result.stdout
 
 
+def test_what_is_left_out_is_counted_and_named(run, tmp_path):
+    path = tmp_path / "text.jsonl"
+    lines = [{"text": f"text {number % 20}", "meta": {"pile_set_name": "a"}} for number in range(30)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "oops\n")
+    arguments = ("--input", path, "--tokenizer", "bytes", "--output", tmp_path / "out", "--workers", 1)
+
+    refused = run(*arguments)
+    result = run(*arguments, "--skip-bad-lines", "--dedup", "exact", "--valid-fraction", 0.5, "--shuffle", 1)
+
+    assert isinstance(refused.exception, DataError)
+    assert "line 31: not JSON" in str(refused.exception)
+    assert result.exit_code == 0, result.output
+    assert "cannot be used: 1 records" in result.stdout
+    assert "line 31: not JSON" in result.stdout
+    assert "because an earlier document is the same: 10 documents (a 10)" in result.stdout
+    n_documents = [load_corpus(tmp_path / f"out-{part}").tokens.n_documents for part in ("train", "valid")]
+    assert sum(n_documents) == 20
+    assert min(n_documents) > 0
+
+
+@pytest.mark.parametrize("option", [("--valid-fraction", 0.1), ("--workers", 2), ("--skip-bad-lines",)])
+def test_an_option_that_the_builtin_corpus_would_ignore_is_refused(run, tmp_path, option):
+    result = run("--input", "builtin", "--tokenizer", "bytes", "--output", tmp_path / "out", *option)
+
+    assert isinstance(result.exception, DataError)
+    assert "takes no options but --tokenizer, --output and --overwrite" in str(result.exception)
+
+
 def test_the_builtin_corpus_is_not_mixed_with_files(run, text, tmp_path):
     result = run("--input", "builtin", "--input", text, "--tokenizer", "bytes", "--output", tmp_path / "out")
 

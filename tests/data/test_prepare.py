@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import resource
 
 import numpy as np
@@ -164,3 +165,31 @@ def test_a_full_disk_is_one_sentence(byte_tokenizer, tmp_path):
 
     prepare_data([tmp_path / "long.txt"], byte_tokenizer, tmp_path / "out")
     assert written(tmp_path / "out") == FILES
+
+
+def test_a_corpus_of_the_first_format_is_read(inputs, byte_tokenizer, tmp_path):
+    prepare_data(inputs, byte_tokenizer, tmp_path / "out")
+    told = json.loads((tmp_path / "out.json").read_text())
+    told["format"] = "rwkv-train-corpus/1"
+    del told["n_words"], told["preparation"]
+    for domain in told["domains"]:
+        del domain["n_words"]
+    (tmp_path / "out.json").write_text(json.dumps(told))
+    table = np.load(tmp_path / "out.docs.npy")
+    old = np.empty(len(table), [("domain", "<u4"), ("n_bytes", "<i8")])
+    old["domain"], old["n_bytes"] = table["domain"], table["n_bytes"]
+    np.save(tmp_path / "out.docs.npy", old)
+
+    corpus = load_corpus(tmp_path / "out")
+
+    assert corpus.sidecar.n_words is None
+    assert corpus.sidecar.domains[0].n_words is None
+    assert corpus.token_document(3).n_bytes == 11
+
+
+def test_the_document_table_counts_words_as_the_regular_expression_does(inputs, byte_tokenizer, tmp_path):
+    prepare_data(inputs, byte_tokenizer, tmp_path / "out")
+
+    texts = ["def f(x):\n    return x\n", "Ein schöner Tag.", "日本", "Dear all,\r\n"]
+    expected = [len(re.split(r"\s+", text)) for text in texts]
+    assert np.load(tmp_path / "out.docs.npy")["n_words"].tolist() == expected
