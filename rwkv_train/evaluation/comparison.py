@@ -52,11 +52,11 @@ def _differences(first: Sums, other: Sums, same_tokenizer: bool) -> Differences:
             f"reports of different documents: {a.documents} of {a.bytes} bytes and {b.documents} of {b.bytes} bytes"
         )
     by_byte = by_token = None
-    if a.bytes:
+    if a.bytes and a.tokens and b.tokens:
         by_byte = Difference(
             b.bits_per_byte - a.bits_per_byte,
             interval(other.bits_per_byte - first.bits_per_byte, a.documents),
         )
-    if same_tokenizer and a.tokens:
+    if same_tokenizer and a.tokens and b.tokens:
         by_token = Difference(b.loss - a.loss, interval(other.loss - first.loss, a.documents))
     return Differences(by_byte, by_token)

@@ -16,7 +16,7 @@ from rwkv_train.errors import ConfigError
 from rwkv_train.evaluation.modes import Mode, require_mode
 from rwkv_train.evaluation.perplexity import Reading, evaluate, tokenize
 from rwkv_train.evaluation.report import Report
-from rwkv_train.evaluation.scoring import BATCH_SIZE, CHUNK_LEN
+from rwkv_train.evaluation.scoring import BATCH_SIZE, CHUNK_LEN, require_sizes
 from rwkv_train.evaluation.totals import Totals
 from rwkv_train.tokenizers.base import TokenizerIdentity
 
@@ -54,8 +54,7 @@ class Job:
         require_mode(self.mode, self.window, has_prefix=self.prefix != "none")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"--limit is {self.limit}; it must be at least 1")
-        if n_processes < 1:
-            raise ConfigError(f"--devices is {n_processes}; it must be at least 1")
+        require_sizes(batch_size=self.batch_size, chunk_len=self.chunk_len, devices=n_processes)
         if n_processes > 1 and self.mode is Mode.STREAM:
             raise ConfigError(
                 f"--mode stream reads all documents one after another; --devices {n_processes} has nothing to share"

@@ -36,12 +36,12 @@ class Sums:
 
     @property
     def bits_per_byte_interval(self) -> Interval | None:
-        """95 % interval over documents; ``None`` for one document or unknown bytes."""
-        return interval(self.bits_per_byte, self.totals.documents)
+        """95 % interval over documents; ``None`` for one document, unknown bytes or nothing scored."""
+        return interval(self.bits_per_byte, self.totals.documents) if self.totals.tokens else None
 
     @property
     def loss_interval(self) -> Interval | None:
-        """95 % interval over documents; ``None`` for one document."""
+        """95 % interval over documents; ``None`` for one document or nothing scored."""
         return interval(self.loss, self.totals.documents)
 
     def to_json(self) -> dict[str, Any]:

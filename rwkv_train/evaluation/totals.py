@@ -59,9 +59,9 @@ class Totals(NamedTuple):
         return self._asdict() | {
             "loss": self.loss if self.tokens else None,
             "token_ppl": _finite(self.token_ppl) if self.tokens else None,
-            "word_ppl": _finite(self.word_ppl) if self.words else None,
-            "byte_ppl": _finite(self.byte_ppl) if self.bytes else None,
-            "bits_per_byte": self.bits_per_byte if self.bytes else None,
+            "word_ppl": _finite(self.word_ppl) if self.tokens and self.words else None,
+            "byte_ppl": _finite(self.byte_ppl) if self.tokens and self.bytes else None,
+            "bits_per_byte": self.bits_per_byte if self.tokens and self.bytes else None,
         }
 
 

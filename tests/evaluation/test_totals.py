@@ -54,6 +54,12 @@ def test_a_rate_that_json_cannot_hold_is_null():
     assert json.dumps(Totals().to_json(), allow_nan=False)
 
 
+def test_there_is_no_rate_of_nothing():
+    content = Totals(documents=1, tokens=0, bytes=3, words=1).to_json()
+    rates = ("loss", "token_ppl", "word_ppl", "byte_ppl", "bits_per_byte")
+    assert [content[name] for name in rates] == [None] * 5
+
+
 @pytest.mark.parametrize("n_bytes", [0, -1])
 def test_bits_per_byte_of_no_bytes_are_refused(n_bytes):
     with pytest.raises(ValueError, match=f"total_bytes is {n_bytes}; it must be positive"):
