@@ -62,3 +62,13 @@ class TrainConfig(Config):
                 "validation; set data.valid, or the patience to null"
             )
         return self
+
+    @model_validator(mode="after")
+    def _a_loop_over_documents_cannot_be_compiled(self) -> Self:
+        settings = self.trainer
+        if settings.compile and settings.wkv_backend == "reference" and self.data.documents == "reset":
+            raise ValueError(
+                "trainer.compile cannot take trainer.wkv_backend 'reference' with data.documents 'reset', a loop whose "
+                "length depends on the data; set the backend to 'auto', or compile to false"
+            )
+        return self

@@ -17,7 +17,12 @@ def choose_wkv_backend(config: TrainConfig, device: torch.device) -> ResolvedBac
         BackendError: ``trainer.wkv_backend`` names one that cannot run here.
     """
     op, head_size = recurrence_of(config.model)
-    problem = Problem(device.type, COMPUTE_DTYPES[config.trainer.precision], head_size)
+    problem = Problem(
+        device.type,
+        COMPUTE_DTYPES[config.trainer.precision],
+        head_size,
+        is_packed=config.data.documents == "reset",
+    )
     try:
         return prepare_backend(op, problem, config.trainer.wkv_backend)
     except BackendError as error:

@@ -84,3 +84,9 @@ def test_epochs_need_one_corpus(data, found):
 def test_patience_needs_validation():
     with pytest.raises(ConfigError, match=r"early_stopping_patience \(3\) needs .*; set data\.valid, or"):
         settings({"valid": None}, max_steps=1, early_stopping_patience=3)
+
+
+def test_a_loop_over_documents_is_not_compiled():
+    with pytest.raises(ConfigError, match=r"compile cannot take .*'reference' with data\.documents 'reset'"):
+        settings({"documents": "reset"}, max_steps=1, compile=True, wkv_backend="reference")
+    settings({"documents": "reset"}, max_steps=1, compile=True)
