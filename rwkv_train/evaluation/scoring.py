@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from rwkv_train.errors import CheckpointError, ConfigError, DataError
 from rwkv_train.models.lm import NO_TARGET, LanguageModel
-from rwkv_train.models.state import LayerState, ModelState
+from rwkv_train.models.state import ModelState, join_rows, take_rows
 from rwkv_train.tokenizers.base import TokenArray
 
 BATCH_SIZE = 8
@@ -93,7 +93,7 @@ def score_sequences(
                 lanes.append(_Lane(index, sequence))
             else:
                 yield Score(index, np.zeros(0, np.float32), np.zeros(0, np.bool_) if with_greedy else None)
-        state = _join_rows(state, model.zero_state(len(lanes) - n_before))
+        state = join_rows([state, model.zero_state(len(lanes) - n_before)])
         if not lanes:
             return
 
@@ -105,7 +105,7 @@ def score_sequences(
         yield from (lane.score(with_greedy) for lane in lanes if not lane.remaining)
         going_on = [row for row, lane in enumerate(lanes) if lane.remaining]
         if len(going_on) < len(lanes):
-            state = _take_rows(state, going_on)
+            state = take_rows(state, going_on)
             lanes = [lanes[row] for row in going_on]
 
 
@@ -260,18 +260,3 @@ def _similar_lengths_together(sequences: Iterable[Sequence]) -> Iterator[tuple[i
 
 def _length(entry: tuple[int, Sequence]) -> int:
     return len(entry[1].inputs)
-
-
-def _join_rows(state: ModelState, below: ModelState) -> ModelState:
-    # The dtype of a carried state is the activations', under autocast perhaps not the weights'.
-    return tuple(
-        LayerState(*(torch.cat([x, y.to(x.dtype)]) for x, y in zip(layer, new, strict=True)))
-        for layer, new in zip(state, below, strict=True)
-    )
-
-
-def _take_rows(state: ModelState, rows: list[int]) -> ModelState:
-    def take(x: Tensor) -> Tensor:
-        return x[torch.tensor(rows, dtype=torch.int64, device=x.device)]
-
-    return tuple(LayerState(*map(take, layer)) for layer in state)
