@@ -45,7 +45,13 @@ _CHUNK = 1 << 20  # entries of a table handled at once
 
 
 def add_suffix(prefix: Path, suffix: str) -> Path:
-    """Return the file ``PREFIX + suffix``; a prefix may itself hold dots."""
+    """Return the file ``PREFIX + suffix``; a prefix may itself hold dots.
+
+    Raises:
+        DataError: the prefix is a folder and no more, like "." or "/".
+    """
+    if prefix.name in ("", ".."):
+        raise DataError(f"'{prefix}' is no prefix of files; wanted a path that ends in the begin of a name")
     return prefix.with_name(prefix.name + suffix)
 
 

@@ -11,10 +11,9 @@ from rwkv_train.errors import DataError
 DatasetState = dict[str, Any]
 """Where a streamed dataset stands, as its library describes it: JSON's types."""
 
-_SAVED_DATASET, _SAVED_SPLITS = (
-    "state.json",
-    "dataset_dict.json",
-)  # files that save_to_disk leaves in its folder
+_SAVED_BY_LIBRARY = ("state.json", "dataset_dict.json")  # files that save_to_disk leaves in its folder
+
+_KINDS_OF_FILES = ("json", "parquet", "csv", "text")  # for which the library would read all files around it
 
 _META = "meta"  # the Pile's column, whose pile_set_name is the domain
 
@@ -128,15 +127,20 @@ def open_text_dataset(spec: DatasetConfig, *, streaming: bool) -> TextDataset:
     import datasets  # noqa: PLC0415 - a second, which only its users pay
 
     folder = Path(spec.path).expanduser()
-    if folder.is_dir() and any((folder / name).is_file() for name in (_SAVED_DATASET, _SAVED_SPLITS)):
+    if folder.is_dir() and any((folder / name).is_file() for name in _SAVED_BY_LIBRARY):
         return TextDataset(spec, _open_saved(spec, folder))
     if not folder.exists() and (folder.is_absolute() or spec.path.startswith((".", "~"))):
         raise DataError(f"the dataset {show(spec)} cannot be opened: there is no folder {folder}")
+    if spec.path in _KINDS_OF_FILES and not spec.data_files:
+        raise DataError(
+            f"the dataset {show(spec)} names a kind of files but none of them; set data_files to a list of paths, or "
+            "path to the folder that they are in"
+        )
     try:
         dataset = datasets.load_dataset(
             str(folder) if folder.exists() else spec.path,
             spec.name,
-            data_files=spec.data_files,
+            data_files=spec.data_files and [_expand(file) for file in spec.data_files],
             split=spec.split,
             revision=spec.revision,
             streaming=streaming,
@@ -196,6 +200,11 @@ def _guarded(spec: DatasetConfig, rows: Iterator[Any]) -> Iterator[Any]:
             ) from error
         number += 1
         yield row
+
+
+def _expand(file: str) -> str:
+    """Resolve ``~``; other names stay as they are, since they may be addresses or patterns."""
+    return str(Path(file).expanduser()) if file.startswith("~") else file
 
 
 def _one_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from rwkv_train.data.preparation.signatures import require_rensa
 from rwkv_train.data.preparation.work_folder import open_work_folder
 from rwkv_train.data.preparation.workers import suitable_workers
 from rwkv_train.data.sidecar import Sidecar
+from rwkv_train.data.sources.base import Source
 from rwkv_train.data.sources.opening import open_sources
 from rwkv_train.errors import ConfigError, DataError
 from rwkv_train.tokenizers.base import Tokenizer, token_dtype
@@ -77,13 +78,15 @@ def prepare_data(
     n_workers = workers or suitable_workers([source.n_bytes for source in sources])
     progress = progress or Silence()
     prefixes = prefixes_of(output_prefix, options)
-    reading = _reading(inputs, tokenizer, options)
+    reading = _reading(inputs, sources, tokenizer, options)
     dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<").str
     with open_work_folder(output_prefix, reading, dtype, overwrite=overwrite) as work:
         if work.journal.placing is None:
             _refuse_existing(prefixes.values(), overwrite=overwrite)
             read_sources(work, sources, tokenizer, options, n_workers, progress)
-            make_parts(work, tokenizer, options, n_workers, prefixes, progress)
+            made = make_parts(work, tokenizer, options, n_workers, prefixes, progress)
+            _refuse_existing(prefixes.values(), overwrite=overwrite)  # hours may have passed
+            work.begin_placing(made)
         placing = work.journal.placing
         assert placing is not None
         if placing["chosen"] != options.choosing():
@@ -91,16 +94,18 @@ def prepare_data(
                 f"{work.path} holds files that are finished but for their places, chosen by {placing['chosen']}: give "
                 "the same command again, or remove the folder"
             )
-        place([(Path(made), Path(there)) for made, there in placing["moves"]])
+        place(work.path, output_prefix.parent, placing["moves"])
         work.remove()
     return tuple(_summary(prefix) for prefix in prefixes.values())
 
 
-def _reading(inputs: Sequence[str | Path], tokenizer: Tokenizer, options: PrepareOptions) -> dict[str, Any]:
+def _reading(
+    inputs: Sequence[str | Path], sources: Sequence[Source], tokenizer: Tokenizer, options: PrepareOptions
+) -> dict[str, Any]:
     """Return, as JSON's types, all that the tokens of the documents depend on."""
     return {
         "tokenizer": tokenizer.identity.sha256,
-        "inputs": [f"{name} ({mark_of(str(name))})" for name in inputs],
+        "inputs": [f"{name} ({mark_of(source)})" for name, source in zip(inputs, sources, strict=True)],
         "options": options.reading(),
     }
 

@@ -210,8 +210,8 @@ def _kill_at(moment: Moment, kind: str, command: Command, folder: Path) -> bool:
     signs = {
         "start": lambda: True,
         "reading": lambda: _has_bytes(unfinished / "tokens"),
-        "choosing": (unfinished / "choosing").exists,
-        "moving": (unfinished / "valid.idx").exists,
+        "choosing": (unfinished / "making").exists,
+        "moving": (unfinished / "making" / "valid.idx").exists,
     }
     while not signs[moment.waits_for]():
         if not command.is_running:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from rwkv_train.data.preparation.duplicates import exact_leaders, near_leaders
 from rwkv_train.data.preparation.leaks import Texts, leaked_shares
 from rwkv_train.data.preparation.options import PrepareOptions
-from rwkv_train.data.preparation.stored_documents import StoredDocuments
+from rwkv_train.data.preparation.stored_documents import StoredDocuments, map_new
 from rwkv_train.data.sampler import slot_of_sample
 from rwkv_train.tokenizers.base import Tokenizer
 
@@ -92,7 +92,7 @@ def choose(
     if options.dedup is None and options.valid_fraction is None:
         return Chosen(Order(None, documents.n_documents, options.shuffle), None, {}, {})
     path = folder / "choices"
-    choices = np.memmap(path, np.uint8, "w+", shape=(documents.n_documents,))
+    choices = map_new(path, np.uint8, documents.n_documents)
     if options.valid_fraction is not None:
         _hold_out(choices, documents, options.valid_fraction)
     if options.dedup is not None:

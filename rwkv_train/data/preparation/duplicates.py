@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rwkv_train.data.preparation.signatures import N_PERMUTATIONS, Signatures
+from rwkv_train.data.preparation.stored_documents import map_new
 from rwkv_train.data.preparation.windows import mix
 
 MIN_AGREEMENT = 0.8
@@ -56,7 +57,7 @@ def near_leaders(signatures: Signatures, folder: Path) -> Indices:
         Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", 3.4 (banding).
     """
     leaders = _new_leaders(len(signatures), folder)
-    keys: npt.NDArray[np.uint64] = np.memmap(folder / "keys", np.uint64, "w+", shape=(len(signatures),))
+    keys: npt.NDArray[np.uint64] = map_new(folder / "keys", np.uint64, len(signatures))
     n_rows = N_PERMUTATIONS // N_BANDS
     for band in range(N_BANDS):
         for start in range(0, len(signatures), _CHUNK_DOCUMENTS):
@@ -68,7 +69,7 @@ def near_leaders(signatures: Signatures, folder: Path) -> Indices:
 
 
 def _new_leaders(n_documents: int, folder: Path) -> Indices:
-    leaders: Indices = np.memmap(folder / "leaders", np.int64, "w+", shape=(n_documents,))
+    leaders: Indices = map_new(folder / "leaders", np.int64, n_documents)
     for start in range(0, n_documents, _CHUNK_DOCUMENTS):
         end = min(start + _CHUNK_DOCUMENTS, n_documents)
         leaders[start:end] = np.arange(start, end)

@@ -122,11 +122,12 @@ class _Search:
 class _TextReader:
     def __init__(self, texts: Texts) -> None:
         self._tokens, self._records = texts.documents.tokens, texts.documents.records
-        self._is_chosen = np.memmap(texts.choices, np.uint8, "r") == texts.choice
+        self._choices, self._choice = np.memmap(texts.choices, np.uint8, "r"), texts.choice
         self._pieces = Pieces(texts.make_tokenizer())
 
     def read(self, span: Range) -> Iterator[tuple[int, bytes]]:
-        for number in (span.start + np.flatnonzero(self._is_chosen[span.start : span.end])).tolist():
+        is_chosen = self._choices[span.start : span.end] == self._choice
+        for number in (span.start + np.flatnonzero(is_chosen)).tolist():
             first, length = (int(self._records[name][number]) for name in ("first_token", "n_tokens"))
             yield number, self._pieces.decode(self._tokens[first : first + length])
 

@@ -13,7 +13,7 @@ from rwkv_train.data.preparation.choosing import Chosen, Order, choose
 from rwkv_train.data.preparation.options import PrepareOptions
 from rwkv_train.data.preparation.parts import PartTotals, moves_of_parts, write_part
 from rwkv_train.data.preparation.progress import Progress
-from rwkv_train.data.preparation.work_folder import Journal, WorkFolder
+from rwkv_train.data.preparation.work_folder import Journal, Json, WorkFolder
 from rwkv_train.data.sidecar import Preparation, Sidecar, Source
 from rwkv_train.errors import DataError
 from rwkv_train.tokenizers import load_tokenizer
@@ -39,8 +39,8 @@ def make_parts(
     n_workers: int,
     prefixes: Mapping[str, Path],
     progress: Progress,
-) -> None:
-    """Choose the documents and write all files into the work folder; its journal then knows where they move.
+) -> Json:
+    """Choose the documents and write all files into the work folder.
 
     Args:
         work: holds all documents.
@@ -50,11 +50,14 @@ def make_parts(
         prefixes: from :func:`prefixes_of`.
         progress: told of the stages.
 
+    Returns:
+        What :meth:`WorkFolder.begin_placing` takes.
+
     Raises:
         DataError: a part is left without documents.
     """
     work.save()
-    folder = work.path / "choosing"
+    folder = work.path / "making"
     shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
     folder.mkdir()
     make_tokenizer: Callable[[], Tokenizer] = partial(load_tokenizer, tokenizer.identity.name)
@@ -69,13 +72,12 @@ def make_parts(
         order = chosen.held_out if part == PARTS[1] else chosen.train
         assert order is not None
         _require_documents(part, order, chosen, work.journal, options)
-        temporary = work.path / part
+        temporary = folder / part
         totals = write_part(work.documents, order, work.journal.domains, temporary)
         sidecar = _describe(totals, None if part == "all" else part, chosen, work.journal, tokenizer, options)
         add_suffix(temporary, ".json").write_text(sidecar.to_json(), encoding="utf-8")
         made[temporary] = prefix
-    moves = [[str(path) for path in move] for move in moves_of_parts(work.documents, made)]
-    work.begin_placing({"chosen": options.choosing(), "moves": moves})
+    return {"chosen": options.choosing(), "moves": moves_of_parts(work.documents, made)}
 
 
 def _same(tokenizer: Tokenizer) -> Tokenizer:

@@ -68,31 +68,41 @@ def write_part(documents: StoredDocuments, order: Order, domains: Sequence[str],
     return PartTotals(len(order), n_tokens, tokens.highest, tokens.sha256, totals)
 
 
-def moves_of_parts(documents: StoredDocuments, parts: Mapping[Path, Path]) -> list[tuple[Path, Path]]:
+def moves_of_parts(documents: StoredDocuments, parts: Mapping[Path, Path]) -> list[tuple[str, str]]:
     """Return which file goes where, in the order of the moves: the indices last.
 
     Args:
         documents: those that were read.
-        parts: prefix of each part in its place, by its prefix in the work folder.
+        parts: prefix of each part in its place, by its prefix below the work folder.
+
+    Returns:
+        What :func:`place` takes.
     """
     found = []
     for suffix in SUFFIXES:
         for made_prefix, prefix in parts.items():
             made = add_suffix(made_prefix, suffix)
             is_as_read = suffix == ".bin" and not made.exists()
-            found.append((documents.folder / TOKENS if is_as_read else made, add_suffix(prefix, suffix)))
+            source = documents.folder / TOKENS if is_as_read else made
+            found.append((source.relative_to(documents.folder).as_posix(), add_suffix(prefix, suffix).name))
     return found
 
 
-def place(moves: Sequence[tuple[Path, Path]]) -> None:
+def place(work: Path, outputs: Path, names: Sequence[tuple[str, str]]) -> None:
     """Move files to their places; started again after a kill at any moment, it ends the same.
+
+    Args:
+        work: the work folder.
+        outputs: the folder of the places.
+        names: of each file in the one and in the other.
 
     Raises:
         DataError: a file is neither here nor there.
     """
+    moves = [(work / made, outputs / there) for made, there in names]
     for made, there in moves:
         if not made.exists() and not there.exists():
-            raise DataError(f"{made} is gone; remove {made.parent} and prepare the data again")
+            raise DataError(f"{made} is gone; remove {work} and prepare the data again")
     for made, there in moves:
         # What is to be replaced is no corpus from the first move on.
         if there.suffix == ".idx" and made.exists():
@@ -100,7 +110,7 @@ def place(moves: Sequence[tuple[Path, Path]]) -> None:
     for made, there in moves:
         if made.exists():
             made.replace(there)
-    folder = os.open(moves[-1][1].parent, os.O_RDONLY)
+    folder = os.open(outputs, os.O_RDONLY)
     try:
         os.fsync(folder)  # the moves themselves
     finally:

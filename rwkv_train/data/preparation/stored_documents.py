@@ -25,6 +25,8 @@ RECORD_DTYPE = np.dtype(
 """A document that was read: where its tokens begin, their number with the end token, its text's length in UTF-8 and
 in words, BLAKE2b of the UTF-8 in 128 bits, and the index of its domain."""
 
+_ZEROS = 1 << 20  # written at once
+
 
 class StoredDocuments(NamedTuple):
     """Where they lie. Each property maps a file; sent to another process, nothing is copied."""
@@ -57,6 +59,18 @@ class StoredDocuments(NamedTuple):
             self.folder / RECORDS: self.n_documents * RECORD_DTYPE.itemsize,
             self.folder / SIGNATURES: self.n_documents * N_PERMUTATIONS * 4,
         }
+
+
+def map_new(path: Path, dtype: npt.DTypeLike, length: int) -> "np.memmap[Any, Any]":
+    """Make a file of zeros and map it for writing.
+
+    Its space is taken at once, and a full disk is an OSError: met at a mapped page, it ends the process (SIGBUS).
+    """
+    left = length * np.dtype(dtype).itemsize
+    with path.open("wb") as file:
+        while left:
+            left -= file.write(bytes(min(left, _ZEROS)))
+    return np.memmap(path, dtype, "r+", shape=(length,))
 
 
 def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:

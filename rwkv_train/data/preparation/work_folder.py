@@ -4,12 +4,13 @@
 as a whole, which says how much of them counts. What is beyond that is cut off when the folder is opened again.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -60,7 +61,7 @@ class Journal:
     first_bad: list[str] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
     placing: Json | None = None
-    """When all files are made: what they were ``chosen`` by, their ``prefixes``, and the ``moves`` to their places."""
+    """When all files are made: what they were ``chosen`` by, and the ``moves`` to their places."""
 
 
 class WorkFolder:
@@ -139,7 +140,8 @@ class WorkFolder:
             os.fsync(growing.fileno())
         new = self.path / f"{_JOURNAL}.new"
         with new.open("w", encoding="utf-8") as file:
-            json.dump({"format": _FORMAT, **asdict(self.journal)}, file, indent=1)
+            fields = asdict(self.journal)
+            json.dump({"format": _FORMAT, "check": _check(fields), **fields}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         new.replace(self.path / _JOURNAL)
@@ -152,16 +154,9 @@ class WorkFolder:
                 file.close()
 
     def remove(self) -> None:
-        """Remove the folder; the journal goes last."""
-        for path in self.path.iterdir():
-            if path.name in (_JOURNAL, _LOCK):
-                continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        for name in (_JOURNAL, _LOCK):
-            (self.path / name).unlink(missing_ok=True)
+        """Remove the folder; the journal goes last, for without it nothing would tell what is there."""
+        _clear(self.path, but=(_JOURNAL, _LOCK))
+        _clear(self.path)
         self.path.rmdir()
 
 
@@ -216,6 +211,8 @@ def _read_journal(path: Path, reading: Json, dtype: str, *, overwrite: bool) -> 
         fields = json.loads(file.read_bytes())
         if fields.pop("format") != _FORMAT:
             raise ValueError("it is of another version")
+        if fields.pop("check") != _check(fields):
+            raise ValueError("it is damaged")
         journal = Journal(**fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
@@ -225,6 +222,8 @@ def _read_journal(path: Path, reading: Json, dtype: str, *, overwrite: bool) -> 
     if not differences:
         return journal
     if overwrite:
+        file.unlink()  # the files that it tells of are about to hold something else
+        _clear(path, but=(_LOCK,))
         return Journal(reading, dtype)
     raise DataError(
         f"{path} holds an unfinished preparation of other things: {'; '.join(differences)}. Give the same command "
@@ -242,6 +241,21 @@ def _differences(before: Json, now: Json) -> list[str]:
         elif old != new:
             found.append(f"{name} was {old}, is {new}")
     return found
+
+
+def _check(fields: Json) -> str:
+    """Return a hash by which a journal that was changed or damaged is known."""
+    return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _clear(folder: Path, but: Sequence[str] = ()) -> None:
+    for path in folder.iterdir():
+        if path.name in but:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _open_cut(path: Path, n_bytes: int) -> BinaryIO:

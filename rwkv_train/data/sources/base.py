@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -117,6 +117,10 @@ class Source(ABC):
         """Return name, size and hash, which costs a reading of all bytes."""
 
     @abstractmethod
+    def files(self) -> Sequence[Path]:
+        """Return the files of this machine that it is read from, where they are known."""
+
+    @abstractmethod
     def _cut(self) -> Iterator[Block]: ...
 
 
@@ -150,6 +154,10 @@ class FileSource(Source):
         """Return path, size and hash."""
         assert self.n_bytes is not None
         return SourceIdentity(self.name, self.n_bytes, hash_file(self.path))
+
+    def files(self) -> Sequence[Path]:
+        """Return the one file."""
+        return [self.path]
 
 
 def hash_file(path: Path) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -73,6 +73,10 @@ class FolderSource(Source):
             )
         assert self.n_bytes is not None
         return SourceIdentity(self.name, self.n_bytes, listed.hexdigest())
+
+    def files(self) -> Sequence[Path]:
+        """Return those that are read."""
+        return [self.path / file for file, _ in self._files]
 
     def _cut(self) -> Iterator[Block]:
         for is_text, files in groupby(self._files, key=lambda entry: self._is_text(entry[0])):

@@ -1,7 +1,8 @@
 """A dataset of Hugging Face's library, row by row."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rwkv_train.config.data import DatasetConfig
 from rwkv_train.data.hub_dataset import open_text_dataset, show
@@ -37,6 +38,9 @@ class HubSource(Source):
     uses = COLUMN_OPTIONS | {"dataset_config", "dataset_split", "dataset_streaming"}
 
     def __init__(self, path: str, options: SourceOptions) -> None:
+        if not path:
+            raise DataError(f"{HUB_PREFIX} names no dataset; wanted {HUB_PREFIX}NAME or {HUB_PREFIX}FOLDER")
+        self.path = path
         self.options = options
         spec = DatasetConfig(
             path=path,
@@ -57,6 +61,11 @@ class HubSource(Source):
                 pass
         assert self._identity is not None
         return self._identity
+
+    def files(self) -> Sequence[Path]:
+        """Return all of a local folder; a dataset of the hub is taken for the same by its name."""
+        folder = Path(self.path).expanduser()
+        return sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
 
     def _cut(self) -> Iterator[Block]:
         rows: list[Row | BadRecord] = []

@@ -9,7 +9,7 @@ from rwkv_train.data.sources.folder import FolderSource
 from rwkv_train.data.sources.formats import PAIR, format_of
 from rwkv_train.data.sources.hub import HUB_PREFIX, HubSource
 from rwkv_train.data.sources.pair import PairSource
-from rwkv_train.errors import ConfigError
+from rwkv_train.errors import ConfigError, DataError
 
 _COMMAND_OPTIONS = {"dataset_streaming": "--streaming"}  # of another name than the field
 
@@ -44,6 +44,8 @@ def open_source(name: str, options: SourceOptions | None = None) -> Source:
         DataError: it is missing, empty or of an unknown kind; the message says what would be right.
     """
     options = options or SourceOptions()
+    if not name:
+        raise DataError("an input has an empty name; wanted a file, a folder, a pair or hf:NAME")
     if name.startswith(HUB_PREFIX):
         return HubSource(name.removeprefix(HUB_PREFIX), options)
     try:

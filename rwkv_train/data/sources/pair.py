@@ -1,6 +1,6 @@
 """A tokenized corpus read as text again: its tokens are decoded by the tokenizer that made them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +61,11 @@ class PairSource(Source):
         return SourceIdentity(
             self.name, self.n_bytes or 0, hash_file(add_suffix(self._corpus.prefix, ".bin"))
         )
+
+    def files(self) -> Sequence[Path]:
+        """Return the pair, and what lies beside it if we made it."""
+        suffixes = (".bin", ".idx", ".json", ".docs.npy") if self._corpus.sidecar else (".bin", ".idx")
+        return [add_suffix(self._corpus.prefix, suffix) for suffix in suffixes]
 
     def _cut(self) -> Iterator[Block]:
         documents: list[PairDocument] = []

@@ -8,6 +8,8 @@ import pytest
 from filelock import FileLock
 
 from rwkv_train.data.preparation.options import PrepareOptions
+from rwkv_train.data.preparation.stored_documents import map_new
+from rwkv_train.data.preparation.work_folder import WorkFolder
 from rwkv_train.data.prepare import prepare_data
 from rwkv_train.errors import DataError
 from rwkv_train.tokenizers import load_tokenizer
@@ -70,6 +72,10 @@ def interrupt(texts, out, after, **how):
         prepare(texts, out, progress=Stop(after), **how)
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("n_workers", [1, 2])
 def test_interrupted_in_the_first_and_the_second_input_it_ends_the_same(
     texts, tmp_path, undisturbed, n_workers
@@ -104,7 +110,7 @@ def test_killed_while_the_files_move_it_ends_the_same(texts, tmp_path, undisturb
     replace, moved = Path.replace, []
 
     def stop(source, target):
-        if source.parent.name == "out.unfinished" and Path(target).parent == out.parent:
+        if out.parent / "out.unfinished" in source.parents and Path(target).parent == out.parent:
             if len(moved) == n_moved:
                 raise KeyboardInterrupt
             moved.append(target)
@@ -179,6 +185,74 @@ def test_unfinished_work_of_something_else_is_refused_and_replaced_only_when_ask
     assert files(out.parent) == files(tmp_path / "fresh")
 
 
+def test_files_of_an_attempt_that_chose_otherwise_are_not_taken(texts, tmp_path, monkeypatch):
+    options, out = PrepareOptions(), tmp_path / "new" / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "begin_placing", interrupted)
+        with pytest.raises(KeyboardInterrupt):  # all is written, and does not count yet
+            prepare(texts, out, options._replace(shuffle=1))
+
+    prepare(texts, out, options)
+    prepare(texts, tmp_path / "fresh" / "out", options)
+
+    assert files(out.parent) == files(tmp_path / "fresh")
+
+
+def test_begun_anew_and_killed_at_once_the_old_journal_is_not_believed(texts, tmp_path, monkeypatch):
+    out, options = tmp_path / "new" / "out", PrepareOptions()
+    interrupt(texts, out, 1, options=options)
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "save", lambda self: None)
+        interrupt(texts[::-1], out, 4, options=options, overwrite=True)
+
+    prepare(texts, out, options)
+    prepare(texts, tmp_path / "fresh" / "out", options)
+
+    assert files(out.parent) == files(tmp_path / "fresh")
+
+
+def test_a_folder_that_holds_the_output_is_still_the_same_input(texts, tmp_path):
+    out = tmp_path / "out"
+    interrupt([tmp_path], out, 4, options=PrepareOptions())
+    prepare([tmp_path], out, PrepareOptions())
+    prepare([tmp_path], tmp_path / "elsewhere" / "out", PrepareOptions())
+
+    assert out.with_suffix(".bin").read_bytes() == (tmp_path / "elsewhere" / "out.bin").read_bytes()
+
+
+def test_what_is_left_to_move_is_found_from_another_folder(texts, tmp_path, undisturbed, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("rwkv_train.data.prepare.place", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(texts, Path("new/out"))
+    monkeypatch.chdir(tmp_path / "new")
+
+    prepare(texts, Path("out"))
+
+    assert files(tmp_path / "new") == undisturbed
+
+
+def test_a_file_that_appeared_meanwhile_is_not_replaced(texts, tmp_path):
+    class Neighbour(Stop):
+        def begin(self, stage, n_bytes):
+            if stage == "writing":
+                (tmp_path / "new" / "out-valid.json").write_text("theirs")
+
+    with pytest.raises(DataError, match=r"out-valid\.json exists already"):
+        prepare(texts, tmp_path / "new" / "out", progress=Neighbour(-1))
+
+    assert (tmp_path / "new" / "out-valid.json").read_text() == "theirs"
+
+
+def test_files_to_be_mapped_have_their_space_before_they_are(tmp_path):
+    array = map_new(tmp_path / "x", "<i8", 1_000_001)
+
+    assert array.shape == (1_000_001,)
+    assert not array.any()
+    assert (tmp_path / "x").stat().st_blocks * 512 >= 8 * 1_000_001
+
+
 def test_two_at_once_are_refused(texts, tmp_path):
     out = tmp_path / "out"
     interrupt(texts, out, 4)
@@ -198,9 +272,15 @@ def test_two_at_once_are_refused(texts, tmp_path):
             lambda folder: (folder / "journal.json").write_bytes(b'{"format": "x"}'),
             "it is of another version",
         ),
+        (
+            lambda folder: (folder / "journal.json").write_text(
+                (folder / "journal.json").read_text().replace('"n_documents": ', '"n_documents": 1')
+            ),
+            "it is damaged",
+        ),
         (lambda folder: (folder / "records").write_bytes(b""), "records is cut off"),
     ],
-    ids=["cut off", "version", "records"],
+    ids=["cut off", "version", "number", "records"],
 )
 def test_damaged_unfinished_work_is_refused(texts, tmp_path, damage, sentence):
     interrupt(texts, tmp_path / "out", 4)
