@@ -23,7 +23,7 @@ MAX_TOKENS = (1 << 31) - 1
 N_BAD_KEPT = 5
 """Bad records of which file and line are kept."""
 
-_BATCH_CHARACTERS = 1 << 20  # tokenized at once
+_BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 1 << 13  # tokenized at once
 
 
 class TokenizedBlock(NamedTuple):
@@ -77,16 +77,18 @@ class BlockTokenizer:
         domains: dict[str, int] = {}
         for batch in _batches(block, choice, rest):
             data = [document.text.encode() for document in batch]
-            records = np.zeros(len(batch), RECORD_DTYPE)
-            for record, document, text, ids in zip(
-                records, batch, data, self._tokenizer.encode_arrays([one.text for one in batch]), strict=True
-            ):
+            tokens = self._tokenizer.encode_arrays([document.text for document in batch])
+            for ids in tokens:
                 pieces += [ids, self._end]
-                record["n_tokens"] = _checked_length(len(ids) + 1)
-                record["n_bytes"] = len(text)
-                record["n_words"] = count_words(document.text, text)
-                record["hash"] = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), "<u8")
-                record["domain"] = domains.setdefault(document.domain, len(domains))
+            records = np.zeros(len(batch), RECORD_DTYPE)
+            records["n_tokens"] = [_checked_length(len(ids) + 1) for ids in tokens]
+            records["n_bytes"] = [len(text) for text in data]
+            records["n_words"] = [
+                count_words(document.text, text) for document, text in zip(batch, data, strict=True)
+            ]
+            hashes = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in data)
+            records["hash"] = np.frombuffer(hashes, "<u8").reshape(-1, 2)
+            records["domain"] = [domains.setdefault(document.domain, len(domains)) for document in batch]
             rows.append(records)
             if self._with_signatures:
                 signatures.append(signatures_of(data))
@@ -128,7 +130,7 @@ class _Rest:
 
 
 def _batches(block: Block, choice: DomainChoice, rest: _Rest) -> Iterator[list[Document]]:
-    """Group documents to about ``_BATCH_CHARACTERS``, for the tokenizers' batch encoding."""
+    """Group documents for the tokenizers' batch encoding."""
     batch: list[Document] = []
     n_characters = 0
     for record in block.records():
@@ -141,7 +143,7 @@ def _batches(block: Block, choice: DomainChoice, rest: _Rest) -> Iterator[list[D
         else:
             batch.append(record)
             n_characters += len(record.text)
-            if n_characters >= _BATCH_CHARACTERS:
+            if n_characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
                 yield batch
                 batch, n_characters = [], 0
     if batch:

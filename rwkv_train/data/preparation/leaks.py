@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from rwkv_train.data.preparation.pieces import Pieces
 from rwkv_train.data.preparation.stored_documents import StoredDocuments
-from rwkv_train.data.preparation.windows import Hashes, window_hashes
+from rwkv_train.data.preparation.windows import Hashes, window_hashes, word_hashes
 from rwkv_train.data.preparation.workers import ordered_map
 from rwkv_train.tokenizers.base import Tokenizer
 
@@ -90,7 +90,7 @@ class _ProbeMaker:
     def __call__(self, span: Range) -> Probes:
         hashes, documents = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
         for number, text in self._texts.read(span):
-            probes = window_hashes(text, PROBE_WORDS)[::PROBE_WORDS]
+            probes = window_hashes(word_hashes(text), PROBE_WORDS)[::PROBE_WORDS]
             hashes.append(probes)
             documents.append(np.full(len(probes), number))
         return Probes(np.concatenate(hashes), np.concatenate(documents))
@@ -111,7 +111,7 @@ class _Search:
     def __call__(self, span: Range) -> npt.NDArray[np.int64]:
         hits = [np.empty(0, np.int64)]
         for _, text in self._texts.read(span):
-            windows = window_hashes(text, PROBE_WORDS)
+            windows = window_hashes(word_hashes(text), PROBE_WORDS)
             windows = windows[self._may_be[windows >> self._shift]]
             places = np.searchsorted(self._known, windows)
             places = np.minimum(places, len(self._known) - 1)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from rwkv_train.data.preparation.windows import window_hashes
+from rwkv_train.data.preparation.windows import window_hashes, word_hashes
 from rwkv_train.errors import DataError
 
 Signatures = npt.NDArray[np.uint32]
@@ -54,8 +54,7 @@ def signatures_of(texts: Sequence[bytes]) -> Signatures:
 
 
 def _shingles(text: bytes) -> npt.NDArray[np.uint64]:
-    for n_words in (SHINGLE_WORDS, 4, 3, 2, 1):
-        shingles = window_hashes(text, n_words)
-        if len(shingles):
-            return shingles
-    return np.zeros(1, np.uint64)  # white space alone
+    words = word_hashes(text)
+    if not len(words):
+        return np.zeros(1, np.uint64)  # white space alone
+    return window_hashes(words, min(SHINGLE_WORDS, len(words)))

@@ -39,17 +39,21 @@ def count_words(text: str, data: bytes) -> int:
     return 1 + int(is_white[0]) + int(np.count_nonzero(is_white[1:] > is_white[:-1]))
 
 
-def window_hashes(data: bytes, n_words: int) -> Hashes:
+def word_hashes(data: bytes) -> Hashes:
+    """Hash the words of a text in UTF-8, in order."""
+    return np.concatenate([np.empty(0, np.uint64), *map(_hash_piece, _pieces(data))])
+
+
+def window_hashes(words: Hashes, n_words: int) -> Hashes:
     """Hash all windows of so many words in a row.
 
     Args:
-        data: a text in UTF-8.
+        words: the words of a text, from :func:`word_hashes`.
         n_words: 1 to 64.
 
     Returns:
         ``[max(0, words - n_words + 1)]``, in order.
     """
-    words = np.concatenate([np.empty(0, np.uint64), *map(_word_hashes, _pieces(data))])
     n_windows = max(0, len(words) - n_words + 1)
     windows = np.zeros(n_windows, np.uint64)
     for index, weight in enumerate(_WEIGHTS[:n_words]):
@@ -82,7 +86,7 @@ def _pieces(data: bytes) -> Iterator[bytes]:
         start = end
 
 
-def _word_hashes(data: bytes) -> Hashes:
+def _hash_piece(data: bytes) -> Hashes:
     is_white = np.concatenate([[True], _white(data), [True]])
     edges = np.flatnonzero(is_white[1:] != is_white[:-1])  # a start, an end, a start, ...
     starts, ends = edges[::2], edges[1::2]
