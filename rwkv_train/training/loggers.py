@@ -30,13 +30,14 @@ class MetricsFile(Logger):
     Args:
         path: the file.
         columns: names of the metrics; ``step`` comes first. Further columns of an earlier process stay.
-        start_step: steps that are done; later rows of an earlier process are dropped.
+        start_step: steps that are done; later rows of an earlier process are dropped, and all where none is done.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], start_step: int) -> None:
         super().__init__()
         self._path = path
-        kept = [row for row in read_metrics(path) if int(row["step"]) <= start_step]
+        # A run from scratch scores its first weights anew, so row 0 would stand there twice.
+        kept = [row for row in read_metrics(path) if int(row["step"]) <= start_step] if start_step else []
         # A set that keeps its order: a run may go on without validation, or with that of other domains.
         self._columns = list(dict.fromkeys(["step", *columns, *(kept[0] if kept else ())]))
         partial = path.with_suffix(".partial")

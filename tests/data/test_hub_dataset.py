@@ -75,6 +75,19 @@ def test_a_kind_of_files_reads_the_files_that_are_named(folder):
     assert [row.text for row in open_text_dataset(spec, streaming=True).rows()] == TEXTS[5:]
 
 
+def test_files_may_lie_below_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    spec = DatasetConfig(path="json", data_files=["~/texts/part0.jsonl"])
+    assert [row.text for row in open_text_dataset(spec, streaming=True).rows()] == TEXTS[:5]
+
+
+@pytest.mark.parametrize("data_files", [None, []], ids=["none", "an empty list"])
+def test_a_kind_of_files_without_files_does_not_read_the_working_folder(folder, monkeypatch, data_files):
+    monkeypatch.chdir(folder)
+    with pytest.raises(DataError, match="json/train names a kind of files but none of them; set data_files"):
+        open_text_dataset(DatasetConfig(path="json", data_files=data_files), streaming=True)
+
+
 @pytest.mark.parametrize("streaming", [True, False])
 def test_what_save_to_disk_wrote_is_read(tmp_path, streaming):
     one = Dataset.from_dict({"text": TEXTS})

@@ -6,7 +6,7 @@ import pytest
 import wandb
 
 from rwkv_train.errors import CheckpointError, ConfigError
-from rwkv_train.training.loggers import read_metrics
+from rwkv_train.training.loggers import MetricsFile, read_metrics
 from rwkv_train.training.run import run_pretraining
 
 
@@ -25,6 +25,16 @@ def test_a_row_that_a_kill_cut_off_is_not_read(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("step,loss,lr\n10,3.5,0.1\n12")  # of "120,2.5,0.1"
     assert [row["step"] for row in read_metrics(path)] == ["10"]
+
+
+@pytest.mark.parametrize(
+    ("start_step", "kept"), [(0, []), (10, ["0", "10"])], ids=["killed before its first save", "gone on"]
+)
+def test_rows_of_steps_that_are_done_again_are_dropped(tmp_path, start_step, kept):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,loss\n0,\n10,3.5\n20,3.0\n")
+    MetricsFile(path, ["loss"], start_step)
+    assert [row["step"] for row in read_metrics(path)] == kept
 
 
 @pytest.fixture
