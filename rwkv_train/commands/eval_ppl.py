@@ -15,6 +15,7 @@ from rwkv_train.commands.inference import (
     TokenizerName,
     find_devices,
 )
+from rwkv_train.commands.perplexity_tables import print_curves, print_scores, shorten, tokenizers_differ
 from rwkv_train.commands.prepare_data import (
     DatasetConfig,
     DatasetSplit,
@@ -31,10 +32,12 @@ from rwkv_train.evaluation.modes import Mode
 
 if TYPE_CHECKING:
     from rwkv_train.evaluation.job import PrefixChoice
-    from rwkv_train.evaluation.positions import Curve
     from rwkv_train.evaluation.totals import Totals
 
 CACHE_DIR = Path("~/.cache/rwkv-train")
+LEGEND_WIDTH = 48
+"""Characters of a checkpoint's path in the picture."""
+
 _PICTURES = (".png", ".svg")
 
 Checkpoints = Annotated[
@@ -159,13 +162,14 @@ def eval_ppl(
     ]
     jobs[0].require_consistent(devices)
     places = find_devices(device, devices)
+    for job in jobs[1:]:
+        job.require_readable()  # not after the first one's long work
     evaluations = []
     for number, job in enumerate(jobs):
         with _progress(f"[{number + 1}/{len(jobs)}] " if len(jobs) > 1 else "") as on_document:
             evaluations.append(evaluate_checkpoint(job, places, on_document=on_document))
 
     results = results_of(jobs, evaluations)
-    curves = curves_of(evaluations, min_length)
     write_json(
         json_file,
         {
@@ -177,12 +181,16 @@ def eval_ppl(
             "dtype": dtype.value,
         },
     )
-    if plot_file is not None:
-        from rwkv_train.evaluation.curve_plot import draw_curves
+    try:
+        curves = curves_of(evaluations, min_length)
+        if plot_file is not None:
+            from rwkv_train.evaluation.curve_plot import draw_curves
 
-        picture = draw_curves(dict(zip(_names(checkpoint), curves, strict=True)), plot_file.suffix[1:])
-        write_whole(plot_file, picture)
-    _print(results, curves, mode, window)
+            picture = draw_curves(dict(zip(_legend(results), curves, strict=True)), plot_file.suffix[1:])
+            write_whole(plot_file, picture)
+    finally:  # a curve that cannot be had costs nothing else of the long work
+        print_scores(results, f"windows of {window} tokens" if window is not None else mode.value)
+    print_curves(curves, n_documents=results[0]["total"]["documents"])
 
 
 def _require_picture(path: Path | None) -> None:
@@ -235,47 +243,11 @@ def _progress(title: str) -> "Iterator[Callable[[Totals], None]]":
         yield show
 
 
-def _names(checkpoints: list[str]) -> list[str]:
-    """Return a different name for each line of the picture."""
-    is_plain = len(set(checkpoints)) == len(checkpoints)
-    return checkpoints if is_plain else [f"[{n}] {path}" for n, path in enumerate(checkpoints, start=1)]
-
-
-def _print(results: list[dict[str, Any]], curves: "list[Curve]", mode: Mode, window: int | None) -> None:
-    from rwkv_train.commands.perplexity_tables import (
-        print_comparison,
-        print_counts,
-        print_curves,
-        print_rates,
-    )
-
-    first = results[0]
-    reading = f"windows of {window} tokens" if window is not None else mode.value
-    if len(results) == 1:
-        print_counts(first["total"], first["domains"])
-        typer.echo()
-        print_rates(first["total"], first["domains"])
-        typer.echo(f"\ntokenizer: {first['tokenizer']['name']}; read: {reading}; {_prefix_line(first)}")
-    else:
-        for number, result in enumerate(results, start=1):
-            name = result["tokenizer"]["name"]
-            typer.echo(f"[{number}] {result['checkpoint']} (tokenizer: {name}; {_prefix_line(result)})")
-        total = first["total"]
-        typer.echo(f"{total['documents']:,} documents, {total['bytes']:,} bytes; read: {reading}\n")
-        print_comparison(results)
-        if len({result["tokenizer"]["sha256"] for result in results}) > 1:
-            typer.echo(
-                "\nThe tokenizers differ: bits per byte compare, loss and perplexity of a token do not."
-            )
-    curve = curves[0]
-    typer.echo(
-        f"\nnats per token by position, in {curve.documents:,} of {first['total']['documents']:,} documents:"
-    )
-    heads = ["loss/token"] if len(curves) == 1 else [f"[{number + 1}]" for number in range(len(curves))]
-    print_curves(dict(zip(heads, curves, strict=True)))
-
-
-def _prefix_line(result: dict[str, Any]) -> str:
-    if result["prefix_token"] is None:
-        return "no prefix, so the first token of each document is not scored"
-    return f"read before a document: token {result['prefix_token']}"
+def _legend(results: list[dict[str, Any]]) -> list[str]:
+    """Return a short name for each line of the picture, numbered as the tables are."""
+    names = [
+        f"[{n}] {shorten(result['checkpoint'], LEGEND_WIDTH)}" for n, result in enumerate(results, start=1)
+    ]
+    if not tokenizers_differ(results):
+        return names
+    return [f"{name} ({result['tokenizer']['name']})" for name, result in zip(names, results, strict=True)]

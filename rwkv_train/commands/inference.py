@@ -74,7 +74,10 @@ def find_device(name: str) -> "torch.device":
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         reason = str(error).split("\n", 1)[0]
         raise BackendError(f"there is no device '{name}' here: {reason}; wanted auto, cpu or cuda") from error
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "meta":
+        raise BackendError("--device meta has no numbers to compute with; wanted auto, cpu or cuda")
+    return device
 
 
 def find_devices(name: str, n_devices: int) -> "list[torch.device]":

@@ -1,7 +1,9 @@
-"""The result of ``eval-ppl`` as tables that fit a terminal of 100 columns."""
+"""The result of ``eval-ppl`` as tables: of one model within 100 columns, of several within 120."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from rwkv_train.commands.tables import print_table
 
@@ -11,24 +13,85 @@ if TYPE_CHECKING:
     from rwkv_train.evaluation.positions import Curve
 
 NONE = "-"
+DOMAIN_WIDTH = 24
+"""Characters of a domain's name; files that are domains may have very long ones."""
+
 _TOTAL = "total"
 
 
-def print_counts(total: Mapping[str, Any], domains: Mapping[str, Mapping[str, Any]]) -> None:
+def print_scores(results: Sequence[Mapping[str, Any]], reading: str) -> None:
+    """Print what was found of one model, or of several beside each other.
+
+    Args:
+        results: of each model, as ``--json`` has them.
+        reading: how the documents were read.
+    """
+    first = results[0]
+    if len(results) == 1:
+        _print_counts(first["total"], first["domains"])
+        typer.echo()
+        _print_rates(first["total"], first["domains"])
+        typer.echo(f"\ntokenizer: {first['tokenizer']['name']}; read: {reading}; {_prefix_line(first)}")
+        return
+    for number, result in enumerate(results, start=1):
+        name = result["tokenizer"]["name"]
+        typer.echo(f"[{number}] {result['checkpoint']} (tokenizer: {name}; {_prefix_line(result)})")
+    total = first["total"]
+    typer.echo(f"{total['documents']:,} documents, {total['bytes']:,} bytes; read: {reading}\n")
+    _print_comparison(results)
+    if tokenizers_differ(results):
+        typer.echo("\nThe tokenizers differ: bits per byte compare, loss and perplexity of a token do not.")
+
+
+def print_curves(curves: Sequence["Curve"], n_documents: int) -> None:
+    """Print loss by position, a column for each model.
+
+    Args:
+        curves: of each model, over one length.
+        n_documents: all that were scored.
+    """
+    typer.echo(f"\nnats per token by position, in {curves[0].documents:,} of {n_documents:,} documents:")
+    heads = ["loss/token"] if len(curves) == 1 else [f"[{number + 1}]" for number in range(len(curves))]
+    table = _table("position", *heads)
+    for index, bucket in enumerate(curves[0].buckets):
+        table.add_row(bucket.label, *(_fixed(curve.buckets[index].loss) for curve in curves))
+    print_table(table)
+
+
+def tokenizers_differ(results: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether the models have different tokens, so that rates per token do not compare."""
+    return len({result["tokenizer"]["sha256"] for result in results}) > 1
+
+
+def shorten(name: str, width: int) -> str:
+    """Return a name on one line of at most so many characters; of a longer one its start and its longer end.
+
+    Example:
+        >>> shorten("runs/of/a/long/path/step-100", 16)
+        'runs…th/step-100'
+    """
+    name = "".join(character if character.isprintable() else "\ufffd" for character in name)
+    start = width // 4
+    return name if len(name) <= width else f"{name[:start]}…{name[start + 1 - width :]}"
+
+
+def _print_counts(total: Mapping[str, Any], domains: Mapping[str, Mapping[str, Any]]) -> None:
     """Print what was scored."""
     table = _table("domain", "documents", "tokens", "bytes", "words", "nats")
     for index, (domain, row) in enumerate([*domains.items(), (_TOTAL, total)]):
         counts = (f"{row[name]:,}" for name in ("documents", "tokens", "bytes", "words"))
-        table.add_row(domain, *counts, f"{row['nats']:,.1f}", end_section=index == len(domains) - 1)
+        table.add_row(
+            _row_name(domain), *counts, f"{row['nats']:,.1f}", end_section=index == len(domains) - 1
+        )
     print_table(table)
 
 
-def print_rates(total: Mapping[str, Any], domains: Mapping[str, Mapping[str, Any]]) -> None:
+def _print_rates(total: Mapping[str, Any], domains: Mapping[str, Mapping[str, Any]]) -> None:
     """Print the rates of one model."""
     table = _table("domain", "loss/token", "token ppl", "word ppl", "byte ppl", "bits/byte", "95 % interval")
     for index, (domain, row) in enumerate([*domains.items(), (_TOTAL, total)]):
         table.add_row(
-            domain,
+            _row_name(domain),
             _fixed(row["loss"]),
             *(_ppl(row[name]) for name in ("token_ppl", "word_ppl", "byte_ppl")),
             _fixed(row["bits_per_byte"]),
@@ -38,7 +101,7 @@ def print_rates(total: Mapping[str, Any], domains: Mapping[str, Mapping[str, Any
     print_table(table)
 
 
-def print_comparison(results: Sequence[Mapping[str, Any]]) -> None:
+def _print_comparison(results: Sequence[Mapping[str, Any]]) -> None:
     """Print the models under each other, domain by domain, each with its difference to the first."""
     table = _table(
         "domain", "", "loss/token", "token ppl", "bits/byte", "95 % interval", "difference", "95 % interval"
@@ -51,7 +114,7 @@ def print_comparison(results: Sequence[Mapping[str, Any]]) -> None:
             part = compared and (compared["total"] if domain is None else compared["domains"][domain])
             difference = part["bits_per_byte"] if part else None
             table.add_row(
-                "" if number else domain or _TOTAL,
+                "" if number else _row_name(domain or _TOTAL),
                 f"[{number + 1}]",
                 _fixed(row["loss"]),
                 _ppl(row["token_ppl"]),
@@ -64,15 +127,6 @@ def print_comparison(results: Sequence[Mapping[str, Any]]) -> None:
     print_table(table)
 
 
-def print_curves(curves: Mapping[str, "Curve"]) -> None:
-    """Print loss by position, a column for each model."""
-    table = _table("position", *curves)
-    first = next(iter(curves.values()))
-    for index, bucket in enumerate(first.buckets):
-        table.add_row(bucket.label, *(_fixed(curve.buckets[index].loss) for curve in curves.values()))
-    print_table(table)
-
-
 def _table(first: str, *columns: str) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -82,6 +136,16 @@ def _table(first: str, *columns: str) -> "Table":
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     return table
+
+
+def _row_name(domain: str) -> str:
+    return shorten(domain, DOMAIN_WIDTH)
+
+
+def _prefix_line(result: Mapping[str, Any]) -> str:
+    if result["prefix_token"] is None:
+        return "no prefix, so the first token of each document is not scored"
+    return f"read before a document: token {result['prefix_token']}"
 
 
 def _fixed(value: float | None) -> str:

@@ -18,7 +18,7 @@ def draw_curves(curves: Mapping[str, Curve], picture_format: str) -> bytes:
         curves: at least one; a bucket is drawn at its last position.
         picture_format: one of ``FORMATS``.
     """
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2 + 0.2 * len(curves)), layout="constrained")
     axes = figure.subplots()
     for name, curve in curves.items():
         points = [(bucket.last, bucket.loss) for bucket in curve.buckets if bucket.loss is not None]
@@ -36,7 +36,10 @@ def draw_curves(curves: Mapping[str, Curve], picture_format: str) -> bytes:
         ylabel="nats per token",
     )
     axes.grid(alpha=0.3)
-    axes.legend()
+    # Below, where names of any length leave the curves their room; and a path's $ begins no formula.
+    legend = figure.legend(loc="outside lower center", fontsize="small")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     buffer = BytesIO()
     figure.savefig(buffer, format=picture_format, dpi=150)
     return buffer.getvalue()

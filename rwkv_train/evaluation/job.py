@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from rwkv_train.checkpoints import load_model
+from rwkv_train.checkpoints import load_model, read_weights
 from rwkv_train.checkpoints.tokenizer import choose_tokenizer
 from rwkv_train.data.corpus import read_documents
 from rwkv_train.data.sources.base import SourceOptions
@@ -59,6 +59,16 @@ class Job:
             raise ConfigError(
                 f"--mode stream reads all documents one after another; --devices {n_processes} has nothing to share"
             )
+
+    def require_readable(self) -> None:
+        """Refuse a checkpoint, a tokenizer or a prefix that cannot be used; nothing is computed.
+
+        Raises:
+            RwkvTrainError: as :func:`run_job` would.
+        """
+        weights = read_weights(self.checkpoint)
+        tokenizer = choose_tokenizer(weights, self.tokenizer)
+        _prefix_token(self.prefix, tokenizer.end_of_document, weights.config.vocab_size)
 
 
 class Evaluation(NamedTuple):

@@ -118,3 +118,5 @@ def require_power_of_two(min_length: int) -> None:
             f"--min-length is {min_length}; it must be a power of two, where a bucket of the curve ends: "
             f"{below} or {2 * below}"
         )
+    if min_length >= 1 << N_BUCKETS:
+        raise ConfigError(f"--min-length is {min_length}; it must be at most {1 << (N_BUCKETS - 1)}")

@@ -2,6 +2,7 @@ import inspect
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from rwkv_train.checkpoints import load_model, write_weights
 from rwkv_train.commands.eval_ppl import eval_ppl
 from rwkv_train.config.data import DataConfig
-from rwkv_train.errors import ConfigError, DataError
+from rwkv_train.errors import BackendError, CheckpointError, ConfigError, DataError
 from rwkv_train.evaluation import scoring
 from rwkv_train.tokenizers import load_tokenizer
 
@@ -21,7 +22,7 @@ app.command()(eval_ppl)
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"], env={"COLUMNS": "40"})
+    return CliRunner().invoke(app, ["--device", "cpu", *map(str, arguments)], env={"COLUMNS": "40"})
 
 
 def result_of(folder):
@@ -333,6 +334,8 @@ def test_without_a_prefix_the_report_says_what_is_not_scored(checkpoint, data, t
         (["--chunk-len", 0], ConfigError, "chunk_len is 0; it must be at least 1"),
         (["--min-length", 3], ConfigError, "--min-length is 3; it must be a power of two"),
         (["--min-length", 1024], ConfigError, "no document has so many tokens"),
+        (["--min-length", 2**60], ConfigError, "--min-length is 1152921504606846976; it must be at most"),
+        (["--device", "meta"], BackendError, "--device meta has no numbers to compute with"),
         (["--plot", "curve.pdf"], ConfigError, "must end in .png or .svg"),
         (["--plot", "missing/curve.png"], ConfigError, "--plot missing/curve.png cannot be written"),
         (["--data-format", "xml"], DataError, "there is no format 'xml'"),
@@ -350,3 +353,46 @@ def test_the_curve_is_drawn_as_the_ending_says(checkpoint, other, data, tmp_path
     assert result.exit_code == 0, result.exception
     assert picture.read_bytes().startswith(start)
     assert "in 2 of 2 documents" in result.stdout
+
+
+def test_a_curve_that_cannot_be_had_loses_no_result(checkpoint, data, tmp_path):
+    result = run("--checkpoint", checkpoint, *data, "--min-length", 1024, "--json", tmp_path / "out.json")
+    assert "no document has so many tokens" in str(result.exception)
+    assert result_of(tmp_path)["total"]["documents"] == 4
+    assert len(rows_of(result.stdout)["total"]) == 2
+
+
+def test_a_further_checkpoint_that_cannot_be_read_is_refused_before_the_first_is_scored(
+    weights, checkpoint, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("rwkv_train.evaluation.sharing.evaluate_checkpoint", None)
+    both = ["--checkpoint", checkpoint, "--checkpoint"]
+    assert "no such file" in error_of(CheckpointError, *both, tmp_path / "missing", *data)
+    file = write_weights(tmp_path / "model.pth", weights, "pth")
+    assert "name it with --tokenizer" in error_of(DataError, *both, file, *data)
+
+
+def test_a_long_name_of_a_domain_leaves_the_table_its_width(checkpoint, tmp_path):
+    name = "a\x1b[31m" + "b" * 100 + "end"
+    record = {"text": "abc", "meta": {"pile_set_name": name}}
+    (tmp_path / "long.jsonl").write_text(json.dumps(record))
+    both = ["--checkpoint", checkpoint, "--checkpoint", checkpoint]
+    arguments = ["--data", tmp_path / "long.jsonl", "--json", tmp_path / "out.json"]
+    for result in (run(*both[:2], *arguments), run(*both, *arguments)):
+        assert result.exit_code == 0, result.exception
+        lines = [line for line in result.stdout.splitlines() if not line.startswith("[")]
+        assert max(map(len, lines)) <= 120
+        assert "\x1b" not in result.stdout
+        assert "bend" in result.stdout
+    content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert list(content["checkpoints"][0]["domains"]) == [name]
+
+
+def test_a_long_path_leaves_the_picture_its_room(checkpoint, data, tmp_path):
+    folder = tmp_path / "_$x" / ("very" * 30) / "$y"
+    shutil.copytree(checkpoint, folder)
+    picture = tmp_path / "curve.svg"
+    result = run("--checkpoint", folder, *data, "--plot", picture)
+    assert result.exit_code == 0, result.exception
+    (width,) = re.findall(r'<clipPath.*?<rect [^>]*width="([\d.]+)"', picture.read_text(), re.DOTALL)
+    assert float(width) > 400  # of the 504 points that the picture has
