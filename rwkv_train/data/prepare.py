@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rwkv_train.data.binidx import add_suffix
+from rwkv_train.data.preparation.journal import mark_of
 from rwkv_train.data.preparation.making import make_parts, prefixes_of
-from rwkv_train.data.preparation.marks import mark_of
 from rwkv_train.data.preparation.options import PrepareOptions
 from rwkv_train.data.preparation.parts import SUFFIXES, place
 from rwkv_train.data.preparation.progress import Progress, Silence

@@ -10,10 +10,11 @@ import numpy as np
 
 from rwkv_train.data.binidx import add_suffix
 from rwkv_train.data.preparation.choosing import Chosen, Order, choose
+from rwkv_train.data.preparation.journal import Journal, Json
 from rwkv_train.data.preparation.options import PrepareOptions
 from rwkv_train.data.preparation.parts import PartTotals, moves_of_parts, write_part
 from rwkv_train.data.preparation.progress import Progress
-from rwkv_train.data.preparation.work_folder import Journal, Json, WorkFolder
+from rwkv_train.data.preparation.work_folder import WorkFolder
 from rwkv_train.data.sidecar import Preparation, Sidecar, Source
 from rwkv_train.errors import DataError
 from rwkv_train.tokenizers import load_tokenizer

@@ -81,5 +81,5 @@ def _refuse_bad(bad: Sequence[str], options: PrepareOptions) -> None:
     if bad and not options.skip_bad:
         raise DataError(
             f"{bad[0]}; --skip-bad-lines passes over such records and counts them, and goes on from what is done; "
-            "after mending the input begin anew with --overwrite"
+            "once the input is mended, --overwrite reads it anew and keeps what is done of those before it"
         )

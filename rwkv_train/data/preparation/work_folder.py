@@ -4,27 +4,24 @@
 as a whole, which says how much of them counts. What is beyond that is cut off when the folder is opened again.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from rwkv_train.data.binidx import add_suffix
 from rwkv_train.data.preparation.blocks import N_BAD_KEPT, TokenizedBlock
+from rwkv_train.data.preparation.journal import Journal, Json, journal_for
 from rwkv_train.data.preparation.stored_documents import RECORDS, SIGNATURES, TOKENS, StoredDocuments
 from rwkv_train.errors import DataError
-
-Json = dict[str, Any]
 
 SUFFIX = ".unfinished"
 """Ending of the folder beside the output."""
@@ -32,36 +29,7 @@ SUFFIX = ".unfinished"
 JOURNAL_SECONDS = 1.0
 """Work that a kill can undo."""
 
-_FORMAT = "rwkv-train-unfinished/1"
 _JOURNAL, _LOCK = "journal.json", ".lock"
-
-
-@dataclass
-class Journal:
-    """What is done; the names are those in the file."""
-
-    reading: Json
-    """Tokenizer, inputs and options that the tokens depend on."""
-    dtype: str
-    """Of the ids."""
-    source: int = 0
-    """Index of the input that is read."""
-    block: int = 0
-    """Number of its next block."""
-    sources: list[Json] = field(default_factory=list)
-    """Path, size and hash of the inputs that are done."""
-    n_source_bytes: int = 0
-    """Bytes of all inputs that are done, as stored."""
-    n_documents: int = 0
-    n_tokens: int = 0
-    max_token: int = 0
-    domains: list[str] = field(default_factory=list)
-    n_empty: int = 0
-    n_bad: int = 0
-    first_bad: list[str] = field(default_factory=list)
-    left_out: dict[str, int] = field(default_factory=dict)
-    placing: Json | None = None
-    """When all files are made: what they were ``chosen`` by, and the ``moves`` to their places."""
 
 
 class WorkFolder:
@@ -80,6 +48,7 @@ class WorkFolder:
         self.journal = journal
         self._saved_at = time.monotonic()
         self._files: dict[str, BinaryIO] = {}
+        self.save()  # before the files are cut to it: those that the one before tells of are gone then
         if journal.placing is None:
             for file, n_bytes in self.documents.lengths().items():
                 if file.name != SIGNATURES or journal.reading["options"]["signatures"]:
@@ -110,7 +79,6 @@ class WorkFolder:
             n_source_bytes=journal.n_source_bytes + block.n_source_bytes,
             n_documents=journal.n_documents + len(records),
             n_tokens=journal.n_tokens + len(block.tokens),
-            max_token=max(journal.max_token, int(block.tokens.max(initial=0))),
             domains=list(index),
             n_empty=journal.n_empty + block.n_empty,
             n_bad=journal.n_bad + block.n_bad,
@@ -122,10 +90,7 @@ class WorkFolder:
 
     def finish_source(self, described: Json) -> None:
         """Note that an input is read to its end."""
-        journal = self.journal
-        self.journal = replace(
-            journal, sources=[*journal.sources, described], source=journal.source + 1, block=0
-        )
+        self.journal = self.journal.with_source_done(described)
         self.save()
 
     def begin_placing(self, placing: Json) -> None:
@@ -140,8 +105,7 @@ class WorkFolder:
             os.fsync(growing.fileno())
         new = self.path / f"{_JOURNAL}.new"
         with new.open("w", encoding="utf-8") as file:
-            fields = asdict(self.journal)
-            json.dump({"format": _FORMAT, "check": _check(fields), **fields}, file, indent=1)
+            file.write(self.journal.to_json())
             file.flush()
             os.fsync(file.fileno())
         new.replace(self.path / _JOURNAL)
@@ -168,9 +132,10 @@ def open_work_folder(prefix: Path, reading: Json, dtype: str, *, overwrite: bool
 
     Args:
         prefix: path of the output without its endings.
-        reading: see :class:`Journal`.
+        reading: see :class:`~rwkv_train.data.preparation.journal.Journal`.
         dtype: of the ids.
-        overwrite: begin anew where the folder belongs to other settings, instead of refusing.
+        overwrite: begin anew where the folder belongs to other settings, or with the first input that has changed,
+            instead of refusing.
 
     Raises:
         DataError: it is in use, belongs to other settings, is damaged, or cannot be written.
@@ -207,45 +172,8 @@ def _read_journal(path: Path, reading: Json, dtype: str, *, overwrite: bool) -> 
     file = path / _JOURNAL
     if not file.exists():
         return Journal(reading, dtype)
-    try:
-        fields = json.loads(file.read_bytes())
-        if fields.pop("format") != _FORMAT:
-            raise ValueError("it is of another version")
-        if fields.pop("check") != _check(fields):
-            raise ValueError("it is damaged")
-        journal = Journal(**fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(
-            f"{file} is not the journal of an unfinished preparation ({error}): remove {path}"
-        ) from error
-    differences = _differences(journal.reading, json.loads(json.dumps(reading)))
-    if not differences:
-        return journal
-    if overwrite:
-        file.unlink()  # the files that it tells of are about to hold something else
-        _clear(path, but=(_LOCK,))
-        return Journal(reading, dtype)
-    raise DataError(
-        f"{path} holds an unfinished preparation of other things: {'; '.join(differences)}. Give the same command "
-        "again to go on with it, or --overwrite to begin anew"
-    )
-
-
-def _differences(before: Json, now: Json) -> list[str]:
-    """Say what is not the same, in the words of the journal."""
-    found = []
-    for name in sorted({*before, *now}):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += [f"{name}.{line}" for line in _differences(old, new)]
-        elif old != new:
-            found.append(f"{name} was {old}, is {new}")
-    return found
-
-
-def _check(fields: Json) -> str:
-    """Return a hash by which a journal that was changed or damaged is known."""
-    return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=8).hexdigest()
+    journal = journal_for(Journal.from_json(file), reading, path, overwrite=overwrite)
+    return replace(journal, dtype=dtype)
 
 
 def _clear(folder: Path, but: Sequence[str] = ()) -> None:

@@ -151,6 +151,30 @@ def test_a_bad_line_can_be_skipped_without_doing_it_all_again(texts, tmp_path):
     assert told.steps[0] > texts[0].stat().st_size
 
 
+@pytest.mark.parametrize("change", ["mended", "more", "fewer"])
+def test_begun_anew_what_is_done_of_the_inputs_before_a_changed_one_is_kept(texts, tmp_path, change):
+    out, told = tmp_path / "new" / "out", Stop(-1)
+    whole = texts[1].read_bytes()
+    texts[1].write_bytes(whole + b"oops\n")
+    with pytest.raises(DataError, match=r"line 61: not JSON.*--overwrite"):
+        prepare(texts, out)
+    if change == "mended":
+        texts[1].write_bytes(whole + b'{"text": "right"}\n')
+    elif change == "more":
+        texts = [texts[0], tmp_path / "three.jsonl"]
+        texts[1].write_bytes(whole)
+    else:
+        texts = texts[:1]
+    with pytest.raises(DataError, match="begin anew, which keeps what is done of the first 1"):
+        prepare(texts, out)
+
+    prepare(texts, out, overwrite=True, progress=told)
+    prepare(texts, tmp_path / "fresh" / "out")
+
+    assert files(out.parent) == files(tmp_path / "fresh")
+    assert told.steps[0] == texts[0].stat().st_size
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -198,15 +222,24 @@ def test_files_of_an_attempt_that_chose_otherwise_are_not_taken(texts, tmp_path,
     assert files(out.parent) == files(tmp_path / "fresh")
 
 
-def test_begun_anew_and_killed_at_once_the_old_journal_is_not_believed(texts, tmp_path, monkeypatch):
+def test_begun_anew_and_killed_at_once_nothing_of_the_old_work_counts(texts, tmp_path, monkeypatch):
     out, options = tmp_path / "new" / "out", PrepareOptions()
     interrupt(texts, out, 1, options=options)
-    with monkeypatch.context() as patch:
-        patch.setattr(WorkFolder, "save", lambda self: None)
-        interrupt(texts[::-1], out, 4, options=options, overwrite=True)
+    save, n_saved = WorkFolder.save, []
 
-    prepare(texts, out, options)
-    prepare(texts, tmp_path / "fresh" / "out", options)
+    def save_once(folder):  # when it is opened; the kill comes before the next one
+        n_saved.append(1)
+        if len(n_saved) == 1:
+            save(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "save", save_once)
+        interrupt(texts[::-1], out, 4, options=options, overwrite=True)
+    with pytest.raises(DataError, match="unfinished preparation of other things"):
+        prepare(texts, out, options)
+
+    prepare(texts[::-1], out, options)
+    prepare(texts[::-1], tmp_path / "fresh" / "out", options)
 
     assert files(out.parent) == files(tmp_path / "fresh")
 
