@@ -4,12 +4,14 @@ import hashlib
 import json
 import re
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
 import zstandard
 
 from rwkv_train.data.binidx import TokenFile
+from rwkv_train.data.preparation.options import PrepareOptions
 from rwkv_train.data.prepare import prepare_data
 from rwkv_train.data.sidecar import DomainTotals
 from rwkv_train.data.stored import load_corpus
@@ -149,6 +151,23 @@ def test_a_source_of_empty_documents_only_is_refused(byte_tokenizer, tmp_path):
         prepare_data([tmp_path / "void.jsonl"], byte_tokenizer, tmp_path / "out")
 
     assert written(tmp_path / "out") == []
+
+
+def test_where_all_records_are_bad_the_first_is_named(byte_tokenizer, tmp_path):
+    (tmp_path / "bad.jsonl").write_text("oops\n[]\n")
+
+    with pytest.raises(
+        DataError, match=r"no record of .*bad\.jsonl can be used: 2 are bad, .*line 1: not JSON"
+    ):
+        prepare_data(
+            [tmp_path / "bad.jsonl"], byte_tokenizer, tmp_path / "out", PrepareOptions(skip_bad=True)
+        )
+
+
+@pytest.mark.parametrize("prefix", [".", "/", "folder/.."])
+def test_an_output_that_is_a_folder_and_no_more_is_refused(prefix, inputs, byte_tokenizer):
+    with pytest.raises(DataError, match=f"'{prefix}' is no prefix of files"):
+        prepare_data(inputs, byte_tokenizer, Path(prefix))
 
 
 def test_a_full_disk_is_one_sentence(byte_tokenizer, tmp_path):

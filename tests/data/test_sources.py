@@ -1,5 +1,6 @@
 """Sources: every kind of file, and folders, give the documents that other programs wrote."""
 
+import gzip
 import json
 import logging
 import os
@@ -80,6 +81,25 @@ def test_the_format_can_be_named(tmp_path):
     assert records(path, format="jsonl") == [Document("x", "unknown")]
     with pytest.raises(DataError, match="there is no format 'xml'; wanted jsonl, text, parquet, csv, pair"):
         open_source(str(path), SourceOptions(format="xml"))
+
+
+@pytest.mark.parametrize("name", ["A.JSONL", "A.Jsonl.GZ", "A.CSV", "a.TXT", "folder/A.JSONL"])
+def test_capitals_in_an_ending_change_nothing(name, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    content = b"text\nx\n" if "CSV" in name else b"x" if "TXT" in name else b'{"text": "x"}\n'
+    path.write_bytes(gzip.compress(content) if "GZ" in name else content)
+
+    found = records(path.parent if "folder" in name else path)
+
+    assert [document.text for document in found] == ["x"]
+
+
+def test_an_input_without_a_name_is_refused():
+    with pytest.raises(DataError, match="an input has an empty name"):
+        open_source("")
+    with pytest.raises(DataError, match="hf: names no dataset"):
+        open_source("hf:")
 
 
 # ---- folders

@@ -59,9 +59,12 @@ def read_sources(
     journal = work.journal
     require_kept(options.domains, journal.n_documents + journal.n_empty, journal.left_out)
     if journal.n_documents == 0:
-        raise DataError(
-            f"none of the documents in {', '.join(source.name for source in sources)} has any text"
-        )
+        names = ", ".join(source.name for source in sources)
+        if journal.n_bad:
+            raise DataError(
+                f"no record of {names} can be used: {journal.n_bad} are bad, the first is {journal.first_bad[0]}"
+            )
+        raise DataError(f"none of the documents in {names} has any text")
 
 
 def _blocks(sources: Sequence[Source], first: int, start: int, origins: deque[int]) -> Iterator[Block]:

@@ -59,7 +59,7 @@ class _Reader:
         self.n_raw = 0  # bytes of the lines that were given to the parser
         self.n_stored = 0  # bytes of the file that were read for them
         self._path = path
-        delimiter = "\t" if ".tsv" in path.suffixes else ","
+        delimiter = "\t" if ".tsv" in map(str.lower, path.suffixes) else ","
         self._reader = csv.reader(self._lines(), delimiter=delimiter, strict=True)
         header = self._read_header()
         domain_column = require_columns(str(path), header, options)

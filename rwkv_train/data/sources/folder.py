@@ -18,6 +18,7 @@ from rwkv_train.data.sources.base import (
     hash_file,
 )
 from rwkv_train.data.sources.formats import FORMATS, SUFFIXES, format_of
+from rwkv_train.data.sources.hub import HUB_PREFIX
 from rwkv_train.data.sources.text import TextFile, group_text_files
 from rwkv_train.errors import DataError
 
@@ -47,7 +48,7 @@ class FolderSource(Source):
             for file in sorted(_walk(path)):
                 if not (path / file).is_file():  # a link to a folder or to nothing, a pipe, ...
                     left_out["not a file"] += 1
-                elif options.format is None and not file.name.endswith(SUFFIXES):
+                elif options.format is None and not file.name.lower().endswith(SUFFIXES):
                     left_out[file.suffix or "without ending"] += 1
                 else:
                     self._files.append((file, (path / file).stat().st_size))
@@ -57,7 +58,8 @@ class FolderSource(Source):
         if not self._files:
             found = f"only files of other kinds ({kinds})" if kinds else "no files"
             raise DataError(
-                f"the folder {path} holds {found}; wanted files that end in {', '.join(SUFFIXES)}"
+                f"the folder {path} holds {found}; wanted files that end in {', '.join(SUFFIXES)}, or {HUB_PREFIX} "
+                "before the name of a dataset's folder"
             )
         if kinds:
             logger.warning("%s: left out what is of other kinds: %s", path, kinds)

@@ -16,7 +16,7 @@ class Format(NamedTuple):
     """A kind of file."""
 
     suffixes: tuple[str, ...]
-    """Endings by which it is recognized."""
+    """Endings by which it is recognized, in lower case."""
     open: Callable[[Path, SourceOptions], FileSource]
 
 
@@ -50,7 +50,7 @@ def format_of(path: Path, name: str | None) -> Format:
             raise DataError(f"there is no format '{name}'; wanted {', '.join([*FORMATS, PAIR])}")
         return FORMATS[name]
     for known in FORMATS.values():
-        if path.name.endswith(known.suffixes):
+        if path.name.lower().endswith(known.suffixes):
             return known
     raise DataError(
         f"{path}: cannot tell the format; wanted a name that ends in {', '.join(SUFFIXES)}, or the name of the "

@@ -83,7 +83,7 @@ def _cut(path: Path, file: BinaryIO) -> Iterator[Lines]:
 
 def _pieces(path: Path, file: BinaryIO) -> Iterator[bytes]:
     """Yield the decompressed content in bounded pieces, without a byte order mark."""
-    decompress = {".zst": _zstd_pieces, ".gz": _gzip_pieces}.get(path.suffix, _plain_pieces)
+    decompress = {".zst": _zstd_pieces, ".gz": _gzip_pieces}.get(path.suffix.lower(), _plain_pieces)
     try:
         pieces = decompress(path, file)
         first = next(pieces, b"")
