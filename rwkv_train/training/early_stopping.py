@@ -1,6 +1,10 @@
 """When a run ends because the held-out loss falls no more."""
 
+import logging
+from collections.abc import Mapping
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 class EarlyStopping:
@@ -8,12 +12,26 @@ class EarlyStopping:
 
     Args:
         patience: how many in a row end the run; ``None``: no number does.
-        memory: what :meth:`to_json` gave when the checkpoint was saved; ``None`` from scratch.
+        held_out: what the validations measure, as JSON's types; ``None``: there are none.
+        memory: what :meth:`to_json` gave when the checkpoint was saved; ``None`` from scratch. Losses on other text
+            cannot be compared, so of those nothing is kept.
     """
 
-    def __init__(self, patience: int | None, memory: dict[str, Any] | None) -> None:
+    def __init__(
+        self,
+        patience: int | None,
+        held_out: Mapping[str, object] | None = None,
+        memory: Mapping[str, Any] | None = None,
+    ) -> None:
         memory = memory or {}
+        if memory and memory.get("held_out", held_out) != held_out:  # older checkpoints do not say
+            if patience is not None:
+                logger.info(
+                    "validation is on other text than before, so the count for early stopping begins anew"
+                )
+            memory = {}
         self._patience = patience
+        self._held_out = held_out
         self._best: float | None = memory.get("best_loss")
         self._n_since: int = memory.get("validations_since", 0)
 
@@ -36,4 +54,4 @@ class EarlyStopping:
 
     def to_json(self) -> dict[str, Any]:
         """Return what to remember as JSON's types."""
-        return {"best_loss": self._best, "validations_since": self._n_since}
+        return {"best_loss": self._best, "validations_since": self._n_since, "held_out": self._held_out}

@@ -44,6 +44,7 @@ class CheckpointKeeper:
         samples: the training samples.
         processes: the processes of the run; the first one writes what all of them hold.
         resumed: the checkpoint that the run goes on from; ``None`` from scratch.
+        early_stopping: counts validations; saved with each checkpoint.
         beat: called for each parameter of a save, as a sign of progress.
     """
 
@@ -54,15 +55,13 @@ class CheckpointKeeper:
         samples: Samples,
         processes: Processes,
         resumed: TrainingCheckpoint | None,
+        early_stopping: EarlyStopping,
         beat: Callable[[], None],
     ) -> None:
         self._config = config
         self.samples = samples
         """The training samples."""
-        self.early_stopping = EarlyStopping(
-            config.trainer.early_stopping_patience,
-            None if resumed is None else resumed.manifest.get("early_stopping"),
-        )
+        self.early_stopping = early_stopping
         """Counts the validations that found the run no better."""
         self._tokenizer = tokenizer
         self._processes = processes

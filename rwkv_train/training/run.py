@@ -30,6 +30,7 @@ from rwkv_train.training.backend import choose_wkv_backend
 from rwkv_train.training.callbacks import RunCallback, drawn_metrics
 from rwkv_train.training.code_version import code_version
 from rwkv_train.training.corpora import Corpora, go_to, open_corpora, open_samples, samples_in_epoch
+from rwkv_train.training.early_stopping import EarlyStopping
 from rwkv_train.training.guard import Guard, RollBack
 from rwkv_train.training.keeper import CheckpointKeeper, restore_random_state
 from rwkv_train.training.loggers import make_loggers
@@ -180,6 +181,7 @@ def _run(
             restore_random_state(saved.manifest["random"])
         if corpora.valid is not None:
             validator = Validator(corpora.valid, corpora.tokenizer, config, processes, watchdog.beat)
+    early_stopping = _make_early_stopping(config, valid, saved)
     columns = ["tokens", "seconds", "learning_rate", *StepMetrics._fields, *drawn_metrics(samples, 0)]
     if validator is not None:
         columns += metric_columns(validator.domains)
@@ -187,7 +189,9 @@ def _run(
         processes,
         Meter(length.tokens_per_step, 0.0 if saved is None else float(saved.manifest["train_seconds"])),
         validator,
-        CheckpointKeeper(config, corpora.tokenizer.identity, samples, processes, saved, watchdog.beat),
+        CheckpointKeeper(
+            config, corpora.tokenizer.identity, samples, processes, saved, early_stopping, watchdog.beat
+        ),
         Display(length.n_steps, start.step, is_shown=processes.is_first),
         StopSignal(config.trainer.grace_seconds),
         watchdog,
@@ -195,7 +199,6 @@ def _run(
     with processes.failing_together():
         loggers = make_loggers(config, columns, start.step) if processes.is_first else []
         trainer = make_trainer(config, length.n_steps - start.step, [callback], loggers)
-    early_stopping = callback.keeper.early_stopping
     _announce(model, length, start, config, trainer)
     if start.step == length.n_steps:
         logger.info("nothing to do: all %d steps are done", length.n_steps)
@@ -245,6 +248,14 @@ def _make_guard(config: TrainConfig, saved: TrainingCheckpoint | None, roll_back
     if roll_back is not None:
         memory = {"losses": [], **(memory or {}), "bad_steps": roll_back.bad_steps}
     return Guard(config.guard, memory)
+
+
+def _make_early_stopping(
+    config: TrainConfig, valid: dict[str, object] | None, saved: TrainingCheckpoint | None
+) -> EarlyStopping:
+    held_out = None if valid is None else {**valid, "val_tokens": config.trainer.val_tokens}
+    memory = None if saved is None else saved.manifest.get("early_stopping")
+    return EarlyStopping(config.trainer.early_stopping_patience, held_out, memory)
 
 
 def _make_model(

@@ -9,11 +9,11 @@ from rwkv_train.training.early_stopping import EarlyStopping
 
 def ends_after(losses, patience, resumed_after=()):
     """Number of validations after which a run ends; it is saved and resumed after some of them."""
-    stopping = EarlyStopping(patience, None)
+    stopping = EarlyStopping(patience)
     for number, loss in enumerate(losses, start=1):
         stopping.note(loss)
         if number in resumed_after:
-            stopping = EarlyStopping(patience, json.loads(json.dumps(stopping.to_json())))
+            stopping = EarlyStopping(patience, memory=json.loads(json.dumps(stopping.to_json())))
         if stopping.reason is not None:
             return number
     return None
@@ -36,15 +36,27 @@ def test_a_run_ends_after_so_many_validations_without_a_better_loss(losses, pati
 
 
 def test_more_patience_lets_a_run_go_on():
-    stopping = EarlyStopping(1, None)
+    stopping = EarlyStopping(1)
     stopping.note(1.0)
     stopping.note(1.0)
     assert stopping.reason is not None
-    assert EarlyStopping(2, stopping.to_json()).reason is None
+    assert EarlyStopping(2, memory=stopping.to_json()).reason is None
 
 
 def test_the_reason_names_the_setting_and_the_numbers():
-    stopping = EarlyStopping(1, {"best_loss": 2.5, "validations_since": 1})
+    stopping = EarlyStopping(1, memory={"best_loss": 2.5, "validations_since": 1})
     assert stopping.reason == (
         "1 validations in a row were not below the loss of 2.5000 nats/token (trainer.early_stopping_patience is 1)"
     )
+
+
+@pytest.mark.parametrize("held_out", [{"tokens": 7, "val_tokens": 5}, {"tokens": 9, "val_tokens": 4}])
+def test_losses_on_other_text_are_not_compared(held_out):
+    stopping = EarlyStopping(1, {"tokens": 9, "val_tokens": 5})
+    stopping.note(1.0)
+    stopping.note(1.0)
+    other = EarlyStopping(1, held_out, stopping.to_json())
+    assert other.reason is None
+    other.note(2.0)  # the first on this text, so the best
+    assert other.reason is None
+    assert EarlyStopping(1, {"tokens": 9, "val_tokens": 5}, stopping.to_json()).reason is not None

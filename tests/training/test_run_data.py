@@ -145,6 +145,8 @@ def test_a_run_without_a_better_validation_ends_early_and_stays_so(tree, setting
     assert summary.checkpoint.name == "step-00000006"
     assert "nothing to do: the run ended with step 6" in caplog.text
     assert run_pretraining(settings({"trainer.early_stopping_patience": 5})).completed_steps == 10
+    # Of other text the first loss, at step 12, is the best one.
+    assert run_pretraining(settings({"data.valid": str(corpus / "train")})).completed_steps == 12
 
 
 def write_pair(prefix, tokens, dtype=np.uint16):
