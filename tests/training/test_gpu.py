@@ -36,9 +36,12 @@ def any_arch(request, tree):
 
 
 @pytest.mark.usefixtures("any_arch")
-def test_a_gpu_gives_the_losses_of_a_cpu(settings, tmp_path):
-    cpu = run_pretraining(settings({"trainer.out_dir": str(tmp_path / "cpu")}))
-    gpu = run_pretraining(settings({"trainer.out_dir": str(tmp_path / "gpu"), "trainer.accelerator": "gpu"}))
+@pytest.mark.parametrize("documents", ["stream", "reset"])
+def test_a_gpu_gives_the_losses_of_a_cpu(settings, tmp_path, documents):
+    changes = {"data.documents": documents}
+    cpu = run_pretraining(settings(changes | {"trainer.out_dir": str(tmp_path / "cpu")}))
+    changes |= {"trainer.out_dir": str(tmp_path / "gpu"), "trainer.accelerator": "gpu"}
+    gpu = run_pretraining(settings(changes))
 
     assert losses(gpu) == pytest.approx(losses(cpu), rel=1e-3)
     assert gpu.validation.loss == pytest.approx(cpu.validation.loss, rel=1e-3)
