@@ -119,6 +119,8 @@ def test_distributed_training_waits_for_no_unused_parameter(config, perturbed_mo
         for _ in range(3):  # a parameter without a gradient stops the second forward or the third
             model(tokens, targets=tokens).losses.mean().backward()
     finally:
+        # Before the group: as its last holder, DDP would end the group's thread while it keeps that from ending.
+        model = None
         distributed.destroy_process_group()
 
 
