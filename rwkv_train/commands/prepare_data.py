@@ -22,6 +22,9 @@ class Dedup(StrEnum):
     MINHASH = "minhash"
 
 
+_SHOWN_DOMAINS = 40
+"""Rows of the table; the sidecar has all."""
+
 _READ, _CHOOSE = "How the inputs are read", "Which documents are kept"
 
 Inputs = Annotated[
@@ -263,16 +266,21 @@ def _progress_bar() -> Iterator["Progress"]:
 def _print_summary(summary: "PreparedSummary") -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     sidecar = summary.sidecar
-    table = Table(title=str(summary.prefix), title_justify="left")
+    table = Table(title=Text(str(summary.prefix)), title_justify="left")
     table.add_column("domain")
     for name in ("documents", "tokens", "bytes", "words"):
         table.add_column(name, justify="right")
     totals = ("total", sidecar.n_documents, sidecar.n_tokens, sidecar.n_bytes, sidecar.n_words)
-    for index, (domain, *counts) in enumerate([*sidecar.domains, totals]):
-        is_last_domain = index == len(sidecar.domains) - 1
-        table.add_row(domain, *(f"{count:,}" for count in counts), end_section=is_last_domain)
+    rows = [*sidecar.domains[:_SHOWN_DOMAINS]]
+    if rest := sidecar.domains[_SHOWN_DOMAINS:]:
+        counts = zip(*(domain[1:] for domain in rest), strict=True)
+        rows.append((f"{len(rest):,} others", *map(sum, counts)))
+    for index, (domain, *counts) in enumerate([*rows, totals]):
+        # Text: a name may hold what would be markup.
+        table.add_row(Text(domain), *(f"{count:,}" for count in counts), end_section=index == len(rows) - 1)
     Console().print(table)
 
 

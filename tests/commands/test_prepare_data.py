@@ -55,6 +55,36 @@ def test_files_become_a_corpus_and_a_table(run, text, tmp_path):
     assert "skipped, because without text: 1 documents" in result.stdout
 
 
+def test_names_that_look_like_markup_are_shown_as_they_are(run, tmp_path):
+    record = {"text": "hello", "meta": {"pile_set_name": "[/b][red]x"}}
+    (tmp_path / "text.jsonl").write_text(json.dumps(record) + "\n")
+
+    result = run("--input", tmp_path / "text.jsonl", "--tokenizer", "bytes", "--output", tmp_path / "[/i]")
+
+    assert result.exit_code == 0, result.exception
+    assert "[/b][red]x" in result.stdout
+
+
+def test_many_domains_are_summed_up(run, tmp_path):
+    lines = [json.dumps({"text": "ab", "n": f"domain {number}"}) for number in range(100)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+
+    result = run(
+        "--input",
+        tmp_path / "text.jsonl",
+        "--domain-column",
+        "n",
+        "--tokenizer",
+        "bytes",
+        "--output",
+        tmp_path / "x",
+    )
+
+    rows = [line.replace("│", " ").split() for line in result.stdout.splitlines()]
+    assert ["60", "others", "60", "180", "120", "60"] in rows
+    assert ["total", "100", "300", "200", "100"] in rows
+
+
 def test_progress_goes_to_stderr_where_it_is_a_terminal(run, text, tmp_path, monkeypatch):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich takes it for a terminal
     result = run("--input", text, "--tokenizer", "bytes", "--output", tmp_path / "out")

@@ -14,6 +14,7 @@ from rwkv_train.data.binidx import TokenFile
 from rwkv_train.data.preparation.options import PrepareOptions
 from rwkv_train.data.prepare import prepare_data
 from rwkv_train.data.sidecar import DomainTotals
+from rwkv_train.data.sources.base import SourceOptions
 from rwkv_train.data.stored import load_corpus
 from rwkv_train.errors import DataError
 
@@ -162,6 +163,15 @@ def test_where_all_records_are_bad_the_first_is_named(byte_tokenizer, tmp_path):
         prepare_data(
             [tmp_path / "bad.jsonl"], byte_tokenizer, tmp_path / "out", PrepareOptions(skip_bad=True)
         )
+
+
+def test_a_column_that_is_no_domain_is_refused(byte_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("rwkv_train.data.preparation.work_folder.MAX_DOMAINS", 2)
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"text": "x", "id": {number}}}\n' for number in range(3)))
+    options = PrepareOptions(SourceOptions(domain_column="id"))
+
+    with pytest.raises(DataError, match="of more than 2 domains, '2' among them"):
+        prepare_data([tmp_path / "x.jsonl"], byte_tokenizer, tmp_path / "out", options)
 
 
 @pytest.mark.parametrize("prefix", [".", "/", "folder/.."])

@@ -2,7 +2,7 @@
 
 Each held-out document gives its disjoint windows of 16 words, its probes; they are looked up among all windows of all
 training documents. The texts come from the tokens, the very ones that training reads. The probes are held in memory,
-8 bytes for 16 words of the held-out part; the rest is read in ranges of documents, by all processes.
+up to 60 bytes each while they are sorted; the rest is read in ranges of documents, by all processes.
 """
 
 from collections.abc import Callable, Iterator

@@ -29,6 +29,9 @@ SUFFIX = ".unfinished"
 JOURNAL_SECONDS = 1.0
 """Work that a kill can undo."""
 
+MAX_DOMAINS = 1 << 16
+"""More of them are most likely no domains: addresses, numbers of documents."""
+
 _JOURNAL, _LOCK = "journal.json", ".lock"
 
 
@@ -60,10 +63,19 @@ class WorkFolder:
         return StoredDocuments(self.path, self.journal.dtype, self.journal.n_tokens, self.journal.n_documents)
 
     def add(self, block: TokenizedBlock) -> None:
-        """Append what a block holds; it counts when the journal is saved, a second later at most."""
+        """Append what a block holds; it counts when the journal is saved, a second later at most.
+
+        Raises:
+            DataError: there are more than ``MAX_DOMAINS`` domains now.
+        """
         journal = self.journal
         index = {domain: number for number, domain in enumerate(journal.domains)}
         numbers = [index.setdefault(domain, len(index)) for domain in block.domains]
+        if len(index) > MAX_DOMAINS:
+            raise DataError(
+                f"the documents are of more than {MAX_DOMAINS} domains, {block.domains[-1]!r} among them. "
+                "Choose another --domain-column, or another folder"
+            )
         records = block.records.copy()
         records["first_token"] += journal.n_tokens
         if numbers:
