@@ -40,13 +40,28 @@ def parse_gen_kwargs(gen_kwargs: Mapping[str, Any]) -> GenerationWish:
             f"{', '.join(_KNOWN)}"
         )
     do_sample = gen_kwargs.get("do_sample")
-    temperature = gen_kwargs.get("temperature", 1.0 if do_sample else 0.0)
+    temperature = _number(gen_kwargs, "temperature", 1.0 if do_sample else 0.0)
     settings = SamplingSettings(
-        temperature=float(temperature) if do_sample in (None, True) else 0.0,
-        top_p=float(gen_kwargs.get("top_p", 1.0)),
-        top_k=gen_kwargs.get("top_k"),
+        temperature=temperature if do_sample in (None, True) else 0.0,
+        top_p=_number(gen_kwargs, "top_p", 1.0),
+        top_k=None if gen_kwargs.get("top_k") is None else int(_number(gen_kwargs, "top_k", 0)),
     )
-    given = [gen_kwargs[name] for name in _MAX_TOKENS if gen_kwargs.get(name) is not None]
+    names = [name for name in _MAX_TOKENS if gen_kwargs.get(name) is not None]
+    max_tokens = _number(gen_kwargs, names[0], 0) if names else DEFAULT_MAX_TOKENS
+    if max_tokens < 0:
+        raise ConfigError(f"the task's {names[0]} is {max_tokens:g}; it must be at least 0")
     until = gen_kwargs.get("until") or []
-    stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
-    return GenerationWish(settings, int(given[0]) if given else DEFAULT_MAX_TOKENS, stop)
+    stop = [until] if isinstance(until, str) else until
+    if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
+        raise ConfigError(f"the task's until is {until!r}; it must be a text or a list of texts")
+    return GenerationWish(settings, int(max_tokens), tuple(filter(None, stop)))
+
+
+def _number(gen_kwargs: Mapping[str, Any], name: str, default: float) -> float:
+    value = gen_kwargs.get(name)
+    if value is None:
+        return default
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"the task's {name} is {value!r}; it must be a number") from None

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from datasets.exceptions import DatasetNotFoundError
+import yaml
+from jinja2 import TemplateError
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
@@ -52,7 +53,7 @@ def evaluate_tasks(
         What the harness found, as JSON's types: ``results`` by task and ``metric,filter``, and what describes them.
 
     Raises:
-        ConfigError: a task is unknown or needs a package that is missing, or there is no such folder.
+        ConfigError: a task is unknown, cannot be read or needs a package that is missing, or there is no such folder.
         DataError: a task's data is not here and cannot be downloaded; or a metric has no finite value.
     """
     if include_path is not None and not include_path.is_dir():
@@ -70,11 +71,13 @@ def evaluate_tasks(
                 limit=limit,
                 log_samples=False,
             )
-    except (ConnectionError, DatasetNotFoundError) as error:
+    except (ConnectionError, FileNotFoundError) as error:
         raise DataError(
             f"the data of a task of {', '.join(tasks)} is not here and could not be downloaded: {error}; connect to "
             "the network once so that it is cached, or give a task that reads local files"
         ) from error
+    except (yaml.YAMLError, TemplateError) as error:
+        raise ConfigError(f"the YAML of a task of {', '.join(tasks)} cannot be used: {error}") from error
     except ImportError as error:
         raise ConfigError(f"a task of {', '.join(tasks)} needs a package that is missing: {error}") from error
     except OverflowError as error:
@@ -94,7 +97,9 @@ def format_results(results: Mapping[str, Any]) -> str:
 
 
 def _find(asked: str, manager: TaskManager) -> list[str]:
-    if Path(asked).suffix == ".yaml" and Path(asked).is_file():
+    if Path(asked).suffix == ".yaml":
+        if not Path(asked).is_file():
+            raise ConfigError(f"there is no file {asked}; it should describe a task")
         return [asked]
     found: list[str] = manager.match_tasks([asked])
     if found:

@@ -42,3 +42,25 @@ def test_limits_of_what_is_drawn_from_are_those_of_the_task_alone():
 def test_a_setting_that_would_have_no_effect_is_refused():
     with pytest.raises(ConfigError, match="have 'num_beams', which rwkv-train does not know"):
         parse_gen_kwargs({"until": "x", "num_beams": 4})
+
+
+@pytest.mark.parametrize(
+    ("gen_kwargs", "sentence"),
+    [
+        ({"max_gen_toks": "many"}, "the task's max_gen_toks is 'many'; it must be a number"),
+        ({"max_new_tokens": -1}, "the task's max_new_tokens is -1; it must be at least 0"),
+        ({"temperature": []}, "the task's temperature is \\[\\]; it must be a number"),
+        ({"top_k": "x"}, "the task's top_k is 'x'; it must be a number"),
+        ({"until": 5}, "the task's until is 5; it must be a text or a list of texts"),
+        ({"until": ["a", 5]}, "must be a text or a list of texts"),
+    ],
+    ids=str,
+)
+def test_a_value_that_means_nothing_is_refused(gen_kwargs, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        parse_gen_kwargs(gen_kwargs)
+
+
+def test_what_a_task_sets_to_null_is_not_set():
+    names = ("temperature", "top_p", "top_k", "max_gen_toks", "until")
+    assert parse_gen_kwargs(dict.fromkeys(names)) == parse_gen_kwargs({})

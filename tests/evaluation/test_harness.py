@@ -291,6 +291,26 @@ def test_a_task_that_is_not_there_is_refused_with_its_likely_name(model, tokeniz
         evaluate_tasks(lm, ["mien"], include_path=tmp_path / "tasks")
     with pytest.raises(ConfigError, match="there is no folder"):
         evaluate_tasks(lm, ["mine"], include_path=tmp_path / "missing")
+    with pytest.raises(ConfigError, match=r"there is no file missing\.yaml"):
+        evaluate_tasks(lm, ["missing.yaml"])
+
+
+@ONE_VERSION
+def test_a_task_of_the_user_that_is_wrong_gets_a_sentence(model, tokenizer, run, tmp_path):
+    lm = RwkvTrainLM(model, tokenizer)
+    task = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{nothing}}"}
+    with pytest.raises(
+        ConfigError, match="the YAML of a task of mine cannot be used: 'nothing' is undefined"
+    ):
+        run(lm, [{"text": "x"}], metric_list=[{"metric": "bits_per_byte"}], **task)
+    (tmp_path / "documents.jsonl").unlink()
+    with pytest.raises(DataError, match=r"the data of a task of mine is not here.*documents\.jsonl"):
+        evaluate_tasks(lm, ["mine"], include_path=tmp_path / "tasks")
+    (tmp_path / "broken.yaml").write_text("task: [x")
+    with pytest.raises(
+        ConfigError, match=r"the YAML of a task of .*broken\.yaml cannot be used: while parsing"
+    ):
+        evaluate_tasks(lm, [str(tmp_path / "broken.yaml")])
 
 
 @ONE_VERSION
