@@ -274,10 +274,10 @@ def _print_summary(summary: "PreparedSummary") -> None:
     for name in ("documents", "tokens", "bytes", "words"):
         table.add_column(name, justify="right")
     totals = ("total", sidecar.n_documents, sidecar.n_tokens, sidecar.n_bytes, sidecar.n_words)
-    rows = [*sidecar.domains[:_SHOWN_DOMAINS]]
+    rows: list[tuple[str, *tuple[int | None, ...]]] = [*sidecar.domains[:_SHOWN_DOMAINS]]
     if rest := sidecar.domains[_SHOWN_DOMAINS:]:
-        counts = zip(*(domain[1:] for domain in rest), strict=True)
-        rows.append((f"{len(rest):,} others", *map(sum, counts)))
+        sums = [sum(counts) for counts in zip(*(domain[1:] for domain in rest), strict=True)]
+        rows.append((f"{len(rest):,} others", *sums))
     for index, (domain, *counts) in enumerate([*rows, totals]):
         # Text: a name may hold what would be markup.
         table.add_row(Text(domain), *(f"{count:,}" for count in counts), end_section=index == len(rows) - 1)
