@@ -88,8 +88,8 @@ class RunSummary(NamedTuple):
             )
             rows.append((f"validation loss{of_step}", f"{self.validation.loss:.4f} nats/token"))
             rows += [
-                (f"bits per byte, {domain}", f"{totals.bits_per_byte:.4f}")
-                for domain, totals in self.validation.totals.items()
+                ("bits per byte, " + (domain or "total"), f"{totals.bits_per_byte:.4f}")
+                for domain, totals in self.validation.parts()
                 if totals.bytes
             ]
         rows += [("checkpoint", str(self.checkpoint or "none written")), ("plot", str(self.plot or "none"))]

@@ -22,26 +22,27 @@ from rwkv_train.training.model_calls import ModelCalls
 logger = logging.getLogger(__name__)
 
 SAMPLES_FILE = "samples.txt"
-POOLED = "total"
 
 
 class Validation(NamedTuple):
     """The result of one validation."""
 
-    totals: dict[str, Totals]
-    """Sums by domain, and pooled under ``"total"``."""
+    pooled: Totals
+    """Sums over all documents."""
+    domains: dict[str, Totals]
+    """Sums by domain."""
     step: int
     """Steps that the model had learnt."""
 
     @property
     def loss(self) -> float:
         """Pooled nats per token."""
-        return self.totals[POOLED].loss
+        return self.pooled.loss
 
     def as_metrics(self) -> dict[str, float]:
         """Return the columns of a metrics row; see :func:`metric_columns`."""
         row = {}
-        for domain, totals in self.totals.items():
+        for domain, totals in self.parts():
             loss, bits_per_byte = _columns(domain)
             if totals.tokens:
                 row[loss] = totals.loss
@@ -50,8 +51,15 @@ class Validation(NamedTuple):
         return row
 
     def to_json(self) -> dict[str, Any]:
-        """Return the sums of each domain as JSON's types."""
-        return {domain: totals._asdict() for domain, totals in self.totals.items()}
+        """Return the sums as JSON's types."""
+        return {
+            "total": self.pooled._asdict(),
+            "domains": {domain: totals._asdict() for domain, totals in self.domains.items()},
+        }
+
+    def parts(self) -> list[tuple[str | None, Totals]]:
+        """Return the pooled sums under ``None``, which is no domain's name, and those of each domain."""
+        return [(None, self.pooled), *self.domains.items()]
 
 
 class Validator:
@@ -132,7 +140,7 @@ class Validator:
         pooled = Totals()
         for part in totals.values():
             pooled += part
-        self.last = Validation({POOLED: pooled, **totals}, step)
+        self.last = Validation(pooled, totals, step)
         logger.info("step %d: validation %s", step, _one_line(self.last))
         with self._processes.failing_together(), calls.finished_by_all():
             self._write_sample(calls.as_model(), step)
@@ -158,7 +166,7 @@ class Validator:
 
 def metric_columns(domains: list[str]) -> list[str]:
     """Return the names of the metrics of a validation over these domains."""
-    return [column for domain in [POOLED, *domains] for column in _columns(domain)]
+    return [column for domain in [None, *domains] for column in _columns(domain)]
 
 
 def select_documents(corpus: Corpus, tokenizer: Tokenizer, n_tokens: int) -> list[TokenDocument]:
@@ -186,17 +194,17 @@ def _cut(document: TokenDocument, tokenizer: Tokenizer, n_tokens: int) -> TokenD
     return TokenDocument(tokens, document.domain, n_bytes)
 
 
-def _columns(domain: str) -> tuple[str, str]:
-    """Return the names of the loss and of the bits per byte of a domain."""
-    suffix = "" if domain == POOLED else f"/{domain}"
+def _columns(domain: str | None) -> tuple[str, str]:
+    """Return the names of the loss and of the bits per byte of a domain; ``None``: of all text."""
+    suffix = "" if domain is None else f"/{domain}"
     return f"val_loss{suffix}", f"val_bits_per_byte{suffix}"
 
 
 def _one_line(validation: Validation) -> str:
     numbers = [f"loss {validation.loss:.4f} nats/token"]
     numbers += [
-        f"{'' if domain == POOLED else domain + ' '}{totals.bits_per_byte:.4f} bits/byte"
-        for domain, totals in validation.totals.items()
+        f"{'' if domain is None else domain + ' '}{totals.bits_per_byte:.4f} bits/byte"
+        for domain, totals in validation.parts()
         if totals.bytes
     ]
     return ", ".join(numbers)

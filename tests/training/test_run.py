@@ -63,8 +63,8 @@ def test_a_run_learns_and_leaves_its_files(settings, tree, arch):
     assert summary.completed_steps == 30
     assert summary.tokens == 30 * 8 * 16
     # The validation text has 19 letters; a model that learnt nothing would need log2(257) = 8 bits.
-    assert summary.validation.totals["total"].bits_per_byte < 5
-    assert set(summary.validation.totals) == {"total", "code", "prose"}
+    assert summary.validation.pooled.bits_per_byte < 5
+    assert set(summary.validation.domains) == {"code", "prose"}
     assert [path.name for path in list_training_checkpoints(summary.out_dir)] == [
         "step-00000028",
         "step-00000030",

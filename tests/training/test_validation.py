@@ -55,8 +55,8 @@ def test_a_corpus_smaller_than_what_is_wanted_is_scored_whole(two_domains):
 
 def test_metrics_are_loss_and_bits_per_byte_of_all_text_and_of_each_domain():
     # Two tokens of 1 nat over 4 bytes; a domain without known bytes.
-    totals = {"total": Totals(2, 5, 4, 0, 11.0), "a": Totals(1, 2, 4, 0, 2.0), "b": Totals(1, 3, 0, 0, 9.0)}
-    metrics = Validation(totals, step=7).as_metrics()
+    domains = {"a": Totals(1, 2, 4, 0, 2.0), "b": Totals(1, 3, 0, 0, 9.0)}
+    metrics = Validation(Totals(2, 5, 4, 0, 11.0), domains, step=7).as_metrics()
     assert metrics == {
         "val_loss": pytest.approx(2.2),
         "val_bits_per_byte": pytest.approx(2.75 / math.log(2)),
@@ -65,3 +65,15 @@ def test_metrics_are_loss_and_bits_per_byte_of_all_text_and_of_each_domain():
         "val_loss/b": 3.0,
     }
     assert metrics.keys() <= set(metric_columns(["a", "b"]))
+
+
+def test_a_domain_may_be_called_total():
+    validation = Validation(Totals(2, 5, 4, 0, 11.0), {"total": Totals(1, 2, 4, 0, 2.0)}, step=7)
+    assert validation.loss == pytest.approx(2.2)
+    metrics = validation.as_metrics()
+    assert (metrics["val_loss"], metrics["val_loss/total"]) == (pytest.approx(2.2), 1.0)
+    assert metrics.keys() == set(metric_columns(["total"]))
+    assert [validation.to_json()["total"]["nats"], validation.to_json()["domains"]["total"]["nats"]] == [
+        11,
+        2,
+    ]
