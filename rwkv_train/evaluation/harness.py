@@ -88,7 +88,8 @@ class RwkvTrainLM(LM):  # type: ignore[misc]  # the harness has no types
         Args:
             arg_dict: ``pretrained``, a checkpoint as for ``eval-ppl``; and, if wanted, ``tokenizer``, ``prefix``,
                 ``dtype`` (``fp32``, ``bf16``, ``fp16``), ``device``, ``batch_size``, ``chunk_len``.
-            additional_config: the same, from options of the harness; ``None`` stands for an absent one.
+            additional_config: the same, from options of the harness, which ``arg_dict`` goes before; ``None`` stands
+                for an absent one.
 
         Raises:
             ConfigError: an argument is unknown or has no such value.
@@ -96,9 +97,8 @@ class RwkvTrainLM(LM):  # type: ignore[misc]  # the harness has no types
             CheckpointError: the checkpoint cannot be read.
             DataError: the tokenizer is not the model's.
         """
-        given = arg_dict | {
-            name: value for name, value in (additional_config or {}).items() if value is not None
-        }
+        options = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        given = options | arg_dict  # the harness sets a batch size and a device even where the user did not
         unknown = sorted(set(given) - set(_LOAD_ARGUMENTS))
         if unknown or "pretrained" not in given:
             problem = f"has no argument '{unknown[0]}'" if unknown else "needs the argument 'pretrained'"

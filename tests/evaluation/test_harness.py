@@ -242,6 +242,11 @@ def test_the_harness_loads_a_checkpoint_by_name(model, tokenizer, folder):
     assert lm.tokenizer_name.startswith("bytes-")
 
 
+def test_what_the_arguments_say_goes_before_the_options_of_the_harness():
+    with pytest.raises(BackendError, match="there is no device 'cuda:98'"):
+        RwkvTrainLM.create_from_arg_string("pretrained=x,device=cuda:98", {"device": "cpu"})
+
+
 @pytest.mark.parametrize("model", ["rwkv4"], indirect=True)  # the version that transformers has
 def test_the_harness_finds_the_same_with_the_same_weights_in_transformers(model, tokenizer, tmp_path):
     pytest.importorskip("accelerate", reason="the harness' model `hf` needs accelerate")
