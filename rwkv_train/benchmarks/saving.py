@@ -16,6 +16,7 @@ from rwkv_train.config.train import TrainConfig
 from rwkv_train.models.registry import build_model, count_parameters
 from rwkv_train.parallel.processes import Processes
 from rwkv_train.training.corpora import open_corpora, open_samples
+from rwkv_train.training.early_stopping import EarlyStopping
 from rwkv_train.training.keeper import CheckpointKeeper
 from rwkv_train.training.module import PretrainModule
 from rwkv_train.training.validation import Validation
@@ -137,7 +138,15 @@ class _TimedKeeper(CheckpointKeeper):
     def __init__(self, config: TrainConfig, processes: Processes) -> None:
         corpora = open_corpora(config)
         samples = open_samples(config, corpora)
-        super().__init__(config, corpora.tokenizer.identity, samples, processes, None, beat=lambda: None)
+        super().__init__(
+            config,
+            corpora.tokenizer.identity,
+            samples,
+            processes,
+            None,
+            EarlyStopping(None),
+            beat=lambda: None,
+        )
         self.seconds: list[float] = []
 
     def save(self, module: PretrainModule, seconds: float, validation: Validation | None) -> None:

@@ -16,6 +16,7 @@ from rwkv_train.config.model import ModelConfig, Rwkv7Config
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.parallel.processes import Processes
 from rwkv_train.training.corpora import open_corpora, open_samples
+from rwkv_train.training.early_stopping import EarlyStopping
 from rwkv_train.training.keeper import CheckpointKeeper
 from rwkv_train.training.module import PretrainModule
 from rwkv_train.training.validation import Validation
@@ -146,7 +147,15 @@ class _NoCheckpoints(CheckpointKeeper):
     def __init__(self, config: TrainConfig, processes: Processes) -> None:
         corpora = open_corpora(config)
         samples = open_samples(config, corpora)
-        super().__init__(config, corpora.tokenizer.identity, samples, processes, None, beat=lambda: None)
+        super().__init__(
+            config,
+            corpora.tokenizer.identity,
+            samples,
+            processes,
+            None,
+            EarlyStopping(None),
+            beat=lambda: None,
+        )
 
     def is_due(self, step: int) -> bool:
         return False
