@@ -23,17 +23,23 @@ class EarlyStopping:
         held_out: Mapping[str, object] | None = None,
         memory: Mapping[str, Any] | None = None,
     ) -> None:
-        memory = memory or {}
-        if memory and memory.get("held_out", held_out) != held_out:  # older checkpoints do not say
+        self._patience = patience
+        self._held_out = held_out
+        if not self.is_on_same_text(memory):
             if patience is not None:
                 logger.info(
                     "validation is on other text than before, so the count for early stopping begins anew"
                 )
-            memory = {}
-        self._patience = patience
-        self._held_out = held_out
+            memory = None
+        memory = memory or {}
         self._best: float | None = memory.get("best_loss")
         self._n_since: int = memory.get("validations_since", 0)
+
+    def is_on_same_text(self, memory: Mapping[str, Any] | None) -> bool:
+        """Say whether losses of the run that left this memory compare with those to come."""
+        return (
+            memory is None or memory.get("held_out", self._held_out) == self._held_out
+        )  # older ones do not say
 
     def note(self, loss: float) -> None:
         """Take note of the loss of a validation, in nats per token."""

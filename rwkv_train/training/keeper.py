@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from rwkv_train.checkpoints.infer import make_explicit
-from rwkv_train.checkpoints.manifest import decode_random_state, encode_random_state
+from rwkv_train.checkpoints.manifest import decode_random_state, encode_random_state, read_manifest
 from rwkv_train.checkpoints.retention import (
     BestCheckpoint,
     prune_training_checkpoints,
     read_best,
     write_best,
 )
+from rwkv_train.checkpoints.run_folder import list_training_checkpoints
 from rwkv_train.checkpoints.training_state import (
     ParameterState,
     TrainingCheckpoint,
@@ -68,7 +69,7 @@ class CheckpointKeeper:
         self._beat = beat
         self._out_dir = config.trainer.run_folder
         with processes.failing_together():
-            best = read_best(self._out_dir) if processes.is_first else None
+            best = self._find_best() if processes.is_first else None
         self._best = processes.broadcast(best)
         self._saved_at = time.monotonic()
         self.resumed = resumed
@@ -121,6 +122,15 @@ class CheckpointKeeper:
         self._best = self._processes.broadcast(self._best)
         self._saved_at = time.monotonic()
         self.save_seconds += self._saved_at - started
+
+    def _find_best(self) -> BestCheckpoint | None:
+        """Return the best checkpoint so far; none where its loss is on other text than the losses to come."""
+        best = read_best(self._out_dir)
+        for folder in list_training_checkpoints(self._out_dir):
+            if best is not None and folder.name == best.checkpoint:
+                memory = read_manifest(folder).get("early_stopping")
+                return best if self.early_stopping.is_on_same_text(memory) else None
+        return best
 
     def _with_beats(self, parameters: Iterator[ParameterState]) -> Iterator[ParameterState]:
         for parameter in parameters:

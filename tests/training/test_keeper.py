@@ -4,6 +4,7 @@ import pytest
 
 from rwkv_train.checkpoints import list_training_checkpoints
 from rwkv_train.checkpoints import training_state as checkpoint_files
+from rwkv_train.checkpoints.retention import read_best, write_best
 from rwkv_train.errors import CheckpointError, ConfigError
 from rwkv_train.training import keeper
 from rwkv_train.training.run import run_pretraining
@@ -63,3 +64,14 @@ def test_a_disk_that_fills_up_stops_the_run_and_leaves_the_last_checkpoint(setti
     with pytest.raises(CheckpointError, match=r"step-00000008 cannot be written: .* free"):
         run_pretraining(settings(QUIET))
     assert [f.name for f in list_training_checkpoints(settings().trainer.run_folder)] == ["step-00000004"]
+
+
+@pytest.mark.parametrize(("val_tokens", "is_best_of_the_first_run"), [(256, True), (128, False)])
+def test_the_best_checkpoint_is_the_best_on_the_same_text(settings, val_tokens, is_best_of_the_first_run):
+    changes = {"trainer.sample_tokens": 0, "trainer.val_every_n_steps": 4, "trainer.val_tokens": 256}
+    out_dir = run_pretraining(settings(changes | {"trainer.max_steps": 4})).out_dir
+    best = read_best(out_dir)
+    write_best(out_dir, best._replace(loss=1e-3))  # nothing that follows is as low
+
+    run_pretraining(settings(changes | {"trainer.max_steps": 8, "trainer.val_tokens": val_tokens}))
+    assert (read_best(out_dir).step == best.step) == is_best_of_the_first_run
