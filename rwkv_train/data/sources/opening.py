@@ -58,4 +58,8 @@ def open_source(name: str, options: SourceOptions | None = None) -> Source:
         return PairSource(path, options)
     if is_folder:
         return FolderSource(path, options)
+    if not is_there:
+        raise DataError(
+            f"there is no {path}; wanted a file, a folder, the prefix of a .bin/.idx pair, or hf:NAME"
+        )
     return format_of(path, options.format).open(path, options)
