@@ -60,6 +60,7 @@ def open_source(name: str, options: SourceOptions | None = None) -> Source:
         return FolderSource(path, options)
     if not is_there:
         raise DataError(
-            f"there is no {path}; wanted a file, a folder, the prefix of a .bin/.idx pair, or hf:NAME"
+            f"cannot read {path}: No such file or directory; wanted a file, a folder, the prefix of a .bin/.idx pair, "
+            "or hf:NAME"
         )
     return format_of(path, options.format).open(path, options)
