@@ -1,0 +1,91 @@
+// What every kernel (.cu) includes, and all that it includes of the GPU: launches, shared memory, dtypes.
+//
+// A kernel's source is compiled twice: by nvcc for a GPU, and, with -DRWKV_EMULATED, by a C++ compiler for the tests
+// (emulation/README.md). So it uses what stands here, and CUDA's own names as far as emulation/emulation.h knows them:
+// no <<<>>> but launch(), no __shared__ but shared_memory().
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(RWKV_EMULATED)
+#include "../emulation/emulation.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#define RWKV_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace rwkv {
+
+// The dtype of a tensor, as Python passes it. A runtime value: the branch is the same for all threads and costs
+// little, a template for each dtype would triple the time of a build.
+constexpr int kFloat32 = 0;
+constexpr int kBFloat16 = 1;
+constexpr int kFloat16 = 2;
+
+// No block may ask for more shared memory: what the smallest of the chips that we build for gives a block.
+constexpr size_t kMaxSharedBytes = 101376;
+
+#if !defined(RWKV_EMULATED)
+
+namespace internal {
+template <typename T>
+struct Same {
+  using type = T;
+};
+}  // namespace internal
+
+// Starts kernel(args...) on a stream and returns at once: 0, or the code of what went wrong, for error_text().
+template <typename... Parameters>
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+           typename internal::Same<Parameters>::type... args) {
+  constexpr size_t kAlwaysThere = 48 * 1024;  // more must be asked for
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > kAlwaysThere)
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error == cudaSuccess) {
+    void* addresses[] = {&args...};
+    error = cudaLaunchKernel(function, grid, block, addresses, shared_bytes, static_cast<cudaStream_t>(stream));
+  }
+  if (error != cudaSuccess) cudaGetLastError();  // it is returned here, so nobody shall find it again later
+  return static_cast<int>(error);
+}
+
+inline const char* error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+// The shared memory that launch() asked for, from a multiple of 16 bytes; holds anything when a block starts.
+__device__ __forceinline__ float* shared_memory() {
+  extern __shared__ float4 rwkv_shared_memory[];
+  return reinterpret_cast<float*>(rwkv_shared_memory);
+}
+
+// Bits of a 16-bit float to and from float32, rounding to nearest, ties to even.
+__device__ __forceinline__ float bfloat16_to_float(uint16_t bits) {
+  return __uint_as_float(static_cast<unsigned>(bits) << 16);
+}
+__device__ __forceinline__ float float16_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+__device__ __forceinline__ uint16_t float_to_bfloat16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+__device__ __forceinline__ uint16_t float_to_float16(float x) { return __half_as_ushort(__float2half_rn(x)); }
+
+#endif
+
+// Element i of a tensor of the given dtype.
+__device__ __forceinline__ float load(const void* tensor, int64_t i, int dtype) {
+  if (dtype == kFloat32) return static_cast<const float*>(tensor)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(tensor)[i];
+  return dtype == kBFloat16 ? bfloat16_to_float(bits) : float16_to_float(bits);
+}
+
+__device__ __forceinline__ void store(void* tensor, int64_t i, float x, int dtype) {
+  if (dtype == kFloat32)
+    static_cast<float*>(tensor)[i] = x;
+  else
+    static_cast<uint16_t*>(tensor)[i] = dtype == kBFloat16 ? float_to_bfloat16(x) : float_to_float16(x);
+}
+
+}  // namespace rwkv
