@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rwkv_train.errors import BackendError
-from rwkv_train.ops.backends import AUTO, Problem
+from rwkv_train.ops.backends import AUTO, Problem, capability_of
 from rwkv_train.ops.context import PLAIN, SequenceContext, packed_context
 from rwkv_train.ops.prepare import OPERATORS, prepare_backend
 from rwkv_train.ops.wkv4 import wkv4
@@ -93,7 +93,8 @@ def bench_kernels(
     for size in sizes:
         if size.op not in OPERATORS:
             raise BackendError(f"there is no operator '{size.op}'; choose one of {', '.join(OPERATORS)}")
-        problem = Problem(device.type, dtype, None if size.op == "wkv4" else size.N, size.packed)
+        head_size = None if size.op == "wkv4" else size.N
+        problem = Problem(device.type, dtype, head_size, size.packed, capability_of(device))
         names = list(dict.fromkeys(prepare_backend(size.op, problem, name).name for name in backends))
         inputs, dy = _inputs(size, device, dtype)
         context = packed_context(_halving(size.B * size.T).to(device)) if size.packed else PLAIN

@@ -34,6 +34,30 @@ class Problem(NamedTuple):
     """Channels in one head (N); ``None`` for an operator without heads."""
     is_packed: bool = False
     """Whether one row holds several sequences."""
+    capability: int | None = None
+    """Of a CUDA device its compute capability, 86 for sm_86; ``None`` for another device, or where it is unknown."""
+
+
+def problem_of(v: Tensor, head_size: int | None, *, is_packed: bool) -> Problem:
+    """Return the problem that an operator has with these values; safe to trace."""
+    return Problem(v.device.type, v.dtype, head_size, is_packed, capability_of(v.device))
+
+
+def capability_of(device: torch.device) -> int | None:
+    """Return the compute capability of a CUDA device, 86 for sm_86.
+
+    ``None`` for any other device, of which CUDA is not asked, and where no CUDA device can be asked.
+    """
+    return _cuda_capability(device.index) if device.type == "cuda" else None
+
+
+# Traced code asks once, while it is traced.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cuda_capability(index: int | None) -> int | None:
+    if not torch.cuda.is_available():  # as with tensors that only show what would be computed elsewhere
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
 
 
 class Backend(NamedTuple):
@@ -143,8 +167,15 @@ _TABLES: dict[str, Mapping[str, Backend]] = {}
 
 # Traced code asks once, while it is traced.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _auto_name(op: str, device_type: str, dtype: torch.dtype, head_size: int | None, is_packed: bool) -> str:
-    return _resolve_auto(op, Problem(device_type, dtype, head_size, is_packed)).name
+def _auto_name(
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    head_size: int | None,
+    is_packed: bool,
+    capability: int | None,
+) -> str:
+    return _resolve_auto(op, Problem(device_type, dtype, head_size, is_packed, capability)).name
 
 
 @functools.cache

@@ -50,8 +50,3 @@ def argument_types(n_sizes: int, n_tensors: int) -> Sequence[type]:
 def as_float32(x: Tensor) -> Tensor:
     """Return ``x`` as the kernels read it: float32, without gaps; itself if it is so already."""
     return x.to(torch.float32).contiguous()
-
-
-def addresses(*tensors: Tensor | None) -> list[int | None]:
-    """Return where each tensor's data lies; ``None`` becomes a null pointer."""
-    return [None if x is None else x.data_ptr() for x in tensors]

@@ -7,11 +7,7 @@ The source ``cuda/OP/OP_cpu.cpp`` of the operator ``OP`` computes in float32 and
     rwkv_OP_backward(S, *sizes of a token of v, cu_seqlens, *inputs but the state, checkpoints, dy, d_final,
                      *gradients, n_threads)
 
-A source knows packed rows only: S sequences in one, of which ``cu_seqlens`` says where they start. A plain batch of B
-rows is one of B sequences of the same length. Checkpoints are states, ``[T // G + S, *one state]`` for T tokens in all
-and G from one kept state to the next: those of sequence s begin at ``cu_seqlens[s] // G + s``. So each has room and
-knows its place without the lengths of the others, and the shape does not depend on where sequences start. The
-gradients are those of all inputs, the state's the last.
+The gradients are those of all inputs, the state's the last; sequences and checkpoints as in ``compiled.py``.
 """
 
 import ctypes
@@ -23,8 +19,9 @@ import torch
 from torch import Tensor
 
 from rwkv_train.ops.backends import Kernel
+from rwkv_train.ops.compiled import Signature, addresses
 from rwkv_train.ops.context import sequence_slices
-from rwkv_train.ops.cpp import addresses, argument_types, as_float32, load_cpp_library
+from rwkv_train.ops.cpp import argument_types, as_float32, load_cpp_library
 from rwkv_train.ops.registration import Recurrence, register_recurrence
 
 
@@ -50,13 +47,14 @@ def cpp_recurrence(
         ``(load, run)``: ``load()`` returns the library, built on first use, and raises ``BackendError`` where it
         cannot be built; ``run(*inputs, cu_seqlens)`` returns ``(y, final_state)``.
     """
-    value_index = inputs.index("v")
+    signature = Signature(op, inputs, n_sizes, checkpoint_tokens, shared)
+    value_index = signature.value_index
     forward_name, backward_name = f"rwkv_{op}_forward", f"rwkv_{op}_backward"
 
     @functools.cache
     def load() -> ctypes.CDLL:
         library = load_cpp_library(op)
-        assert getattr(library, f"rwkv_{op}_checkpoint_tokens")() == checkpoint_tokens
+        signature.check(library)
         # Beside the inputs: cu_seqlens and y, final_state, checkpoints; or checkpoints, dy, d_final for the state,
         # and gradients.
         n_tensors = {forward_name: len(inputs) + 4, backward_name: len(inputs) + 3 + len(inputs)}
@@ -66,11 +64,6 @@ def cpp_recurrence(
             launcher.restype = None
         return library
 
-    def checkpoints_shape(*arguments: Any) -> tuple[int, ...]:
-        *given, state, _cu_seqlens = arguments
-        batch, n_tokens = given[value_index].shape[:2]
-        return batch * n_tokens // checkpoint_tokens + state.shape[0], *state.shape[1:]
-
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         *given, cu_seqlens, keep_checkpoints = arguments
         v, state = given[value_index], given[-1]
@@ -78,7 +71,7 @@ def cpp_recurrence(
         y = v.new_empty(v.shape, dtype=torch.float32)
         final_state = state.new_empty(state.shape, dtype=torch.float32)
         checkpoints = final_state.new_empty(
-            checkpoints_shape(*given, cu_seqlens) if keep_checkpoints else (0,)
+            signature.checkpoints_shape(*given, cu_seqlens) if keep_checkpoints else (0,)
         )
         read = [as_float32(x) for x in given]
         written = (y, final_state, checkpoints if keep_checkpoints else None)
@@ -90,21 +83,18 @@ def cpp_recurrence(
         *given, cu_seqlens, checkpoints, dy, d_final = arguments
         v, like = given[value_index], (*given, d_final)
         starts, n_sequences = _starts(v, cu_seqlens), d_final.shape[0]
-        by_row = [name in shared for name in inputs]
-        shapes = [(n_sequences, *x.shape) if rows else x.shape for x, rows in zip(like, by_row, strict=True)]
         read = [as_float32(x) for x in (*given, checkpoints, dy, d_final)]
-        written = [v.new_empty(shape, dtype=torch.float32) for shape in shapes]
+        written = [v.new_empty(shape, dtype=torch.float32) for shape in signature.gradient_shapes(like)]
         launch = getattr(load(), backward_name)
         launch(n_sequences, *v.shape[2:], *addresses(starts, *read, *written), torch.get_num_threads())
-        gradients = (x.sum(0) if rows else x for x, rows in zip(written, by_row, strict=True))
-        return tuple(gradient.to(x.dtype) for gradient, x in zip(gradients, like, strict=True))
+        return signature.finished(written, like)
 
     run = register_recurrence(
         Recurrence(
             name=f"{op}_cpp",
             inputs=inputs,
             dispatch_key="CPU",
-            checkpoints_shape=checkpoints_shape,
+            checkpoints_shape=signature.checkpoints_shape,
             forward=forward,
             backward=backward,
         )

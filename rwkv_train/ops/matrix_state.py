@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rwkv_train.ops.backends import Problem, kernel_for
+from rwkv_train.ops.backends import kernel_for, problem_of
 from rwkv_train.ops.context import SequenceContext, count_sequences
 
 
@@ -50,5 +50,5 @@ def run_with_matrix_state(
         )
     if n_tokens == 0:
         return v.clone(), state.clone()
-    problem = Problem(v.device.type, v.dtype, head_size, context.cu_seqlens is not None)
+    problem = problem_of(v, head_size, is_packed=context.cu_seqlens is not None)
     return kernel_for(op, problem, backend)(*inputs, state, context.cu_seqlens)

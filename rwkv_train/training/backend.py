@@ -5,7 +5,7 @@ import torch
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.errors import BackendError
 from rwkv_train.models.registry import recurrence_of
-from rwkv_train.ops.backends import Problem, ResolvedBackend
+from rwkv_train.ops.backends import Problem, ResolvedBackend, capability_of
 from rwkv_train.ops.prepare import prepare_backend
 from rwkv_train.training.precision import COMPUTE_DTYPES
 
@@ -22,6 +22,7 @@ def choose_wkv_backend(config: TrainConfig, device: torch.device) -> ResolvedBac
         COMPUTE_DTYPES[config.trainer.precision],
         head_size,
         is_packed=config.data.documents == "reset",
+        capability=capability_of(device),
     )
     try:
         return prepare_backend(op, problem, config.trainer.wkv_backend)

@@ -13,7 +13,7 @@ from rwkv_train.ops.prepare import OPERATORS, prepare_backend
 from rwkv_train.ops.wkv7 import BACKENDS as WKV7_BACKENDS
 
 ON_CPU = Problem("cpu", torch.float32, 64)
-ON_GPU = Problem("cuda", torch.bfloat16, 64)
+ON_GPU = Problem("cuda", torch.bfloat16, 64, capability=90)
 ALL = pytest.mark.parametrize("backends", list(OPERATORS.values()), ids=list(OPERATORS))
 
 
@@ -24,9 +24,22 @@ ALL = pytest.mark.parametrize("backends", list(OPERATORS.values()), ids=list(OPE
         (ON_CPU, "cpp"),
         (Problem("cpu", torch.bfloat16, 20), "cpp"),
         (Problem("cpu", torch.float64, 64), "torch"),
-        (ON_GPU, "torch"),
+        (ON_GPU, "cuda_exact"),
+        (ON_GPU._replace(capability=None), "cuda_exact"),
+        (ON_GPU._replace(capability=75, head_size=None), "cuda_exact"),
+        (ON_GPU._replace(capability=70), "torch"),
+        (ON_GPU._replace(dtype=torch.float64), "torch"),
     ],
-    ids=["cpu", "cpu-bfloat16", "cpu-float64", "gpu"],
+    ids=[
+        "cpu",
+        "cpu-bfloat16",
+        "cpu-float64",
+        "gpu",
+        "gpu-unknown",
+        "gpu-oldest",
+        "gpu-older",
+        "gpu-float64",
+    ],
 )
 def test_auto_takes_the_fastest_backend_that_fits(backends, problem, expected):
     assert choose_backend(backends, problem, "auto").name == expected
@@ -34,9 +47,10 @@ def test_auto_takes_the_fastest_backend_that_fits(backends, problem, expected):
 
 @ALL
 def test_the_reason_says_why_no_faster_backend_was_taken(backends):
-    reason = choose_backend(backends, ON_GPU, "auto").reason
-    assert reason == (
-        "'torch' is the fastest backend that can run here (not cpp: it needs CPU tensors, not cuda)"
+    assert choose_backend(backends, ON_GPU, "auto").reason == "'cuda_exact' is the fastest backend"
+    assert choose_backend(backends, ON_GPU._replace(capability=70), "auto").reason == (
+        "'torch' is the fastest backend that can run here (not cuda_exact: it needs a GPU of sm_75 or later, "
+        "not sm_70; not cpp: it needs CPU tensors, not cuda)"
     )
 
 
@@ -47,11 +61,35 @@ def test_a_backend_asked_for_by_name_is_never_replaced(backends):
         choose_backend(backends, ON_GPU, "cpp")
     with pytest.raises(BackendError, match=r"'cpp' .*: it computes in float32, not torch\.float64"):
         choose_backend(backends, Problem("cpu", torch.float64, 64), "cpp")
+    with pytest.raises(
+        BackendError, match="'cuda_exact' cannot run this problem: it needs CUDA tensors, not cpu"
+    ):
+        choose_backend(backends, ON_CPU, "cuda_exact")
+    with pytest.raises(BackendError, match=r"'cuda_exact' .*: it computes in float32, not torch\.float64"):
+        choose_backend(backends, ON_GPU._replace(dtype=torch.float64), "cuda_exact")
+
+
+@ALL
+@pytest.mark.parametrize("head_size", [8, 64, 120, 128])
+def test_cuda_exact_takes_heads_in_steps_of_8(backends, head_size):
+    assert choose_backend(backends, ON_GPU._replace(head_size=head_size), "auto").name == "cuda_exact"
+
+
+@ALL
+@pytest.mark.parametrize("head_size", [1, 20, 136])
+def test_other_heads_are_left_to_torch(backends, head_size):
+    problem = ON_GPU._replace(head_size=head_size)
+    assert choose_backend(backends, problem, "auto").name == "torch"
+    said = f"it needs head sizes of 8 to 128 in steps of 8, not {head_size}"
+    with pytest.raises(BackendError, match=said):
+        choose_backend(backends, problem, "cuda_exact")
 
 
 @ALL
 def test_an_unknown_name_is_answered_with_the_known_ones(backends):
-    with pytest.raises(BackendError, match="no backend 'fast'; choose one of auto, cpp, torch, reference"):
+    with pytest.raises(
+        BackendError, match="no backend 'fast'; choose one of auto, cuda_exact, cpp, torch, reference"
+    ):
         choose_backend(backends, ON_CPU, "fast")
 
 

@@ -5,6 +5,7 @@ import torch
 
 from rwkv_train.ops.context import PLAIN
 from rwkv_train.ops.prepare import OPERATORS
+from tests.ops.backends_here import backends_on_cpu
 
 # Outputs and gradients are rounded to bfloat16 (1.7e-3); what is inside is float32.
 BFLOAT16 = 4e-3
@@ -13,7 +14,7 @@ FLOAT32 = 3e-5
 
 ops = pytest.mark.parametrize("op", list(OPERATORS))
 with_backends = pytest.mark.parametrize(
-    ("op", "backend"), [(op, backend) for op, table in OPERATORS.items() for backend in table]
+    ("op", "backend"), [(op, backend) for op in OPERATORS for backend in backends_on_cpu(op)]
 )
 MATRIX_STATES = pytest.mark.parametrize("op", ["wkv5", "wkv6", "wkv7"])
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rwkv_train.ops.cpp import addresses
+from rwkv_train.ops.compiled import addresses
 from rwkv_train.ops.prepare import OPERATORS
 from rwkv_train.ops.wkv4 import cpp as wkv4_cpp
 from rwkv_train.ops.wkv5 import cpp as wkv5_cpp

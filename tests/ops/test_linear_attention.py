@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rwkv_train.ops.context import PLAIN
-from rwkv_train.ops.prepare import OPERATORS
 from rwkv_train.ops.wkv5 import wkv5
 from rwkv_train.ops.wkv6 import wkv6
+from tests.ops.backends_here import backends_on_cpu
 
 # Relative errors, of norms. About 10 roundings (3e-8 each) of wkv6 follow each other; more where nothing decays.
 # A decay near 1 is rounded to 3e-8, in wkv5 the same way at every token: up to 3e-5 on what is a thousand tokens old.
@@ -19,7 +19,7 @@ NAMES = ("y", "final_state", "dr", "dw", "dk", "dv", "du", "dstate")
 
 ops = pytest.mark.parametrize("op", ["wkv6", "wkv5"])
 with_backends = pytest.mark.parametrize(
-    ("op", "backend"), [(op, backend) for op in ("wkv6", "wkv5") for backend in OPERATORS[op]]
+    ("op", "backend"), [(op, backend) for op in ("wkv6", "wkv5") for backend in backends_on_cpu(op)]
 )
 
 CASES = {
@@ -121,7 +121,7 @@ def test_torch_in_float64_has_no_other_error_than_rounding(operators, op, case):
     assert_close(results(operators[op], problem, "torch", torch.float64), expected, FLOAT64)
 
 
-@pytest.mark.parametrize("backend", list(OPERATORS["wkv6"]))
+@pytest.mark.parametrize("backend", backends_on_cpu("wkv6"))
 def test_the_gradient_of_a_strong_decay_is_no_difference_of_large_numbers(operators, backend):
     """It is 1e-7 of the gradients of r and k, whose difference would give it in exact arithmetic."""
     problem = operators["wkv6"].problem(n_tokens=70, decay="slow")
@@ -158,7 +158,7 @@ def test_with_total_decay_a_token_reads_itself_and_the_one_before(operators, op,
     torch.testing.assert_close(final_state, v[:, -1].unsqueeze(-1) * k[:, -1].unsqueeze(-2))
 
 
-@pytest.mark.parametrize("backend", list(OPERATORS["wkv5"]))
+@pytest.mark.parametrize("backend", backends_on_cpu("wkv5"))
 def test_wkv5_is_wkv6_with_one_decay_for_all_tokens(wkv5_problem, backend):
     r, w, k, v, u, state = wkv5_problem(n_tokens=75).inputs
     found = wkv5(r, w, k, v, u, state, PLAIN, backend=backend)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rwkv_train.ops.context import PLAIN, SequenceContext, packed_context
 from rwkv_train.ops.prepare import OPERATORS
+from tests.ops.backends_here import backends_on_cpu
 
 # Relative errors of norms in float32, as for plain batches: see test_recurrences.py and test_linear_attention.py.
 # A decay of wkv5 near 1 is rounded the same way at each of a thousand tokens.
@@ -27,7 +28,7 @@ LENGTHS = {
 
 ops = pytest.mark.parametrize("op", list(OPERATORS))
 with_backends = pytest.mark.parametrize(
-    ("op", "backend"), [(op, backend) for op, table in OPERATORS.items() for backend in table]
+    ("op", "backend"), [(op, backend) for op in OPERATORS for backend in backends_on_cpu(op)]
 )
 fast_backends = pytest.mark.parametrize(
     ("op", "backend"), [(op, backend) for op in OPERATORS for backend in ("cpp", "torch")]

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from rwkv_train.ops.context import PLAIN
-from rwkv_train.ops.wkv4 import BACKENDS as WKV4_BACKENDS
 from rwkv_train.ops.wkv4 import wkv4
-from rwkv_train.ops.wkv7 import BACKENDS as WKV7_BACKENDS
 from rwkv_train.ops.wkv7 import wkv7
+from tests.ops.backends_here import backends_on_cpu
 
 # Relative errors, of norms. Rounding float32 once costs 3e-8; about 10 such roundings follow each other in wkv7.
 WKV7_FLOAT32 = 1e-6
@@ -23,8 +22,8 @@ FLOAT64 = 1e-12
 WKV7_NAMES = ("y", "final_state", "dr", "dw", "dk", "dv", "da", "db", "dstate")
 WKV4_NAMES = ("y", "final_sums", "dw", "du", "dk", "dv", "dstate")
 
-wkv7_backends = pytest.mark.parametrize("backend", list(WKV7_BACKENDS))
-wkv4_backends = pytest.mark.parametrize("backend", list(WKV4_BACKENDS))
+wkv7_backends = pytest.mark.parametrize("backend", backends_on_cpu("wkv7"))
+wkv4_backends = pytest.mark.parametrize("backend", backends_on_cpu("wkv4"))
 
 WKV7_CASES = {
     "model-size": {"n_tokens": 75, "head_size": 64},

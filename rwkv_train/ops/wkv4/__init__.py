@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from rwkv_train.ops.backends import AUTO, Backend, Problem, kernel_for, register_operator
+from rwkv_train.ops.backends import AUTO, Backend, kernel_for, problem_of, register_operator
 from rwkv_train.ops.by_sequence import reference_recurrence
 from rwkv_train.ops.context import SequenceContext, count_sequences
 from rwkv_train.ops.cpp import refuses_cpp
-from rwkv_train.ops.wkv4 import cpp
+from rwkv_train.ops.cuda import refuses_cuda_exact
+from rwkv_train.ops.wkv4 import cpp, cuda
 from rwkv_train.ops.wkv4.chunked import wkv4_torch
 from rwkv_train.ops.wkv4.reference import wkv4_reference
 
@@ -18,6 +19,7 @@ _loop = reference_recurrence(wkv4_reference, ("w", "u", "k", "v", "state"), shar
 
 # Fastest first. A new backend is one line here and one file beside this one.
 BACKENDS = {
+    "cuda_exact": Backend(refuses=refuses_cuda_exact, load=cuda.load, run=cuda.wkv4_cuda_exact),
     "cpp": Backend(refuses=refuses_cpp, load=cpp.load, run=cpp.wkv4_cpp),
     "torch": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv4_torch),
     "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=_loop),
@@ -85,7 +87,7 @@ def wkv4(
         )
     if v.shape[1] == 0:
         return v.clone(), state.clone()
-    problem = Problem(v.device.type, v.dtype, None, context.cu_seqlens is not None)
+    problem = problem_of(v, None, is_packed=context.cu_seqlens is not None)
     return kernel_for("wkv4", problem, backend)(w, u, k, v, state, context.cu_seqlens)
 
 

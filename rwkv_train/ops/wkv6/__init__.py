@@ -6,8 +6,9 @@ from rwkv_train.ops.backends import AUTO, Backend, register_operator
 from rwkv_train.ops.by_sequence import reference_recurrence
 from rwkv_train.ops.context import SequenceContext
 from rwkv_train.ops.cpp import refuses_cpp
+from rwkv_train.ops.cuda import refuses_cuda_exact
 from rwkv_train.ops.matrix_state import run_with_matrix_state, zero_matrix_state
-from rwkv_train.ops.wkv6 import cpp
+from rwkv_train.ops.wkv6 import cpp, cuda
 from rwkv_train.ops.wkv6.chunked import wkv6_torch
 from rwkv_train.ops.wkv6.reference import wkv6_reference
 
@@ -15,6 +16,7 @@ _loop = reference_recurrence(wkv6_reference, ("r", "w", "k", "v", "u", "state"),
 
 # Fastest first. A new backend is one line here and one file beside this one.
 BACKENDS = {
+    "cuda_exact": Backend(refuses=refuses_cuda_exact, load=cuda.load, run=cuda.wkv6_cuda_exact),
     "cpp": Backend(refuses=refuses_cpp, load=cpp.load, run=cpp.wkv6_cpp),
     "torch": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv6_torch),
     "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=_loop),
