@@ -4,10 +4,14 @@
 // until it must wait for others, at a barrier or in a collective of its warp (shuffle, mma), then the next one goes
 // on. A thread gets a stack of its own only when an earlier one waits, so threads that never wait are plain calls.
 //
-// All state is in `machine`; a lock lets one launch at a time use it.
+// All state is in `machine`; a lock lets one launch at a time use it. What goes wrong is returned by launch() as a code,
+// and told by error_text().
 
 #pragma once
 
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -32,8 +36,6 @@
 #if defined(RWKV_EMULATION_PORTABLE)
 #include <ucontext.h>
 #endif
-
-#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // #pragma unroll
 
 // Hidden, so that two emulated libraries in one process share nothing.
 #define RWKV_HIDDEN __attribute__((visibility("hidden")))
@@ -93,8 +95,7 @@ RWKV_HIDDEN inline dim3 blockDim, gridDim;
 namespace RWKV_HIDDEN rwkv_emulation {
 
 constexpr size_t kStackBytes = (64 << 10) + 320;  // no power of two, else the frames of all threads share few cache sets
-constexpr uint64_t kCanary = 0x5741524e494e4721;
-constexpr int kCanaries = 8;  // at the end of a stack
+constexpr size_t kStackEnd = 64;  // bytes at its end that must stay as they are
 
 [[noreturn]] void fiber_main();
 
@@ -162,28 +163,28 @@ inline void make_context(Context* context, char* stack) {
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kMaxShared = 101376;
-constexpr size_t kBand = 4096;        // watched bytes before the shared memory
+constexpr size_t kBand = 4096;        // bytes before the shared memory that must stay as they are
 constexpr size_t kFence = 256 << 10;  // bytes after it that cannot be touched
-constexpr int kPoison = 0xff;         // bytes that are NaN in every dtype, and -1
-constexpr int kFailed = 719;          // the code that CUDA has for "unspecified launch failure"
-constexpr int kBadLaunch = 9;         // ... and for "invalid configuration argument"
+constexpr int kPoison = 0xff;         // a byte of which every float is NaN and every int is -1
+constexpr int kFailed = 719;          // what CUDA calls "unspecified launch failure"
+constexpr int kBadLaunch = 9;         // what CUDA calls "invalid configuration argument"
 
+// What the last lane does on behalf of all lanes of a mask; lanes[i] is the operand of lane i.
 using Complete = void (*)(void* const* lanes, unsigned mask);
 
-// One bit a lane. A lane is in exactly one of the sets, or it is running, or it has ended.
+// Sets have a bit for each lane. A lane is in one of the first four, or it is running, or it has ended.
 struct Warp {
   unsigned unstarted, ready, at_barrier, in_collective;
-  unsigned alive;  // has not ended
   unsigned masks[kWarp];
   Complete completes[kWarp];
   void* operands[kWarp];
 };
 
+// A copy that has been asked for and has not arrived (emulation_mma.h).
 struct Copy {
   void* to;
-  const void* from;
-  unsigned bytes, filled;  // what lies beyond `filled` becomes zero
-  unsigned group;
+  const void* from;  // null: zeros
+  unsigned bytes, group;
 };
 
 struct Machine {
@@ -200,12 +201,13 @@ struct Machine {
   unsigned running_warps = 0;   // warps with lanes that are ready or not started
   int n_at_barrier = 0, n_ended = 0;
   bool failed = false;
+  pthread_t caller = {};
+  sigjmp_buf fault;
   Warp warps[kMaxThreads / kWarp];
   uint3 indices[kMaxThreads];
   Context contexts[kMaxThreads], main, dropped;
   std::vector<Copy> copies[kMaxThreads];
-  unsigned copy_groups[kMaxThreads];
-  bool has_copies = false;
+  unsigned copy_groups[kMaxThreads];  // that a thread has committed in this block
 
   char* stacks = nullptr;
   std::vector<int> free_stacks;
@@ -225,11 +227,15 @@ inline void describe(const std::string& what) {
 }
 
 // Ends the launch: all threads of the block are dropped where they stand.
-[[noreturn]] inline void fail(const std::string& what) {
+[[noreturn, gnu::noinline, gnu::cold]] inline void fail(const std::string& what) {
   describe(what);
   machine.failed = true;
   switch_context(&machine.dropped, &machine.main);
   std::abort();
+}
+
+inline bool is_poison(const char* bytes, size_t n) {
+  return n == 0 || (bytes[0] == static_cast<char>(kPoison) && std::memcmp(bytes, bytes + 1, n - 1) == 0);
 }
 
 inline bool descending() { return machine.order & 1; }
@@ -242,7 +248,7 @@ inline std::string names_of(unsigned lanes) {
   return text;
 }
 
-[[noreturn]] inline void explain_deadlock() {
+[[noreturn, gnu::noinline, gnu::cold]] inline void explain_deadlock() {
   for (int w = 0; w < machine.n_warps; ++w) {
     const Warp& warp = machine.warps[w];
     if (!warp.in_collective) continue;
@@ -250,25 +256,31 @@ inline std::string names_of(unsigned lanes) {
     const unsigned missing = warp.masks[lane] & ~warp.in_collective;
     fail("lane " + std::to_string(lane) + " of warp " + std::to_string(w) +
          " waits in a shuffle, __syncwarp or mma for lanes " + names_of(missing) +
-         ", which have ended or wait elsewhere; all lanes of the mask must come, with the same mask");
+         ", which have ended, wait elsewhere or do not exist; all lanes of a mask must come, with the same mask");
   }
   fail("__syncthreads was reached by " + std::to_string(machine.n_at_barrier) + " of " +
        std::to_string(machine.n_threads) + " threads, the others have ended without it");
 }
 
+inline unsigned first_bits(int n) { return n == 32 ? ~0u : (1u << n) - 1; }
+
+inline void open_barrier() {
+  machine.n_at_barrier = 0;
+  for (int w = 0; w < machine.n_warps; ++w) {
+    machine.warps[w].ready = machine.warps[w].at_barrier;
+    machine.warps[w].at_barrier = 0;
+  }
+  machine.running_warps = first_bits(machine.n_warps);
+}
+
 // The thread that goes on next; the running one is in a set by now, or has ended. -1: all have ended.
 inline int choose_thread() {
-  int w = machine.thread / kWarp;
+  int w = machine.thread / kWarp;  // the warp goes on for as long as it can
   if (!(machine.running_warps >> w & 1)) {
     if (machine.running_warps == 0) {
       if (machine.n_ended == machine.n_threads) return -1;
       if (machine.n_at_barrier != machine.n_threads) explain_deadlock();
-      machine.n_at_barrier = 0;
-      for (int i = 0; i < machine.n_warps; ++i) {
-        machine.warps[i].ready = machine.warps[i].at_barrier;
-        machine.warps[i].at_barrier = 0;
-      }
-      machine.running_warps = machine.n_warps == 32 ? ~0u : (1u << machine.n_warps) - 1;
+      open_barrier();
     }
     w = first_of(machine.running_warps);
   }
@@ -292,7 +304,9 @@ inline bool enter(int thread) {
 inline void go_to_new_fiber(Context* save) {
   machine.new_stack = machine.free_stacks.back();
   machine.free_stacks.pop_back();
-  make_context(&machine.dropped, machine.stacks + machine.new_stack * kStackBytes);
+  char* const stack = machine.stacks + machine.new_stack * kStackBytes;
+  std::memset(stack, kPoison, kStackEnd);
+  make_context(&machine.dropped, stack);
   switch_context(save, &machine.dropped);
 }
 
@@ -311,10 +325,11 @@ inline void fiber_main() {
   const int stack = machine.new_stack;
   for (;;) {
     machine.body(machine.arguments);
-    machine.warps[machine.thread / kWarp].alive &= ~(1u << machine.thread % kWarp);
     ++machine.n_ended;
     const int next = choose_thread();
     if (next >= 0 && enter(next)) continue;
+    if (!is_poison(machine.stacks + stack * kStackBytes, kStackEnd))
+      fail("a thread needs more than the 64 KB of stack that it has here");
     machine.free_stacks.push_back(stack);  // nobody takes it before this fiber is left
     switch_context(&machine.dropped, next < 0 ? &machine.main : &machine.contexts[next]);
   }
@@ -345,6 +360,94 @@ inline void collective(unsigned mask, Complete complete, void* operand) {
   wait();
 }
 
+// Sets machine.failed if something goes wrong.
+inline void run_block() {
+  machine.n_at_barrier = machine.n_ended = 0;
+  for (int w = 0; w < machine.n_warps; ++w) {
+    Warp& warp = machine.warps[w];
+    warp.unstarted = first_bits(std::min(kWarp, machine.n_threads - w * kWarp));
+    warp.ready = warp.at_barrier = warp.in_collective = 0;
+  }
+  machine.running_warps = first_bits(machine.n_warps);
+  machine.thread = descending() ? machine.n_threads - 1 : 0;
+  for (int i = 0; i < machine.n_threads; ++i) {
+    machine.copies[i].clear();
+    machine.copy_groups[i] = 0;
+  }
+  std::memset(machine.shared - kBand, kPoison, machine.shared_end - machine.shared + kBand);
+
+  enter(choose_thread());
+  go_to_new_fiber(&machine.main);
+
+  char* const shared_stop = machine.shared + machine.shared_bytes;
+  if (!machine.failed &&
+      !(is_poison(machine.shared - kBand, kBand) && is_poison(shared_stop, machine.shared_end - shared_stop))) {
+    describe("it writes outside of the " + std::to_string(machine.shared_bytes) + " bytes of shared memory it asked for");
+    machine.failed = true;
+  }
+}
+
+// The handler of signals that a wrong address sends.
+inline void handle_fault(int signal_number, siginfo_t* info, void*) {
+  if (!pthread_equal(pthread_self(), machine.caller)) {  // not ours: end as if there were no handler
+    signal(signal_number, SIG_DFL);
+    return;
+  }
+  const char* address = static_cast<char*>(info->si_addr);
+  char text[160];
+  if (address >= machine.shared_end && address < machine.shared_end + kFence)
+    std::snprintf(text, sizeof text, "reads or writes byte %td of %zu bytes of shared memory", address - machine.shared,
+                  machine.shared_bytes);
+  else
+    std::snprintf(text, sizeof text, "reads or writes an address out of bounds or not aligned, %p", info->si_addr);
+  describe("thread (" + std::to_string(threadIdx.x) + ", " + std::to_string(threadIdx.y) + ", " +
+           std::to_string(threadIdx.z) + ") " + text);
+  siglongjmp(machine.fault, 1);
+}
+
+// While it lives, wrong addresses end the launch, not the process.
+class FaultHandler {
+ public:
+  FaultHandler() {
+    static char stack[64 << 10];  // the handler cannot run on a fiber's stack that may be full
+    const stack_t alternative = {stack, 0, sizeof stack};
+    struct sigaction action = {};
+    action.sa_sigaction = handle_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    machine.caller = pthread_self();
+    sigaltstack(&alternative, &stack_before_);
+    sigaction(SIGSEGV, &action, &segv_before_);
+    sigaction(SIGBUS, &action, &bus_before_);
+  }
+  ~FaultHandler() {
+    sigaction(SIGSEGV, &segv_before_, nullptr);
+    sigaction(SIGBUS, &bus_before_, nullptr);
+    sigaltstack(&stack_before_, nullptr);
+  }
+
+ private:
+  stack_t stack_before_;
+  struct sigaction segv_before_, bus_before_;
+};
+
+inline void run_blocks(const std::vector<uint64_t>& blocks) {
+  if (sigsetjmp(machine.fault, 1) != 0) {
+    machine.failed = true;
+    return;
+  }
+  for (const uint64_t number : blocks) {
+    blockIdx = {static_cast<unsigned>(number % gridDim.x), static_cast<unsigned>(number / gridDim.x % gridDim.y),
+                static_cast<unsigned>(number / gridDim.x / gridDim.y)};
+    run_block();
+    if (machine.failed) return;
+  }
+}
+
+inline void free_all_stacks() {
+  machine.free_stacks.clear();
+  for (int i = kMaxThreads; i-- > 0;) machine.free_stacks.push_back(i);
+}
+
 inline void map_memory() {
   if (machine.stacks) return;
   const auto map = [](size_t bytes) {
@@ -352,42 +455,12 @@ inline void map_memory() {
     if (memory == MAP_FAILED) throw std::bad_alloc();
     return static_cast<char*>(memory);
   };
-  char* stacks = map(kMaxThreads * kStackBytes);
-  constexpr size_t kPages = (kMaxShared + kBand + 0xffff) / 0x10000 * 0x10000;  // whole pages of any size in use
-  char* shared = map(kPages + kFence);
+  constexpr size_t kPages = (kMaxShared + kBand + 0xffff) / 0x10000 * 0x10000;  // whole pages, be they 64 KB
+  char* const shared = map(kPages + kFence);
   mprotect(shared + kPages, kFence, PROT_NONE);
   machine.shared_end = shared + kPages;
-  for (int i = kMaxThreads; i-- > 0;) machine.free_stacks.push_back(i);
-  machine.stacks = stacks;
-}
-
-inline bool is_poison(const char* from, const char* to) {
-  return std::all_of(from, to, [](char c) { return c == static_cast<char>(kPoison); });
-}
-
-inline void run_block() {
-  machine.n_at_barrier = machine.n_ended = 0;
-  for (int w = 0; w < machine.n_warps; ++w) {
-    Warp& warp = machine.warps[w];
-    const int lanes = std::min(kWarp, machine.n_threads - w * kWarp);
-    warp.unstarted = warp.alive = lanes == kWarp ? ~0u : (1u << lanes) - 1;
-    warp.ready = warp.at_barrier = warp.in_collective = 0;
-  }
-  machine.running_warps = machine.n_warps == 32 ? ~0u : (1u << machine.n_warps) - 1;
-  machine.thread = descending() ? machine.n_threads - 1 : 0;
-  if (machine.has_copies)
-    for (int i = 0; i < kMaxThreads; ++i) machine.copies[i].clear(), machine.copy_groups[i] = 0;
-  machine.has_copies = false;
-
-  std::memset(machine.shared - kBand, kPoison, machine.shared_end - machine.shared + kBand);
-  enter(choose_thread());
-  go_to_new_fiber(&machine.main);
-  if (machine.failed) return;
-  if (!is_poison(machine.shared - kBand, machine.shared) ||
-      !is_poison(machine.shared + machine.shared_bytes, machine.shared_end)) {
-    describe("it wrote beyond the " + std::to_string(machine.shared_bytes) + " bytes of shared memory it asked for");
-    machine.failed = true;
-  }
+  machine.stacks = map(kMaxThreads * kStackBytes);
+  free_all_stacks();
 }
 
 inline std::string first_argument(const char* text) {
@@ -397,51 +470,51 @@ inline std::string first_argument(const char* text) {
   return std::string(text, end);
 }
 
-inline int refuse(int code, const char* name, const std::string& what) {
-  machine.error = std::string("emulation: kernel ") + name + ": " + what;
-  return code;
+// Why a GPU would not start it; empty if it would.
+inline std::string refuses(dim3 grid, dim3 block, size_t shared_bytes) {
+  const auto size = [](dim3 d) {
+    return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z);
+  };
+  const uint64_t n_threads = uint64_t{block.x} * block.y * block.z;
+  if (n_threads < 1 || n_threads > kMaxThreads || block.z > 64)
+    return "a block of " + size(block) + " threads; 1 to 1024 are possible";
+  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
+    return "a grid of " + size(grid) + " blocks; at least one, at most 2147483647 x 65535 x 65535 are possible";
+  if (shared_bytes > kMaxShared)
+    return std::to_string(shared_bytes) + " bytes of shared memory; 101376 are possible";
+  return "";
 }
 
+// text: the arguments of launch() as the source has them.
 inline int run_grid(const char* text, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* arguments) {
   const std::lock_guard<std::mutex> guard(machine.lock);
   const std::string name = first_argument(text);
-  const uint64_t n_threads = uint64_t{block.x} * block.y * block.z;
-  if (n_threads < 1 || n_threads > kMaxThreads || block.z > 64)
-    return refuse(kBadLaunch, name.c_str(), "a block of " + std::to_string(n_threads) + " threads; 1 to 1024 are possible");
-  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
-    return refuse(kBadLaunch, name.c_str(),
-                  "a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
-                      std::to_string(grid.z) + " blocks; at least 1, at most 2147483647 x 65535 x 65535 are possible");
-  if (shared_bytes > kMaxShared)
-    return refuse(kBadLaunch, name.c_str(),
-                  std::to_string(shared_bytes) + " bytes of shared memory; at most 101376 are possible");
+  if (const std::string reason = refuses(grid, block, shared_bytes); !reason.empty()) {
+    machine.error = "emulation: kernel " + name + ": " + reason;
+    return kBadLaunch;
+  }
   map_memory();
   machine.name = name.c_str();
   machine.body = body;
   machine.arguments = arguments;
-  machine.n_threads = static_cast<int>(n_threads);
+  machine.n_threads = static_cast<int>(block.x * block.y * block.z);
   machine.n_warps = (machine.n_threads + kWarp - 1) / kWarp;
   machine.shared_bytes = shared_bytes;
   machine.shared = machine.shared_end - (shared_bytes + 15) / 16 * 16;
   machine.failed = false;
   gridDim = grid;
   blockDim = block;
-  for (int i = 0; i < machine.n_threads; ++i)
+  for (unsigned i = 0; i < block.x * block.y * block.z; ++i)
     machine.indices[i] = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
 
   std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), 0);
   if (machine.order) std::shuffle(blocks.begin(), blocks.end(), std::mt19937_64(machine.order));
-  for (const uint64_t number : blocks) {
-    blockIdx = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
-                static_cast<unsigned>(number / grid.x / grid.y)};
-    run_block();
-    if (!machine.failed) continue;
-    machine.free_stacks.clear();
-    for (int i = kMaxThreads; i-- > 0;) machine.free_stacks.push_back(i);
-    return kFailed;
-  }
-  return 0;
+  const FaultHandler handler;
+  run_blocks(blocks);
+  if (!machine.failed) return 0;
+  free_all_stacks();
+  return kFailed;
 }
 
 template <typename T>
