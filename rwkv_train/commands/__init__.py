@@ -16,6 +16,7 @@ import typer
 
 from rwkv_train import __version__
 from rwkv_train.commands.bench import bench
+from rwkv_train.commands.build_kernels import build_kernels
 from rwkv_train.commands.chat import chat
 from rwkv_train.commands.checkpoints import checkpoints
 from rwkv_train.commands.convert_checkpoint import convert_checkpoint
@@ -63,6 +64,7 @@ _COMMANDS = (
     inspect,
     init_weights,
     bench,
+    build_kernels,
 )
 for _command in _COMMANDS:
     app.command(name=_command.__name__.replace("_", "-"))(_command)

@@ -5,6 +5,7 @@ change of any of them builds anew, a second process finds the first one's work, 
 machines of several kinds holds one library for each.
 """
 
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -16,12 +17,13 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import filelock
+from typing import NamedTuple
 
 from rwkv_train.errors import BackendError
+from rwkv_train.ops.build_lock import hold_lock
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +39,42 @@ FLAGS = (
     "-shared",
     "-fvisibility=hidden",
 )
+CACHE_VARIABLE = "RWKV_TRAIN_KERNELS"
+"""Environment variable with the folder of built libraries: kernels are loaded where no setting of a run reaches."""
+LIMIT_SECONDS = 1800.0
+"""A compiler that takes longer hangs."""
+_REPORT_SECONDS = 10.0
+_FULL_DISK = ("No space left on device", "Disk quota exceeded")
+_LITTLE_BYTES = 1_000_000
+"""With less room than that, a compiler that fails lacked room, whatever it says (a linker just crashes)."""
+
+
+class Recipe(NamedTuple):
+    """How a library is made."""
+
+    name: str
+    """What it is called in messages."""
+    compiler: Path
+    rules: str
+    """A build file of ninja that makes ``library.so``."""
+    explain: Callable[[str], str | None] = lambda output: None
+    """Says what to do about the compiler's output, if it is known."""
 
 
 def default_cache_folder() -> Path:
-    """Return the folder where built libraries are kept."""
-    return Path.home() / ".cache" / "rwkv-train" / "kernels"
+    """Return the folder where built libraries are kept: ``$RWKV_TRAIN_KERNELS``, or one in the user's home.
+
+    Raises:
+        BackendError: the user has no home.
+    """
+    if given := os.environ.get(CACHE_VARIABLE):
+        return Path(given).expanduser().absolute()
+    try:
+        return Path.home() / ".cache" / "rwkv-train" / "kernels"
+    except RuntimeError as error:
+        raise BackendError(
+            f"there is no home folder to keep built kernels in ({error}); name a folder in {CACHE_VARIABLE}"
+        ) from error
 
 
 def build_library(
@@ -55,8 +88,8 @@ def build_library(
 ) -> Path:
     """Compile a C++ source into a shared library, unless that has been done before.
 
-    Processes that ask at once build it once: one builds under a file lock, the others wait. The library appears
-    under its name only when it is whole.
+    Processes that ask at once build it once: one builds under a lock, the others wait. The library appears under
+    its name only when it is whole.
 
     Args:
         name: what the library is called in messages and file names.
@@ -67,56 +100,165 @@ def build_library(
         flags: the compiler's flags.
 
     Raises:
-        BackendError: there is no compiler or no ninja, the folder cannot be written, or the source does not compile.
+        BackendError: there is no compiler or no ninja, the folder cannot be written, the disk is full, or the source
+            does not compile.
     """
     compiler = _find_compiler(tuple(compilers))
-    cache_folder = cache_folder or default_cache_folder()
-    library = cache_folder / f"{name}-{_fingerprint(compiler, source, headers, flags)}.so"
-    if library.is_file():
-        return library
-    try:
-        cache_folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(library.with_suffix(".lock")):
-            if not library.is_file():  # another process may have built it while this one waited
-                _build(name, compiler, source, flags, library)
-    except OSError as error:
-        raise BackendError(
-            f"the kernel '{name}' cannot be built because the folder {cache_folder} cannot be written ({error}); "
-            "make it writable"
-        ) from error
+    digest = fingerprint(" ".join(flags).encode(), _predefined_macros(compiler), sources=(source, *headers))
+    library = (cache_folder or default_cache_folder()) / f"{name}-{digest}.so"
+    rule = f"rule library\n  command = {quote(compiler)} {' '.join(flags)} $in -o $out\n"
+    rules = f"{rule}build library.so: library {escape(source)}\n"
+    build_once(library, Recipe(name, compiler, rules))
     return library
 
 
-def _build(name: str, compiler: Path, source: Path, flags: Sequence[str], library: Path) -> None:
-    ninja = _find_ninja()
+def build_once(library: Path, recipe: Recipe, *, anew: bool = False) -> None:
+    """Make a library unless it is there, under a lock that outlives no builder.
+
+    Args:
+        library: the file; its folder is made where it is missing.
+        recipe: how to make it.
+        anew: make it even if it is there, because what is there cannot be loaded.
+
+    Raises:
+        BackendError: the folder cannot be written, the disk is full, or the sources do not compile.
+    """
+    try:
+        before = _identity(library)
+
+        def is_done() -> bool:
+            now = _identity(library)
+            return now is not None and not (anew and now == before)
+
+        if is_done():
+            return
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with hold_lock(library.with_suffix(".lock"), f"the kernel '{recipe.name}'", is_done) as folder:
+            if folder is not None:
+                _build(recipe, library, folder)
+    except OSError as error:
+        raise BackendError(_disk_problem(recipe.name, library.parent, error)) from error
+
+
+def fingerprint(*parts: bytes, sources: Sequence[Path]) -> str:
+    """Hash what a library depends on."""
+    digest = hashlib.sha256()
+    for part in (*parts, *(source.read_bytes() for source in sources)):
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:16]
+
+
+def quote(path: Path | str) -> str:
+    """Write a word of a command as a build file of ninja wants it."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
+def escape(path: Path) -> str:
+    """Write a path as a build file of ninja wants it."""
+    return str(path.resolve()).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def first_error(output: str) -> str:
+    """Return the line of a compiler's output that says what is wrong."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), lines[-1] if lines else "it says nothing")
+
+
+def _build(recipe: Recipe, library: Path, folder: Path) -> None:
     # A warning only so that it is seen without any set-up of logging: the program is about to stand still.
     logger.warning(
         "building the kernel '%s' for this machine with %s (once, some seconds) -> %s",
-        name,
-        compiler,
+        recipe.name,
+        recipe.compiler,
         library,
     )
-    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=library.parent) as folder:
-        unfinished = Path(folder) / "library.so"
-        rule = f"{shlex.quote(str(compiler)).replace('$', '$$')} {' '.join(flags)} $in -o $out"
-        (Path(folder) / "build.ninja").write_text(
-            f"rule library\n  command = {rule}\nbuild {unfinished.name}: library {_escape(source)}\n"
+    (folder / "build.ninja").write_text(recipe.rules)
+    returncode, output = _run_ninja(recipe.name, folder)
+    unfinished = folder / "library.so"
+    if returncode != 0 or not unfinished.is_file():
+        raise BackendError(_compiler_problem(recipe, library, output))
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())  # else a power cut may leave the name without all of the content
+    unfinished.replace(library)  # on one disk, so all at once
+
+
+def _run_ninja(name: str, folder: Path) -> tuple[int, str]:
+    """Return the exit code and all output; say every few seconds that it is still at work."""
+    process = subprocess.Popen(
+        [_find_ninja(), "-C", folder],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, "LC_ALL": "C"},  # so that the word "error" is English
+    )
+    began = time.monotonic()
+    try:
+        while True:
+            try:
+                output, _ = process.communicate(timeout=_REPORT_SECONDS)
+            except subprocess.TimeoutExpired:
+                seconds = time.monotonic() - began
+                logger.warning("still building the kernel '%s' (%.0f s)", name, seconds)
+                if seconds > LIMIT_SECONDS:
+                    raise BackendError(
+                        f"building the kernel '{name}' took longer than {LIMIT_SECONDS:.0f} s; see whether the "
+                        "machine is out of memory or its disk does not answer"
+                    ) from None
+            else:
+                return process.returncode, output
+    finally:
+        if process.poll() is None:
+            process.terminate()  # ninja ends its compilers, which a kill would leave behind
+            try:
+                process.communicate(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+
+
+def _compiler_problem(recipe: Recipe, library: Path, output: str) -> str:
+    """Say in one sentence why nothing came out, and keep the whole output."""
+    where = {str(library.parent): library.parent, tempfile.gettempdir(): Path(tempfile.gettempdir())}
+    full = [name for name, folder in where.items() if shutil.disk_usage(folder).free < _LITTLE_BYTES]
+    if full or any(message in output for message in _FULL_DISK):
+        return (
+            f"the kernel '{recipe.name}' cannot be built because the disk of {' or '.join(full or where)} is full; "
+            f"free some space, or name other folders in {CACHE_VARIABLE} (for kernels) and TMPDIR (for the compiler)"
         )
-        done = subprocess.run(
-            [ninja, "-C", folder],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "LC_ALL": "C"},  # so that the word "error" below is English
+    if known := recipe.explain(output):
+        return f"the kernel '{recipe.name}' cannot be built: {known}"
+    log = library.with_suffix(".log")
+    try:
+        log.write_text(output)
+        kept = f"the whole output is in {log}"
+    except OSError as error:
+        kept = f"the whole output could not be kept ({error})"
+    return (
+        f"the kernel '{recipe.name}' does not compile with {recipe.compiler}: {first_error(output)}; {kept}"
+    )
+
+
+def _disk_problem(name: str, folder: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"the kernel '{name}' cannot be built because the disk of {folder} is full ({error.strerror}); free some "
+            f"space, or name another folder in {CACHE_VARIABLE}"
         )
-        if done.returncode != 0:
-            log = library.with_suffix(".log")
-            log.write_text(done.stdout + done.stderr)
-            raise BackendError(
-                f"the kernel '{name}' does not compile with {compiler}: {_first_error(done.stdout)}; "
-                f"the whole output is in {log}"
-            )
-        unfinished.replace(library)  # on one disk, so all at once
+    return (
+        f"the kernel '{name}' cannot be built because the folder {folder} cannot be written ({error}); "
+        f"make it writable, or name another folder in {CACHE_VARIABLE}"
+    )
+
+
+def _identity(library: Path) -> tuple[int, int] | None:
+    """Tell one file of a name from the next."""
+    try:
+        status = library.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 @functools.cache
@@ -144,15 +286,6 @@ def _find_ninja() -> Path:
     raise BackendError("the program ninja was not found; install it with 'pip install ninja'")
 
 
-def _fingerprint(compiler: Path, source: Path, headers: Sequence[Path], flags: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for part in (" ".join(flags).encode(), _predefined_macros(compiler), source.read_bytes()):
-        digest.update(hashlib.sha256(part).digest())
-    for header in headers:
-        digest.update(hashlib.sha256(header.read_bytes()).digest())
-    return digest.hexdigest()[:16]
-
-
 @functools.cache
 def _predefined_macros(compiler: Path) -> bytes:
     """Ask the compiler for its macros: they hold its version and the instruction sets of this machine."""
@@ -160,16 +293,6 @@ def _predefined_macros(compiler: Path) -> bytes:
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode != 0:
         raise BackendError(
-            f"the compiler {compiler} does not work: {_first_error(done.stderr.decode(errors='replace'))}"
+            f"the compiler {compiler} does not work: {first_error(done.stderr.decode(errors='replace'))}"
         )
     return done.stdout
-
-
-def _first_error(output: str) -> str:
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line), lines[-1] if lines else "it says nothing")
-
-
-def _escape(path: Path) -> str:
-    """Write a path as a build file of ninja wants it."""
-    return str(path.resolve()).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
