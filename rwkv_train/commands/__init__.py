@@ -20,6 +20,7 @@ from rwkv_train.commands.build_kernels import build_kernels
 from rwkv_train.commands.chat import chat
 from rwkv_train.commands.checkpoints import checkpoints
 from rwkv_train.commands.convert_checkpoint import convert_checkpoint
+from rwkv_train.commands.doctor import doctor
 from rwkv_train.commands.eval_harness import eval_harness
 from rwkv_train.commands.eval_lambada import eval_lambada
 from rwkv_train.commands.eval_ppl import eval_ppl
@@ -64,6 +65,7 @@ _COMMANDS = (
     inspect,
     init_weights,
     bench,
+    doctor,
     build_kernels,
 )
 for _command in _COMMANDS:

@@ -148,6 +148,25 @@ def fingerprint(*parts: bytes, sources: Sequence[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def find_ninja() -> Path:
+    """Return the program ninja.
+
+    Raises:
+        BackendError: there is none.
+    """
+    # The PyPI package puts the program beside the interpreter; that folder need not be on PATH.
+    folders = [Path(sysconfig.get_path("scripts")), Path(sys.executable).parent]
+    package = importlib.util.find_spec("ninja")
+    if package is not None and package.origin is not None:
+        folders.append(Path(package.origin).parent / "data" / "bin")
+    for folder in folders:
+        if found := shutil.which("ninja", path=str(folder)):
+            return Path(found)
+    if found := shutil.which("ninja"):
+        return Path(found)
+    raise BackendError("the program ninja was not found; install it with 'pip install ninja'")
+
+
 def quote(path: Path | str) -> str:
     """Write a word of a command as a build file of ninja wants it."""
     return shlex.quote(str(path)).replace("$", "$$")
@@ -185,7 +204,7 @@ def _build(recipe: Recipe, library: Path, folder: Path) -> None:
 def _run_ninja(name: str, folder: Path) -> tuple[int, str]:
     """Return the exit code and all output; say every few seconds that it is still at work."""
     process = subprocess.Popen(
-        [_find_ninja(), "-C", folder],
+        [find_ninja(), "-C", folder],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -270,20 +289,6 @@ def _find_compiler(compilers: tuple[str, ...]) -> Path:
         f"no C++ compiler was found (looked for {', '.join(compilers)}); install g++, for example with "
         "'apt install g++'"
     )
-
-
-def _find_ninja() -> Path:
-    # The PyPI package puts the program beside the interpreter; that folder need not be on PATH.
-    folders = [Path(sysconfig.get_path("scripts")), Path(sys.executable).parent]
-    package = importlib.util.find_spec("ninja")
-    if package is not None and package.origin is not None:
-        folders.append(Path(package.origin).parent / "data" / "bin")
-    for folder in folders:
-        if found := shutil.which("ninja", path=str(folder)):
-            return Path(found)
-    if found := shutil.which("ninja"):
-        return Path(found)
-    raise BackendError("the program ninja was not found; install it with 'pip install ninja'")
 
 
 @functools.cache

@@ -21,6 +21,7 @@ COMMANDS = [
     "init-weights",
     "checkpoints",
     "bench",
+    "doctor",
     "build-kernels",
 ]
 

@@ -12,7 +12,7 @@ import pytest
 
 from rwkv_train.assets import find_asset_folder
 from rwkv_train.errors import BackendError
-from rwkv_train.ops.build import FLAGS, _find_ninja, build_library, default_cache_folder
+from rwkv_train.ops.build import FLAGS, build_library, default_cache_folder, find_ninja
 from rwkv_train.ops.cpp import load_cpp_library
 
 SOURCE = '#include "number.h"\nextern "C" __attribute__((visibility("default"))) int answer() { return kNumber; }\n'
@@ -146,7 +146,7 @@ def test_two_processes_at_once_build_it_once(project):
 def test_ninja_is_found_beside_the_interpreter_when_not_on_the_path(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert shutil.which("ninja") is None
-    assert os.access(_find_ninja(), os.X_OK)
+    assert os.access(find_ninja(), os.X_OK)
 
 
 def test_libraries_are_kept_in_the_users_cache(monkeypatch, tmp_path):
