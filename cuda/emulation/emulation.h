@@ -164,7 +164,7 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kMaxShared = 101376;
 constexpr size_t kBand = 4096;        // bytes before the shared memory that must stay as they are
-constexpr size_t kFence = 256 << 10;  // bytes after it that cannot be touched
+constexpr size_t kFence = 256 << 10;  // bytes after it, and before all stacks, that cannot be touched
 constexpr int kPoison = 0xff;         // a byte of which every float is NaN and every int is -1
 constexpr int kFailed = 719;          // what CUDA calls "unspecified launch failure"
 constexpr int kBadLaunch = 9;         // what CUDA calls "invalid configuration argument"
@@ -219,6 +219,8 @@ struct Machine {
 };
 
 inline Machine machine;
+
+constexpr char kStackFull[] = "a thread needs more than the 64 KB of stack that it has here";
 
 inline void describe(const std::string& what) {
   char place[160];
@@ -328,8 +330,7 @@ inline void fiber_main() {
     ++machine.n_ended;
     const int next = choose_thread();
     if (next >= 0 && enter(next)) continue;
-    if (!is_poison(machine.stacks + stack * kStackBytes, kStackEnd))
-      fail("a thread needs more than the 64 KB of stack that it has here");
+    if (!is_poison(machine.stacks + stack * kStackBytes, kStackEnd)) fail(kStackFull);
     machine.free_stacks.push_back(stack);  // nobody takes it before this fiber is left
     switch_context(&machine.dropped, next < 0 ? &machine.main : &machine.contexts[next]);
   }
@@ -400,8 +401,11 @@ inline void handle_fault(int signal_number, siginfo_t* info, void*) {
                   machine.shared_bytes);
   else
     std::snprintf(text, sizeof text, "reads or writes an address out of bounds or not aligned, %p", info->si_addr);
-  describe("thread (" + std::to_string(threadIdx.x) + ", " + std::to_string(threadIdx.y) + ", " +
-           std::to_string(threadIdx.z) + ") " + text);
+  if (address >= machine.stacks - kFence && address < machine.stacks)
+    describe(kStackFull);
+  else
+    describe("thread (" + std::to_string(threadIdx.x) + ", " + std::to_string(threadIdx.y) + ", " +
+             std::to_string(threadIdx.z) + ") " + text);
   siglongjmp(machine.fault, 1);
 }
 
@@ -459,7 +463,9 @@ inline void map_memory() {
   char* const shared = map(kPages + kFence);
   mprotect(shared + kPages, kFence, PROT_NONE);
   machine.shared_end = shared + kPages;
-  machine.stacks = map(kMaxThreads * kStackBytes);
+  char* const stacks = map(kFence + kMaxThreads * kStackBytes);
+  mprotect(stacks, kFence, PROT_NONE);
+  machine.stacks = stacks + kFence;
   free_all_stacks();
 }
 
