@@ -1,5 +1,7 @@
 # make demo   the main job on built-in data      make test    the tests
 # make check  format, lint, types, tests         make wheel   the package
+# make cuda-check  compile the CUDA kernels for every GPU (needs nvcc, no GPU); a table of what they take
+# make wheel-cuda  the package with these kernels already built, for Linux on this kind of processor
 # make campaign NAME=kill   a long trial outside the tests (kill, faults, corrupt, inputs, prepare); goes on where it was stopped
 # Paths here are relative, so the checkout may lie anywhere, also below a folder with spaces in its name.
 PY := .venv/bin/python
@@ -10,7 +12,7 @@ TESTS := -m "not gpu and not slow and not network" -n logical --maxprocesses 8 -
 CAMPAIGNS := kill faults corrupt inputs prepare
 NAME ?= $(filter $(CAMPAIGNS),$(MAKECMDGOALS))
 
-.PHONY: env demo test check campaign $(CAMPAIGNS) format wheel clean
+.PHONY: env demo test check cuda-check campaign $(CAMPAIGNS) format wheel wheel-cuda clean
 
 env: .venv/.installed
 
@@ -44,6 +46,9 @@ check: env
 	$(PY) -m mypy
 	$(PY) -m pytest $(TESTS)
 
+cuda-check: env
+	$(PY) cuda/check.py
+
 campaign: env
 	$(PY) -m tests.campaigns $(NAME)
 
@@ -55,6 +60,14 @@ format: env
 
 wheel: env
 	$(PY) -m build --wheel
+
+# The libraries need the C library of this machine or a later one, which the name of the wheel says. They are taken
+# away again, from the folder that setuptools works in too: no other wheel is to carry them.
+wheel-cuda: env
+	@rm -rf build/lib; trap 'rm -rf cuda/prebuilt/*.so build/lib' EXIT; set -e; \
+	$(RWKV) build-kernels --arch all --cache-folder cuda/prebuilt; \
+	tag=$$($(PY) -c "import platform as p; print('manylinux_' + p.libc_ver()[1].replace('.', '_') + '_' + p.machine())"); \
+	$(PY) -m build --wheel --config-setting=--build-option=--plat-name=$$tag
 
 clean:
 	rm -rf .venv build dist $(DEMO) *.egg-info
