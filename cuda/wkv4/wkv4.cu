@@ -1,0 +1,640 @@
+// The RWKV-4 recurrence on a GPU, forward, backward and one token: float32 inside, any length, any decay <= 1.
+//
+//   y_t = (A_{t-1} + e^{u+k_t} v_t) / (B_{t-1} + e^{u+k_t}),  A_t = e^w A_{t-1} + e^{k_t} v_t,  B likewise without v
+//
+// Layout: w, u [C] and states [S, 3, C] = (a, b, p) with A = a e^p, B = b e^p in float32; k, v, y [T, C] in the dtype
+// of the call, with the tokens of all S sequences one after another; all contiguous. Checkpoints are
+// [T / 16 + S, 3, C], those of sequence s begin at cu_seqlens[s] / 16 + s.
+//
+// Parallel split: a sequence is cut into segments of L tokens, and one thread owns one channel of one segment and all
+// that it writes. Neighbouring threads own neighbouring channels, so a warp reads whole rows. There are two forms:
+//   sequential  L has no end: one segment a sequence, one kernel a pass, every input read once.
+//   scan        L = 128, for few channels and long sequences: a pass over the segments leaves the sums of each, a scan
+//               joins them to the sums before each, a second pass over the segments computes the outputs. The depth is
+//               2 L + log2(T / L) while a sequence has no more than 32 segments; beyond, T / (32 L) joins more.
+// Both are the same kernels. The number of segments is bounded without a look at the lengths, as that of checkpoints:
+// T / L + S slots, those of sequence s begin at cu_seqlens[s] / L + s, and a slot finds its sequence by bisection.
+//
+// Method: token by token, 16 at a time in registers, while the loads of the next 16 are on their way. Of the two
+// exponentials in each sum one is e^0, so each sum takes one exp. The log scale is kept as base + age * w: so it is
+// rounded once, and not at each token. Backward: the forward pass leaves (a, b, p) every 16 tokens; the states between
+// are computed again, into registers, and nothing is divided by a decay. The gradients of A and B are sums of the same
+// kind from the last token to the first, (ga, gb) e^o; o is at most -p, so that no exponent below is positive.
+//
+// Memory: 0.75 bytes of checkpoints a token and channel. The scan form takes 12 bytes of workspace a slot and channel,
+// 20 in the backward pass, and 4 KB of shared memory a block.
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../common/gpu.cuh"
+
+namespace {
+
+using namespace rwkv;
+
+constexpr int kBatch = 16;  // tokens in registers at a time; also from one checkpoint to the next
+constexpr int kThreads = 64;
+constexpr int64_t kSegment = 128;               // tokens of a segment in the scan form; whole batches
+constexpr int64_t kNoEnd = int64_t{1} << 62;    // and in the sequential one
+constexpr int kScanChannels = 8, kLanes = 32;   // threads of a block that joins segments: 8 floats are one sector
+constexpr int kScanThreads = kScanChannels * kLanes;
+
+constexpr float kEmptyLogScale = -1e38f;  // exp of it is 0, and it stays finite in a difference
+// Stands for every stronger log decay, -inf among them, whose product with an age of 0 would be no number.
+constexpr float kStrongestDecay = -1e20f;
+
+// ---- where things lie
+
+// A piece of a sequence: the tokens first .. end - 1 of the row. An empty sequence has one piece without tokens.
+struct Segment {
+  int s;
+  int64_t first, end;
+  int64_t checkpoint;  // index of the first one
+  bool exists, is_first, is_last;
+};
+
+// S sequences of T tokens in all.
+struct Row {
+  int64_t T;
+  int S, C;
+  const int64_t* cu_seqlens;  // [S + 1], or null: then all sequences are equally long
+  int64_t segment_tokens;
+
+  // Where sequence s starts, for s <= S. Boundaries that are wrong must not lead out of the tensors.
+  __device__ int64_t start(int s) const {
+    if (cu_seqlens == nullptr) return s * (T / S);
+    const int64_t given = cu_seqlens[s];
+    return given < 0 ? 0 : given < T ? given : T;
+  }
+  __device__ int64_t end(int s) const {
+    const int64_t first = start(s), next = start(s + 1);
+    return next < first ? first : next;
+  }
+  // Where those begin that a sequence has one of for each `interval` tokens: room for all of them, found without looking
+  // at other sequences. Of each sequence, up to one is not needed.
+  static __device__ int64_t first_of(int s, int64_t start, int64_t interval) { return start / interval + s; }
+  __device__ int64_t first_slot(int s) const { return first_of(s, start(s), segment_tokens); }
+
+  __host__ __device__ int64_t n_slots() const { return T / segment_tokens + S; }
+
+  __device__ int64_t n_segments(int s) const {
+    const int64_t length = end(s) - start(s);
+    return length == 0 ? 1 : (length - 1) / segment_tokens + 1;
+  }
+
+  __device__ int sequence_of(int64_t slot) const {
+    if (segment_tokens > T) return static_cast<int>(slot);
+    int low = 0, high = S;  // the last sequence whose slots begin at or before this one
+    while (high - low > 1) {
+      const int middle = low + (high - low) / 2;
+      if (first_slot(middle) <= slot)
+        low = middle;
+      else
+        high = middle;
+    }
+    return low;
+  }
+
+  __device__ Segment segment(int64_t slot) const {
+    Segment out;
+    out.s = sequence_of(slot);
+    const int64_t sequence_start = start(out.s), sequence_end = end(out.s), index = slot - first_slot(out.s);
+    out.is_first = index == 0;
+    out.exists = index >= 0 && index < n_segments(out.s);
+    out.is_last = index + 1 == n_segments(out.s);
+    out.first = out.is_first ? sequence_start : sequence_start + index * segment_tokens;
+    out.end = out.is_last ? sequence_end : out.first + segment_tokens;
+    out.checkpoint = first_of(out.s, sequence_start, kBatch) + (out.first - sequence_start) / kBatch;
+    return out;
+  }
+};
+
+struct Inputs {
+  const float *w, *u;
+  const void *k, *v;
+};
+
+struct Gradients {
+  float *w, *u;  // a row for each slot: one a sequence, or one a segment, to be added up
+  void *k, *v;
+  float* state;
+};
+
+__device__ __forceinline__ int64_t thread_number() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+
+__device__ __forceinline__ float log_decay(const float* w, int c) { return fmaxf(w[c], kStrongestDecay); }
+
+// ---- sums
+
+// (e^{x-m}, e^{y-m}) for m = max(x, y).
+struct Weights {
+  float x, y;
+};
+__device__ __forceinline__ Weights weigh(float x, float y) {
+  const float difference = x - y, smaller = expf(-fabsf(difference));
+  return {difference >= 0.f ? 1.f : smaller, difference >= 0.f ? smaller : 1.f};
+}
+
+// Two sums a e^p and b e^p.
+struct Sums {
+  float a, b, p;
+};
+
+__device__ __forceinline__ Sums no_sums() { return {0.f, 0.f, kEmptyLogScale}; }
+
+// Of state number `index` of [.., 3, C].
+__device__ __forceinline__ Sums load_sums(const float* states, int64_t index, int C, int c) {
+  const float* from = states + index * 3 * C + c;
+  return {from[0], from[C], from[2 * static_cast<int64_t>(C)]};
+}
+
+__device__ __forceinline__ void store_sums(float* states, int64_t index, int C, int c, Sums sums) {
+  float* to = states + index * 3 * C + c;
+  to[0] = sums.a;
+  to[C] = sums.b;
+  to[2 * static_cast<int64_t>(C)] = sums.p;
+}
+
+// What lies `tokens` tokens back, and what has been added since.
+__device__ __forceinline__ Sums join(Sums past, Sums since, float tokens, float w) {
+  const float p = fmaf(tokens, w, past.p);
+  const Weights weight = weigh(p, since.p);
+  return {weight.x * past.a + weight.y * since.a, weight.x * past.b + weight.y * since.b, fmaxf(p, since.p)};
+}
+
+// Sums on their way through tokens, with p = base + age * w.
+struct RunningSums {
+  float a, b, base, age;
+
+  __device__ explicit RunningSums(Sums start) : a(start.a), b(start.b), base(start.p), age(0.f) {}
+
+  __device__ __forceinline__ Sums now(float w) const { return {a, b, fmaf(age, w, base)}; }
+
+  // Lets the sums decay once and adds (x, y) e^scale.
+  __device__ __forceinline__ void add(float x, float y, float scale, float w) {
+    age += 1.f;
+    const float decayed = fmaf(age, w, base);
+    const Weights weight = weigh(decayed, scale);
+    a = weight.x * a + weight.y * x;
+    b = weight.x * b + weight.y * y;
+    if (!(decayed >= scale)) {
+      base = scale;
+      age = 0.f;
+    }
+  }
+};
+
+// ---- tokens in registers
+
+// Where element `at` of a tensor lies. Elements of a batch are found from there with 32 bits: that takes half the
+// registers of as many 64-bit offsets.
+__device__ __forceinline__ void* element(void* tensor, int64_t at, int dtype) {
+  return static_cast<char*>(tensor) + at * (dtype == kFloat32 ? 4 : 2);
+}
+
+// Those of one channel, as they lie in memory: made floats when they are used, so that nothing waits for a load before.
+template <int dtype>
+struct Batch {
+  using Element = std::conditional_t<dtype == kFloat32, float, uint16_t>;
+  Element x[kBatch];
+
+  // The first `count` tokens from element `at` on; the others are zero.
+  __device__ __forceinline__ void fetch(const void* from, int64_t at, int C, int count) {
+    const Element* p = static_cast<const Element*>(from) + at;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) x[i] = i < count ? p[i * C] : Element{};
+  }
+  __device__ __forceinline__ float operator[](int i) const { return load(&x[i], 0, dtype); }
+};
+
+__device__ __forceinline__ int tokens_of_batch(int64_t left) {
+  return left < kBatch ? (left < 0 ? 0 : static_cast<int>(left)) : kBatch;
+}
+
+// f(0) .. f(count - 1), in this order or from the last to the first. A whole batch is code without a branch, in which
+// the work of neighbouring tokens overlaps.
+template <bool backwards, typename F>
+__device__ __forceinline__ void for_each_token(int count, F f) {
+  if (count == kBatch) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) f(backwards ? kBatch - 1 - i : i);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = backwards ? kBatch - 1 - j : j;
+      if (i < count) f(i);
+    }
+  }
+}
+
+// ---- forward
+
+// Outputs of a segment from the sums before it, `incoming` [slots, 3, C]: in the sequential form those are the states.
+template <int dtype>
+__global__ void __launch_bounds__(kThreads, 8)
+    forward_kernel(Row row, Inputs in, const float* incoming, void* y, float* final_state, float* checkpoints) {
+  const int C = row.C;
+  const int64_t thread = thread_number(), slot = thread / C;
+  if (slot >= row.n_slots()) return;
+  const Segment segment = row.segment(slot);
+  if (!segment.exists) return;
+  const int c = static_cast<int>(thread % C);
+  const float w = log_decay(in.w, c), u = in.u[c];
+  int64_t at = segment.first * C + c, left = segment.end - segment.first, checkpoint = segment.checkpoint;
+
+  const Sums start = load_sums(incoming, slot, C, c);
+  RunningSums sums(start);
+  Batch<dtype> k, v, next_k, next_v;
+  next_k.fetch(in.k, at, C, tokens_of_batch(left));
+  next_v.fetch(in.v, at, C, tokens_of_batch(left));
+  while (left > 0) {
+    const int count = tokens_of_batch(left);
+    k = next_k;
+    v = next_v;
+    left -= kBatch;
+    next_k.fetch(in.k, at + static_cast<int64_t>(kBatch) * C, C, tokens_of_batch(left));
+    next_v.fetch(in.v, at + static_cast<int64_t>(kBatch) * C, C, tokens_of_batch(left));
+    if (checkpoints != nullptr) store_sums(checkpoints, checkpoint++, C, c, sums.now(w));
+    for_each_token<false>(count, [&](int i) {
+      const Sums past = sums.now(w);
+      const Weights weight = weigh(past.p, u + k[i]);
+      const float out = (weight.x * past.a + weight.y * v[i]) / (weight.x * past.b + weight.y);
+      store(element(y, at, dtype), i * C, out, dtype);
+      sums.add(v[i], 1.f, k[i], w);
+    });
+    at += static_cast<int64_t>(kBatch) * C;
+  }
+  if (!segment.is_last) return;
+  store_sums(final_state, segment.s, C, c, segment.first == segment.end ? start : sums.now(w));
+  if (checkpoints == nullptr) return;
+  const int64_t room = Row::first_of(segment.s + 1, segment.end, kBatch);
+  for (; checkpoint < room; ++checkpoint) store_sums(checkpoints, checkpoint, C, c, {0.f, 0.f, 0.f});
+}
+
+// The sums that a segment adds to nothing, which those after it need: [slots, 3, C].
+template <int dtype>
+__global__ void __launch_bounds__(kThreads, 8) summarize_kernel(Row row, Inputs in, float* summaries) {
+  const int C = row.C;
+  const int64_t thread = thread_number(), slot = thread / C;
+  if (slot >= row.n_slots()) return;
+  const Segment segment = row.segment(slot);
+  if (!segment.exists || segment.is_last) return;
+  const int c = static_cast<int>(thread % C);
+  const float w = log_decay(in.w, c);
+
+  RunningSums sums(no_sums());
+  Batch<dtype> k, v, next_k, next_v;
+  const int64_t first = segment.first * C + c, step = static_cast<int64_t>(kBatch) * C;
+  next_k.fetch(in.k, first, C, kBatch);
+  next_v.fetch(in.v, first, C, kBatch);
+  constexpr int kBatches = kSegment / kBatch;  // every segment but the last is whole
+  for (int batch = 1; batch <= kBatches; ++batch) {
+    k = next_k;
+    v = next_v;
+    const int count = batch < kBatches ? kBatch : 0;
+    next_k.fetch(in.k, first + batch * step, C, count);
+    next_v.fetch(in.v, first + batch * step, C, count);
+    for_each_token<false>(kBatch, [&](int i) { sums.add(v[i], 1.f, k[i], w); });
+  }
+  store_sums(summaries, slot, C, c, sums.now(w));
+}
+
+// ---- backward
+
+// From the gradients of the sums after a segment, those before it and those of all its inputs; `outgoing` [slots, 3, C]
+// holds them for all but the last segment of a sequence, whose own is d_final. With `only_sums`, all that it computes is
+// what a segment adds to the gradients of the sums before it: summaries [slots, 3, C].
+template <int dtype, bool only_sums>
+__global__ void __launch_bounds__(kThreads, 5)
+    backward_kernel(Row row, Inputs in, const float* checkpoints, const void* dy, const float* d_final,
+                    const float* outgoing, Gradients out, float* summaries) {
+  const int C = row.C;
+  const int64_t thread = thread_number(), slot = thread / C;
+  if (slot >= row.n_slots()) return;
+  const Segment segment = row.segment(slot);
+  if (!segment.exists || (only_sums && segment.is_first)) return;
+  const int c = static_cast<int>(thread % C);
+  const float w = log_decay(in.w, c), u = in.u[c];
+  const int64_t first_at = segment.first * C + c, step = static_cast<int64_t>(kBatch) * C;
+  const int64_t length = segment.end - segment.first, n_batches = (length + kBatch - 1) / kBatch;
+
+  const Sums last = segment.is_last ? load_sums(d_final, segment.s, C, c)  // what comes in for p is not used
+                    : only_sums     ? no_sums()
+                                    : load_sums(outgoing, slot, C, c);
+  RunningSums gradient(last);
+  float dw = 0.f, du = 0.f;
+  Batch<dtype> k, v, dys, next_k, next_v;
+  Sums next_start = no_sums();
+  const auto fetch = [&](int64_t batch) {
+    if (batch < 0) return;
+    const int count = tokens_of_batch(length - batch * kBatch);
+    next_k.fetch(in.k, first_at + batch * step, C, count);
+    next_v.fetch(in.v, first_at + batch * step, C, count);
+    next_start = load_sums(checkpoints, segment.checkpoint + batch, C, c);
+  };
+  fetch(n_batches - 1);
+  for (int64_t batch = n_batches - 1; batch >= 0; --batch) {
+    const int count = tokens_of_batch(length - batch * kBatch);
+    const int64_t at = first_at + batch * step;
+    k = next_k;
+    v = next_v;
+    RunningSums sums(next_start);
+    dys.fetch(dy, at, C, count);  // not needed before the states are there
+    fetch(batch - 1);
+
+    Sums before[kBatch];
+    for_each_token<false>(count, [&](int i) {
+      before[i] = sums.now(w);
+      sums.add(v[i], 1.f, k[i], w);
+    });
+    if (segment.is_last && batch == n_batches - 1) gradient.base = -sums.now(w).p;
+
+    float batch_dw = 0.f, batch_du = 0.f;  // summed by batches first: a long sum of floats would lose digits
+    for_each_token<true>(count, [&](int i) {
+      const Sums past = before[i];
+      const float bonus_key = u + k[i];
+      const Weights weight = weigh(past.p, bonus_key);
+      const float inverse = 1.f / (weight.x * past.b + weight.y);
+      const float y = (weight.x * past.a + weight.y * v[i]) * inverse;
+      const float q = dys[i] * inverse;  // times e^-scale
+      if (!only_sums) {
+        const Sums after = gradient.now(w);
+        const float key = expf(k[i] + after.p), bonus = weight.y * (v[i] - y) * q;
+        store(element(out.k, at, dtype), i * C, key * (after.a * v[i] + after.b) + bonus, dtype);
+        store(element(out.v, at, dtype), i * C, key * after.a + weight.y * q, dtype);
+        batch_du += bonus;
+        batch_dw += expf(w + past.p + after.p) * (after.a * past.a + after.b * past.b);
+      }
+      gradient.add(q, -(q * y), -fmaxf(past.p, bonus_key), w);
+    });
+    dw += batch_dw;
+    du += batch_du;
+  }
+
+  const Sums before_segment = gradient.now(w);
+  if (only_sums) {
+    store_sums(summaries, slot, C, c, before_segment);
+    return;
+  }
+  out.w[slot * C + c] = dw;
+  out.u[slot * C + c] = du;
+  if (!segment.is_first) return;
+  if (length == 0) {  // an empty sequence hands all of its gradient on
+    store_sums(out.state, segment.s, C, c, last);
+    return;
+  }
+  // From the gradients of A and B to those of (a, b, p).
+  const Sums start = load_sums(checkpoints, segment.checkpoint, C, c);
+  const float scale = expf(start.p + before_segment.p);
+  const float da = before_segment.a * scale, db = before_segment.b * scale;
+  store_sums(out.state, segment.s, C, c, {da, db, start.a * da + start.b * db});
+}
+
+// ---- the scan over segments
+
+// A block joins the segments of one sequence in 8 channels. Lane i of a channel has the i-th run of them, in the order
+// of the scan.
+struct Lane {
+  int s, c, lane;
+  bool has_channel;
+  int64_t first_slot, n_segments, begin, end;  // the run
+};
+
+__device__ __forceinline__ Lane this_lane(const Row& row) {
+  const int n_tiles = (row.C + kScanChannels - 1) / kScanChannels;
+  Lane out;
+  out.s = static_cast<int>(blockIdx.x / n_tiles);
+  out.c = static_cast<int>(blockIdx.x % n_tiles) * kScanChannels + static_cast<int>(threadIdx.x) % kScanChannels;
+  out.lane = static_cast<int>(threadIdx.x) / kScanChannels;
+  out.has_channel = out.c < row.C;
+  out.first_slot = row.first_slot(out.s);
+  out.n_segments = row.n_segments(out.s);
+  const int64_t each = (out.n_segments + kLanes - 1) / kLanes;
+  out.begin = out.lane * each < out.n_segments ? out.lane * each : out.n_segments;
+  out.end = out.begin + each < out.n_segments ? out.begin + each : out.n_segments;
+  if (!out.has_channel) out.end = out.begin;
+  return out;
+}
+
+// Puts in the place of what each segment adds the sums before it, starting from the state; or, backwards, the gradients
+// of the sums after it: those of the last segment are not used.
+template <bool backwards>
+__global__ void __launch_bounds__(kScanThreads)
+    scan_kernel(Row row, const float* log_decays, const float* state, float* summaries) {
+  const Lane my = this_lane(row);
+  const int c = my.has_channel ? my.c : 0;
+  const float w = log_decay(log_decays, c), segment_tokens = static_cast<float>(row.segment_tokens);
+  const auto slot = [&](int64_t i) { return my.first_slot + (backwards ? my.n_segments - 1 - i : i); };
+  const auto added = [&](int64_t i) {  // nothing comes after the last one, so it has no summary
+    return i + 1 < my.n_segments ? load_sums(summaries, slot(i), row.C, c) : no_sums();
+  };
+
+  Sums run = my.lane == 0 && !backwards ? load_sums(state, my.s, row.C, c) : no_sums();
+  const Sums start = run;
+#pragma unroll 4
+  for (int64_t i = my.begin; i < my.end; ++i) run = join(run, added(i), segment_tokens, w);
+
+  // The runs of all lanes up to and with this one, joined two by two, then of four and four, and so on.
+  float tokens = static_cast<float>(my.end - my.begin) * segment_tokens;
+  float* const shared = shared_memory();
+  float* const mine = shared + 4 * threadIdx.x;
+  const auto show = [&] {
+    mine[0] = run.a;
+    mine[1] = run.b;
+    mine[2] = run.p;
+    mine[3] = tokens;
+    __syncthreads();
+  };
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+    show();
+    if (my.lane >= distance) {
+      const float* before = mine - 4 * distance * kScanChannels;
+      run = join({before[0], before[1], before[2]}, run, tokens, w);
+      tokens += before[3];
+    }
+    __syncthreads();
+  }
+  show();
+  const float* before = mine - 4 * kScanChannels;
+  Sums sums = my.lane == 0 ? start : Sums{before[0], before[1], before[2]};
+
+  Sums next = my.begin < my.end ? added(my.begin) : no_sums();
+  for (int64_t i = my.begin; i < my.end; ++i) {
+    const Sums now = next;
+    if (i + 1 < my.end) next = added(i + 1);
+    store_sums(summaries, slot(i), row.C, c, sums);
+    sums = join(sums, now, segment_tokens, w);
+  }
+}
+
+// Adds up [slots, C] over the segments of each sequence, always in the same order, into [S, C].
+__global__ void __launch_bounds__(kScanThreads) add_segments_kernel(Row row, const float* parts, float* sums) {
+  const Lane my = this_lane(row);
+  float sum = 0.f;
+#pragma unroll 4
+  for (int64_t i = my.begin; i < my.end; ++i) sum += parts[(my.first_slot + i) * row.C + my.c];
+  float* const mine = shared_memory() + threadIdx.x;
+  *mine = sum;
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    __syncthreads();
+    if (my.lane < distance) *mine += mine[distance * kScanChannels];
+  }
+  if (my.lane == 0 && my.has_channel) sums[static_cast<int64_t>(my.s) * row.C + my.c] = *mine;
+}
+
+// ---- one token
+
+// One thread for each channel of a sequence; final_state may be state.
+template <int dtype>
+__global__ void __launch_bounds__(kThreads)
+    step_kernel(int S, int C, Inputs in, const float* state, void* y, float* final_state) {
+  const int64_t thread = thread_number(), s = thread / C;
+  if (s >= S) return;
+  const int c = static_cast<int>(thread % C);
+  const float w = log_decay(in.w, c), k = load(in.k, thread, dtype), v = load(in.v, thread, dtype);
+  const Sums past = load_sums(state, s, C, c);
+  const Weights weight = weigh(past.p, in.u[c] + k);
+  store(y, thread, (weight.x * past.a + weight.y * v) / (weight.x * past.b + weight.y), dtype);
+  store_sums(final_state, s, C, c, join(past, {v, 1.f, k}, 1.f, w));
+}
+
+// ---- launches
+
+constexpr int kInvalidValue = 1;  // as CUDA numbers it
+
+dim3 blocks_for(int64_t n_threads) { return dim3(static_cast<unsigned>((n_threads + kThreads - 1) / kThreads)); }
+
+dim3 blocks_of_scan(const Row& row) {
+  const int64_t n_tiles = (row.C + kScanChannels - 1) / kScanChannels;
+  return dim3(static_cast<unsigned>(row.S * n_tiles));
+}
+
+// run(a constant that is the dtype), or an error code.
+template <typename Run>
+int with_dtype(int dtype, Run run) {
+  switch (dtype) {
+    case kFloat32: return run(std::integral_constant<int, kFloat32>{});
+    case kBFloat16: return run(std::integral_constant<int, kBFloat16>{});
+    case kFloat16: return run(std::integral_constant<int, kFloat16>{});
+    default: return kInvalidValue;
+  }
+}
+
+// One thread a channel of a sequence leaves a chip idle where there are few: a token takes it about 40 ns, while the
+// scan form moves 10 bytes a token and channel instead of 6, or 16 instead of 10, at 4 TB/s on a large chip. Both take
+// equally long with about 16,000 threads. And a sequence must have some segments, on average.
+bool is_for_scan(int S, int64_t T, int C) {
+  return S > 0 && static_cast<int64_t>(S) * C < 16384 && T / S >= 4 * kSegment;
+}
+
+int64_t scan_floats(int S, int64_t T, int C) { return (T / kSegment + S) * 3 * C; }
+
+int64_t scan_workspace_bytes(int is_backward, int S, int64_t T, int C) {
+  const int64_t floats = scan_floats(S, T, C);
+  return static_cast<int64_t>(sizeof(float)) * (is_backward ? floats / 3 * 5 : floats);
+}
+
+int forward(bool scan, int dtype, int S, int64_t T, int C, const int64_t* cu_seqlens, const Inputs& in,
+            const float* state, void* y, float* final_state, float* checkpoints, void* workspace, void* stream) {
+  if (S == 0 || C == 0) return 0;
+  const Row row{T, S, C, cu_seqlens, scan ? kSegment : kNoEnd};
+  const dim3 grid = blocks_for(row.n_slots() * C);
+  return with_dtype(dtype, [&](auto constant) {
+    constexpr int kType = decltype(constant)::value;
+    if (!scan)
+      return launch(forward_kernel<kType>, grid, dim3(kThreads), 0, stream, row, in, state, y, final_state,
+                    checkpoints);
+    float* const sums = static_cast<float*>(workspace);
+    int error = launch(summarize_kernel<kType>, grid, dim3(kThreads), 0, stream, row, in, sums);
+    if (error == 0)
+      error = launch(scan_kernel<false>, blocks_of_scan(row), dim3(kScanThreads), 4 * kScanThreads * sizeof(float),
+                     stream, row, in.w, state, sums);
+    if (error == 0)
+      error = launch(forward_kernel<kType>, grid, dim3(kThreads), 0, stream, row, in,
+                     static_cast<const float*>(sums), y, final_state, checkpoints);
+    return error;
+  });
+}
+
+int backward(bool scan, int dtype, int S, int64_t T, int C, const int64_t* cu_seqlens, const Inputs& in,
+             const float* checkpoints, const void* dy, const float* d_final, const Gradients& out, void* workspace,
+             void* stream) {
+  if (S == 0 || C == 0) return 0;
+  const Row row{T, S, C, cu_seqlens, scan ? kSegment : kNoEnd};
+  const dim3 grid = blocks_for(row.n_slots() * C);
+  float* const none = nullptr;
+  return with_dtype(dtype, [&](auto constant) {
+    constexpr int kType = decltype(constant)::value;
+    if (!scan)
+      return launch(backward_kernel<kType, false>, grid, dim3(kThreads), 0, stream, row, in, checkpoints, dy, d_final,
+                    static_cast<const float*>(none), out, none);
+    float* const sums = static_cast<float*>(workspace);
+    Gradients by_segment = out;
+    by_segment.w = sums + scan_floats(S, T, C);
+    by_segment.u = by_segment.w + row.n_slots() * C;
+    int error = launch(backward_kernel<kType, true>, grid, dim3(kThreads), 0, stream, row, in, checkpoints, dy,
+                       d_final, static_cast<const float*>(none), by_segment, sums);
+    if (error == 0)
+      error = launch(scan_kernel<true>, blocks_of_scan(row), dim3(kScanThreads), 4 * kScanThreads * sizeof(float),
+                     stream, row, in.w, static_cast<const float*>(none), sums);
+    if (error == 0)
+      error = launch(backward_kernel<kType, false>, grid, dim3(kThreads), 0, stream, row, in, checkpoints, dy, d_final,
+                     static_cast<const float*>(sums), by_segment, none);
+    const auto add_up = [&](const float* parts, float* sums) {
+      return launch(add_segments_kernel, blocks_of_scan(row), dim3(kScanThreads), kScanThreads * sizeof(float), stream,
+                    row, parts, sums);
+    };
+    if (error == 0) error = add_up(by_segment.w, out.w);
+    if (error == 0) error = add_up(by_segment.u, out.u);
+    return error;
+  });
+}
+
+}  // namespace
+
+// Tokens from one checkpoint to the next; checkpoints are [T / this + S, 3, C].
+RWKV_EXPORT int rwkv_wkv4_checkpoint_tokens() { return kBatch; }
+
+// 1 where the functions without a form in their names take the scan form.
+RWKV_EXPORT int rwkv_wkv4_uses_scan(int S, int64_t T, int C) { return is_for_scan(S, T, C); }
+
+RWKV_EXPORT const char* rwkv_wkv4_error(int code) { return error_text(code); }
+
+// The three functions of a form. T: tokens of all sequences; cu_seqlens: [S + 1] on the device, or null where all are
+// equally long; dw, du: [S, C], to be summed over the sequences; checkpoints may be null where no backward pass
+// follows. They return 0, or a code for rwkv_wkv4_error. Any form of backward fits any form of forward.
+#define RWKV_WKV4_FORM(NAME, SCAN)                                                                                     \
+  RWKV_EXPORT int64_t rwkv_wkv4_workspace_bytes##NAME(int is_backward, int S, int64_t T, int C) {                      \
+    return SCAN ? scan_workspace_bytes(is_backward, S, T, C) : 0;                                                      \
+  }                                                                                                                    \
+  RWKV_EXPORT int rwkv_wkv4_forward##NAME(int dtype, int S, int64_t T, int C, const int64_t* cu_seqlens,               \
+                                          const float* w, const float* u, const void* k, const void* v,                \
+                                          const float* state, void* y, float* final_state, float* checkpoints,         \
+                                          void* workspace, void* stream) {                                             \
+    return forward(SCAN, dtype, S, T, C, cu_seqlens, {w, u, k, v}, state, y, final_state, checkpoints, workspace,      \
+                   stream);                                                                                            \
+  }                                                                                                                    \
+  RWKV_EXPORT int rwkv_wkv4_backward##NAME(                                                                            \
+      int dtype, int S, int64_t T, int C, const int64_t* cu_seqlens, const float* w, const float* u, const void* k,    \
+      const void* v, const float* checkpoints, const void* dy, const float* d_final, float* dw, float* du, void* dk,   \
+      void* dv, float* d_state, void* workspace, void* stream) {                                                       \
+    return backward(SCAN, dtype, S, T, C, cu_seqlens, {w, u, k, v}, checkpoints, dy, d_final, {dw, du, dk, dv, d_state}, \
+                    workspace, stream);                                                                                \
+  }
+
+RWKV_WKV4_FORM(, is_for_scan(S, T, C))
+RWKV_WKV4_FORM(_sequential, false)  // to compare the forms, in tests and benchmarks
+RWKV_WKV4_FORM(_scan, true)
+
+// One token of each of S sequences: k, v, y [S, C].
+RWKV_EXPORT int rwkv_wkv4_step(int dtype, int S, int C, const float* w, const float* u, const void* k, const void* v,
+                               const float* state, void* y, float* final_state, void* stream) {
+  if (S == 0 || C == 0) return 0;
+  return with_dtype(dtype, [&](auto constant) {
+    return launch(step_kernel<decltype(constant)::value>, blocks_for(static_cast<int64_t>(S) * C), dim3(kThreads), 0,
+                  stream, S, C, Inputs{w, u, k, v}, state, y, final_state);
+  });
+}
