@@ -60,6 +60,9 @@ def _print(report: "Report") -> None:
     if report.backends:
         console.print(_backends_table(report.backends))
     n_warnings = sum(finding.status == "warning" for finding in report.findings)
+    n_warnings += len(
+        {(row.device, row.backend) for row in report.backends if row.status not in ("available", "refuses")}
+    )
     warned = f"; {n_warnings} warning{'' if n_warnings == 1 else 's'} above" if n_warnings else ""
     if report.obstacles:
         console.print(f"Training cannot run here{warned}:")
@@ -77,12 +80,10 @@ def _findings_table(findings: "Sequence[Finding]") -> "Table":
     rest = [id_ for id_ in by_id if id_ not in shown]
     for title, ids in (*SECTIONS, (OTHERS, rest)):
         table.add_row("", title.upper())
-        for id_ in ids:
-            if id_ in by_id:
-                finding = by_id[id_]
-                table.add_row(
-                    finding.status, id_.replace("_", " "), _with_remedy(finding.found, finding.remedy)
-                )
+        for finding in (by_id[id_] for id_ in ids if id_ in by_id):
+            is_package = title == OTHERS or finding.id == "rwkv_train"
+            name = finding.id.replace("_", "-" if is_package else " ")
+            table.add_row(finding.status, name, _with_remedy(finding.found, finding.remedy))
         table.add_section()
     return table
 
@@ -112,8 +113,10 @@ def join_rows(rows: "Sequence[BackendRow]") -> list[list[str]]:
     cells: list[tuple[str, ...]] = [
         (row.device, row.backend, row.op, row.dtype, _verdict(row)) for row in rows
     ]
-    for column in (3, 2, 0):
+    order = list(dict.fromkeys((row.device, row.backend) for row in rows))
+    for column in (3, 2):
         cells = _joined(cells, column)
+    cells = _joined(sorted(cells, key=lambda cell: order.index((cell[0], cell[1]))), 0)
     return [
         [
             device,

@@ -81,7 +81,9 @@ def _explain(
         return facts["reason"], None
     if status == "unavailable":
         reason, remedy = split_remedy(facts["reason"])
-        return reason, remedy or "see the rows above on what it needs"
+        if remedy is None or remedy.startswith("the whole output"):
+            return facts["reason"], "see what is said of the compilers, or report it with that output"
+        return reason, remedy
     reason = facts.get("reason") or facts["problem"]
     if status == "fails":
         reason = f"it fails when it runs ({reason})"

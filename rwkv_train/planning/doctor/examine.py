@@ -13,11 +13,13 @@ from rwkv_train.ops.cuda_toolkit import find_toolkit
 from rwkv_train.planning.doctor.backends import BackendRow, judge_backends, ops_without_backend
 from rwkv_train.planning.doctor.finding import Finding
 from rwkv_train.planning.doctor.judge import (
+    REINSTALL,
     judge_deepspeed,
     judge_lightning,
     judge_torch,
     judge_training,
     requirement_of,
+    works,
 )
 from rwkv_train.planning.doctor.machine import examine_machine
 from rwkv_train.planning.doctor.nvidia import (
@@ -97,31 +99,27 @@ def judge(
         n_installed: NVIDIA chips in the machine, whether or not they can be used.
         requirements: what rwkv-train requires, as pip writes it.
     """
-    not_tried = {"problem": "it was not tried"}
-    torch = results["torch"]
-    lightning, training, deepspeed = (
-        results.get(name, not_tried) for name in ("lightning", "training", "deepspeed")
+    torch, backends, lightning, training, deepspeed = (
+        results.get(name, {}) for name in ("torch", "backends", "lightning", "training", "deepspeed")
     )
-    torch_works = "problem" not in torch
+    torch_works, lightning_works = works(torch), works(lightning)
+    wanted_torch, wanted_lightning = (requirement_of(name, requirements) for name in ("torch", "lightning"))
     packages = (
-        judge_torch(
-            torch, driver, n_installed=n_installed, requirement=requirement_of("torch", requirements)
-        ),
-        judge_lightning(
-            lightning, torch_works=torch_works, requirement=requirement_of("lightning", requirements)
-        ),
-        judge_training(training, packages_work=torch_works and "problem" not in lightning),
+        judge_torch(torch, driver, n_installed=n_installed, requirement=wanted_torch),
+        judge_lightning(lightning, torch_works=torch_works, requirement=wanted_lightning),
+        judge_training(training, packages_work=lightning_works),
     )
     rows = judge_backends({name: facts for name, facts in results.items() if " " in name})
     device = training.get("device")
-    obstacles = [f"{one.id}: {one.found}; {one.remedy}" for one in packages if one.status == "error"]
-    if device is not None:
-        obstacles += [
-            f"{op} has no backend that runs on {device}; see the table of backends"
-            for op in ops_without_backend(rows, device)
-        ]
-        if not rows:
-            obstacles.append(f"no backend could be tried: {results.get('backends', not_tried)['problem']}")
+    # Not what only follows from another one.
+    roots = zip(packages, (True, torch_works, lightning_works), strict=True)
+    obstacles = [
+        f"{one.id}: {one.found}; {one.remedy}" for one, is_root in roots if is_root and one.status == "error"
+    ]
+    if torch_works and not works(backends):
+        obstacles.append(f"the backends cannot be listed ({backends.get('problem')}); {REINSTALL}")
+    if device is not None and (without := ops_without_backend(rows, device)):
+        obstacles.append(f"no backend of {', '.join(without)} runs on {device}; see the table of backends")
     findings = (
         *packages,
         *judge_deepspeed(deepspeed, torch_works=torch_works, cuda=torch.get("cuda")),

@@ -8,7 +8,9 @@ from rwkv_train.ops.cuda_toolkit import DRIVER_OF
 from rwkv_train.planning.doctor.finding import Finding, Status
 
 Facts = Mapping[str, Any]
+"""What came of an attempt; a ``"problem"`` where it failed."""
 
+REINSTALL = "install rwkv-train anew, with all that it requires"
 _TORCH_FIRST = "repair torch first, which it needs"
 _TABLE = "the table on pytorch.org names the command"
 
@@ -22,7 +24,7 @@ def judge_torch(facts: Facts, driver: Driver, *, n_installed: int, requirement: 
         n_installed: NVIDIA chips in the machine, whether or not they can be used.
         requirement: how pip writes the versions that rwkv-train takes.
     """
-    if "problem" in facts:
+    if not works(facts):
         return Finding("torch", "error", _not_imported(facts), _install(facts, "torch", requirement), facts)
     found = f"{facts['version']}, {'CUDA ' + facts['cuda'] if facts['cuda'] else 'without CUDA'}"
     if facts["cuda"] is None:
@@ -69,7 +71,7 @@ def judge_torch(facts: Facts, driver: Driver, *, n_installed: int, requirement: 
 
 def judge_lightning(facts: Facts, *, torch_works: bool, requirement: str) -> Finding:
     """Return whether Lightning can be imported."""
-    if "problem" not in facts:
+    if works(facts):
         return Finding("lightning", "ok", facts["version"], facts=facts)
     remedy = _install(facts, "lightning", requirement) if torch_works else _TORCH_FIRST
     return Finding("lightning", "error", _not_imported(facts), remedy, facts)
@@ -82,12 +84,10 @@ def judge_training(facts: Facts, *, packages_work: bool) -> Finding:
         facts: what came of importing it.
         packages_work: whether torch and Lightning can be imported.
     """
-    if "problem" not in facts:
+    if works(facts):
         device = "a GPU" if facts["device"] == "cuda" else "the CPU"
         return Finding("training", "ok", f"all that it imports is there; it takes {device}", facts=facts)
-    remedy = (
-        "pip install --force-reinstall rwkv-train" if packages_work else "repair what is named above first"
-    )
+    remedy = REINSTALL if packages_work else "repair what is named above first"
     return Finding("training", "error", _not_imported(facts), remedy, facts)
 
 
@@ -99,7 +99,7 @@ def judge_deepspeed(facts: Facts, *, torch_works: bool, cuda: str | None) -> lis
         torch_works: whether torch can be imported.
         cuda: torch's version of CUDA.
     """
-    if "problem" in facts:
+    if not works(facts):
         if _is_missing(facts, "deepspeed"):
             found = "not installed; for trainer.strategy deepspeed_1 to deepspeed_3"
             remedy = (
@@ -131,6 +131,11 @@ def judge_deepspeed(facts: Facts, *, torch_works: bool, cuda: str | None) -> lis
     ]
 
 
+def works(facts: Facts) -> bool:
+    """Tell whether an attempt was made and went well."""
+    return bool(facts) and "problem" not in facts
+
+
 def requirement_of(package: str, requirements: Sequence[str]) -> str:
     """Return how rwkv-train asks pip for a package; its name where that is not known."""
     for requirement in requirements:
@@ -141,6 +146,8 @@ def requirement_of(package: str, requirements: Sequence[str]) -> str:
 
 
 def _not_imported(facts: Facts) -> str:
+    if not facts:
+        return "not tried, because something that it needs cannot be imported"
     return f"cannot be imported ({facts['problem']})"
 
 

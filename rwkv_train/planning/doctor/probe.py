@@ -33,7 +33,8 @@ def probe(
         patience_seconds: longest time without a word, after which a process is ended.
 
     Returns:
-        What came of each attempt, in the order in which they were made. One that failed has a ``"problem"``.
+        What came of each attempt, in the order in which they were made. One that failed has a ``"problem"``; one
+        that needs what failed is not made.
     """
     program = _PROGRAM.format(path=list(search_path))
     results: dict[str, Facts] = {}
@@ -42,14 +43,13 @@ def probe(
         done = {name: "problem" not in facts for name, facts in results.items()}
         command = [python, "-P", "-c", program, json.dumps(done)]
         with tempfile.TemporaryFile() as errors:
-            process = subprocess.Popen(
+            with subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8"
-            )
-            try:
-                begun, has_hung = _listen(process, results, say, patience_seconds)
-            finally:
-                process.kill()
-                process.wait()
+            ) as process:
+                try:
+                    begun, has_hung = _listen(process, results, say, patience_seconds)
+                finally:
+                    process.kill()
             ending = f"it did not end within {patience_seconds:.0f} seconds" if has_hung else None
             ending = ending or _ending(process.returncode, errors)
         if begun is not None:

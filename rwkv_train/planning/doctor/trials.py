@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -76,26 +77,26 @@ def main() -> None:
 
 
 def attempts(done: Mapping[str, bool]) -> Iterator[Attempt]:
-    """Yield what is to be tried; the backends only where torch and the operators can be imported.
+    """Yield what is to be tried; what needs a package comes only where that package can be imported.
 
     Args:
         done: name of what has been tried -> whether it went well; filled while the attempts are made.
     """
-    packages: tuple[Attempt, ...] = (
-        ("torch", _try_torch),
-        ("backends", _list_trials),
-        ("lightning", lambda: _try_package("lightning.pytorch", "lightning")),
-        ("training", _try_training),
-        ("deepspeed", _try_deepspeed),
+    packages: tuple[tuple[str, str | None, Callable[[], Facts]], ...] = (
+        ("torch", None, _try_torch),
+        ("backends", "torch", _list_trials),
+        ("lightning", "torch", lambda: _try_package("lightning.pytorch", "lightning")),
+        ("training", "lightning", _try_training),
+        ("deepspeed", "torch", _try_deepspeed),
     )
-    for name, attempt in packages:
-        if name not in done and (name != "backends" or done["torch"]):
+    for name, needed, attempt in packages:
+        if name not in done and (needed is None or done.get(needed)):
             yield name, attempt
-    if done["torch"] and done["backends"]:
+    if done.get("backends"):
         failures: dict[tuple[str, str], str] = {}
         for name in _list_trials()["trials"]:
             if name not in done:
-                yield name, functools.partial(_try_backend, *name.split(), failures=failures)
+                yield name, functools.partial(try_backend, *name.split(), failures=failures)
 
 
 class _Teller(logging.Handler):
@@ -177,7 +178,12 @@ def _op_problem(builder: Any, *, needs_cuda: bool = False) -> str | None:
         made = builder()
         if not made.is_compatible(verbose=False):
             return str(made.error_log or "it says that it is not compatible")
-        if needs_cuda:  # asked only when it is compiled, so is_compatible says nothing of it
+        # What is_compatible says nothing of, because it is asked only when something is compiled.
+        tools = importlib.import_module("torch.utils.cpp_extension")
+        tools.verify_ninja_availability()
+        if shutil.which(tools.get_cxx_compiler()) is None:
+            return f"there is no compiler '{tools.get_cxx_compiler()}'"
+        if needs_cuda:
             parts = importlib.import_module("deepspeed.ops.op_builder.builder")
             parts.assert_no_cuda_mismatch(made.name)
     except Exception as error:  # noqa: BLE001 - its builders raise errors of many kinds
@@ -203,7 +209,7 @@ def _list_trials() -> Facts:
     }
 
 
-def _try_backend(
+def try_backend(
     device_name: str, op: str, name: str, dtype_name: str, *, failures: dict[tuple[str, str], str]
 ) -> Facts:
     """Load a backend as training does, and compare a small problem with the float64 loop.
