@@ -4,16 +4,36 @@ import ctypes
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from rwkv_train.assets import find_asset_folder
 from rwkv_train.errors import BackendError
+from rwkv_train.ops import build
 from rwkv_train.ops.build import FLAGS, build_library, default_cache_folder, find_ninja
 from rwkv_train.ops.cpp import load_cpp_library
+from tests.campaigns.disk import SmallDisk, can_mount
+
+needs_namespaces = pytest.mark.skipif(
+    not can_mount(), reason="needs a machine that lets us mount (unshare, nsenter)"
+)
+PROGRAM = """
+import sys
+from pathlib import Path
+from rwkv_train.errors import BackendError
+from rwkv_train.ops.build import build_library
+source, header, cache, compiler = map(Path, sys.argv[1:])
+try:
+    print(build_library("answer", source, [header], cache_folder=cache, compilers=[str(compiler)]))
+except BackendError as error:
+    print(error)
+    sys.exit(2)
+"""
 
 SOURCE = '#include "number.h"\nextern "C" __attribute__((visibility("default"))) int answer() { return kNumber; }\n'
 
@@ -28,6 +48,21 @@ class Project:
         self.source, self.header = self.folder / "answer.cpp", self.folder / "number.h"
         self.source.write_text(SOURCE)
         self.header.write_text("constexpr int kNumber = 42;\n")
+
+    def slow_compiler(self, seconds: float) -> Path:
+        """A compiler that takes its time, and says in a file that it has begun."""
+        path = self.folder.parent / "slow-g++"
+        begun = self.folder.parent / "begun"
+        path.write_text(
+            f'#!/bin/sh\ncase "$*" in *-dM*) ;; *) touch \'{begun}\'; sleep {seconds} ;; esac\nexec g++ "$@"\n'
+        )
+        path.chmod(0o755)
+        return path
+
+    def command(self, compiler="g++", cache=None) -> list[str]:
+        """A process of its own that builds."""
+        words = (sys.executable, "-c", PROGRAM, self.source, self.header, cache or self.cache, compiler)
+        return [str(word) for word in words]
 
     def build(self, **options) -> Path:
         options = {"cache_folder": self.cache, **options}
@@ -125,22 +160,152 @@ def test_a_library_that_cannot_be_loaded_is_named_with_the_fix(tmp_path):
         load_cpp_library("wkv4", tmp_path)
 
 
-def test_two_processes_at_once_build_it_once(project):
-    program = (
-        "import sys; from pathlib import Path; from rwkv_train.ops.build import build_library\n"
-        "source, header, cache = map(Path, sys.argv[1:])\n"
-        "print(build_library('answer', source, [header], cache_folder=cache))"
-    )
-    command = [sys.executable, "-c", program, project.source, project.header, project.cache]
-    running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=60) for process in running]
+def start(command, **options):
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **options)
 
+
+def wait_for(path):
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def check_built_once(running):
+    outputs = [process.communicate(timeout=60) for process in running]
     assert [process.returncode for process in running] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0]
-    assert answer(outputs[0][0].strip()) == 42
+    names = [Path(said.strip()) for said, _ in outputs]
+    assert names[0].name == names[1].name
     assert sum(messages.count("building the kernel") for _, messages in outputs) == 1
+    return names
+
+
+def test_two_processes_at_once_build_it_once(project):
+    names = check_built_once([start(project.command(project.slow_compiler(0.5))) for _ in range(2)])
+    assert answer(names[0]) == 42
+
+
+def test_after_a_builder_was_killed_the_next_one_works_at_once_and_clears_up(project, caplog):
+    compiler = project.slow_compiler(30)
+    killed = start(project.command(compiler), start_new_session=True)
+    wait_for(project.folder.parent / "begun")
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert {path.suffix for path in project.cache.iterdir()} == {".lock", ".tmp"}
+
+    project.slow_compiler(0)
+    began = time.monotonic()
+    library = project.build(compilers=[str(compiler)])
+    assert time.monotonic() - began < 15
+    assert answer(library) == 42
+    assert list(project.cache.iterdir()) == [library]
+    assert "has ended; taking over" in caplog.text
+
+
+def test_one_that_waits_takes_over_from_a_builder_that_is_killed(project):
+    compiler = project.slow_compiler(30)
+    killed = start(project.command(compiler), start_new_session=True)
+    wait_for(project.folder.parent / "begun")
+    waiting = start(project.command(compiler))
+    time.sleep(0.5)
+    project.slow_compiler(0)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    said, messages = waiting.communicate(timeout=30)
+    assert waiting.returncode == 0, messages
+    assert answer(said.strip()) == 42
+
+
+def test_a_compiler_whose_builder_was_killed_and_that_goes_on_harms_nothing(project):
+    compiler = project.slow_compiler(1.5)
+    killed = start(project.command(compiler))
+    wait_for(project.folder.parent / "begun")
+    killed.kill()  # alone: ninja and the compiler do not notice
+    killed.communicate()
+    project.slow_compiler(0)
+    library = project.build(compilers=[str(compiler)])
+    made = library.stat().st_ino
+    time.sleep(2)
+    assert library.stat().st_ino == made
+    assert answer(library) == 42
+
+
+class Node:
+    """Another computer, as far as a program can tell: a host name, process numbers and a mount of its own."""
+
+    def __init__(self, name: str, project: Project) -> None:
+        self.home = project.folder.parent / f"home of {name}"
+        self.home.mkdir()
+        project.cache.mkdir(exist_ok=True)
+        become = 'hostname "$1" && mount --bind "$2" "$3" && shift 3 && exec "$@"'
+        kinds = ("--map-root-user", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child")
+        self.prefix = ["unshare", *kinds, "sh", "-c", become, "sh", name, str(project.cache), str(self.home)]
+
+    def start(self, project: Project, compiler: Path) -> subprocess.Popen[str]:
+        return start([*self.prefix, *project.command(compiler, self.home)], start_new_session=True)
+
+
+@needs_namespaces
+def test_two_nodes_with_one_cache_build_it_once(project):
+    compiler = project.slow_compiler(1)
+    nodes = [Node(f"node-{i}", project) for i in range(2)]
+    names = check_built_once([node.start(project, compiler) for node in nodes])
+    assert answer(project.cache / names[0].name) == 42
+
+
+@needs_namespaces
+def test_a_node_that_died_while_building_is_followed_by_another_one(project):
+    compiler = project.slow_compiler(30)
+    dead = Node("node-0", project).start(project, compiler)
+    wait_for(project.folder.parent / "begun")
+    os.killpg(dead.pid, signal.SIGKILL)
+    dead.communicate()
+    (lock,) = project.cache.glob("*.lock")
+    long_ago = time.time() - 3600
+    os.utime(lock, (long_ago, long_ago))
+
+    project.slow_compiler(0)
+    next_one = Node("node-1", project).start(project, compiler)
+    said, messages = next_one.communicate(timeout=30)
+    assert next_one.returncode == 0, messages
+    assert "on node-0 was to make the kernel 'answer' and gave no sign of life" in messages
+    assert answer(project.cache / Path(said.strip()).name) == 42
+
+
+@needs_namespaces
+@pytest.mark.parametrize("spare_bytes", [0, 8192], ids=["nothing", "a little"])
+def test_a_full_disk_is_said_and_once_there_is_room_it_works(project, tmp_path, spare_bytes):
+    with SmallDisk(tmp_path / "disk", megabytes=0.2) as disk:
+        disk.fill(spare_bytes)
+        command = [*disk.prefix, *project.command(cache=disk.folder / "cache")]
+        full = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert full.returncode == 2, full
+        assert "cannot be built because the disk of" in full.stdout
+        assert "is full" in full.stdout
+        assert "RWKV_TRAIN_KERNELS" in full.stdout
+        disk.empty()
+        again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert again.returncode == 0, again
+        assert answer(disk.seen_from_here(Path(again.stdout.strip()))) == 42
+
+
+def test_a_compiler_that_finds_the_disk_full_is_told_from_one_that_finds_a_mistake(project, tmp_path):
+    compiler = tmp_path / "full-compiler"
+    message = "/tmp/ccX.s: fatal error: error writing to /tmp/ccX.s: No space left on device"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-dM*) exit 0 ;; esac\necho "{message}"\nexit 1\n')
+    compiler.chmod(0o755)
+    with pytest.raises(BackendError, match=r"is full; free some space, or name other folders in .* TMPDIR"):
+        project.build(compilers=[str(compiler)])
+
+
+def test_a_compiler_that_hangs_is_not_waited_for_for_ever(project, monkeypatch, caplog):
+    monkeypatch.setattr(build, "_REPORT_SECONDS", 0.3)
+    monkeypatch.setattr(build, "LIMIT_SECONDS", 0.5)
+    with pytest.raises(BackendError, match=r"building the kernel 'answer' took longer than"):
+        project.build(compilers=[str(project.slow_compiler(30))])
+    assert caplog.text.count("still building the kernel 'answer'") == 2
+    assert list(project.cache.iterdir()) == []
 
 
 def test_ninja_is_found_beside_the_interpreter_when_not_on_the_path(monkeypatch):
@@ -150,5 +315,22 @@ def test_ninja_is_found_beside_the_interpreter_when_not_on_the_path(monkeypatch)
 
 
 def test_libraries_are_kept_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.delenv("RWKV_TRAIN_KERNELS", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache_folder() == tmp_path / ".cache" / "rwkv-train" / "kernels"
+
+
+def test_they_are_kept_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RWKV_TRAIN_KERNELS", "~/elsewhere")
+    assert default_cache_folder() == tmp_path / "elsewhere"
+
+
+def test_a_user_without_a_home_is_told_how_to_name_a_folder(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("RWKV_TRAIN_KERNELS", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(BackendError, match=r"there is no home folder .* name a folder in RWKV_TRAIN_KERNELS"):
+        default_cache_folder()
