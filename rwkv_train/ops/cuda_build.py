@@ -14,7 +14,7 @@ import functools
 import logging
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -186,48 +186,39 @@ def load_cuda_library(
     architectures = _architectures_of(driver)
     cache_folder = cache_folder or default_cache_folder()
     passed_over: dict[Path, str] = {}
-    broken: set[Path] = set()
-    try:
-        toolkit: Toolkit | None = find_toolkit()
-    except BackendError as error:
-        toolkit, no_toolkit = None, error
+
+    def load_first(libraries: Iterable[Path]) -> ctypes.CDLL | None:
+        for library in libraries:
+            built = Built.parse(library.name)
+            why_not = built.why_not(source, driver) if built else "its name is none of ours"
+            if why_not is None:
+                try:
+                    return ctypes.CDLL(str(library))
+                except OSError as error:
+                    why_not = f"it cannot be loaded ({error})"
+                    logger.warning("the kernel %s is passed over: %s", library, why_not)
+            passed_over[library] = why_not
+        return None
+
     prebuilt = (source_folder or find_asset_folder("cuda")) / PREBUILT
-    for library in (*_candidates(op, prebuilt, None), *_candidates(op, cache_folder, toolkit)):
-        built = Built.parse(library.name)
-        why_not = built.why_not(source, driver) if built else "its name is none of ours"
-        if why_not is None:
-            try:
-                return ctypes.CDLL(str(library))
-            except OSError as error:
-                why_not = f"it cannot be loaded ({error})"
-                logger.warning("the kernel %s is passed over: %s", library, why_not)
-                broken.add(library)
-        passed_over[library] = why_not
-    if toolkit is None:
-        raise BackendError(f"{no_toolkit}{_others(passed_over)}")
-    if driver.cuda and (refusal := why_driver_refuses(toolkit.cuda, driver.cuda, needs_ptx=False)):
-        raise BackendError(
-            f"what {toolkit} builds does not run here: {refusal}; update the driver, or install the toolkit of CUDA "
-            f"{driver.cuda[0]} and set CUDA_HOME to its folder{_others(passed_over)}"
-        )
-    build = functools.partial(
-        build_cuda_library,
-        op,
-        architectures,
-        cache_folder=cache_folder,
-        source_folder=source_folder,
-        toolkit=toolkit,
-    )
-    library = build()
-    if library in broken:
-        library = build(anew=True)
+    if loaded := load_first(_libraries(op, prebuilt)):
+        return loaded
     try:
-        return ctypes.CDLL(str(library))
-    except OSError as error:
-        raise BackendError(
-            f"the kernel {library} was built and cannot be loaded ({error}); see whether the C++ compiler of nvcc "
-            "(NVCC_CCBIN) is that of this system"
-        ) from error
+        toolkit = _toolkit_for(driver)
+        if loaded := load_first(_libraries(op, cache_folder, toolkit.version)):
+            return loaded
+        build = functools.partial(
+            build_cuda_library, op, architectures, cache_folder=cache_folder, source_folder=source_folder
+        )
+        library = build(toolkit=toolkit)
+        if library in passed_over:  # it is there and damaged
+            library = build(toolkit=toolkit, anew=True)
+        return _load_built(library)
+    except BackendError as error:
+        # What another compiler made serves as well: on a node that has none, it was built elsewhere.
+        if loaded := load_first(path for path in _libraries(op, cache_folder) if path not in passed_over):
+            return loaded
+        raise BackendError(f"{error}{_in_parentheses(passed_over)}") from error
 
 
 def runs_on(chip: str, architectures: Sequence[str]) -> bool:
@@ -263,11 +254,31 @@ def _usable(driver: Driver) -> list[Chip]:
     return [chip for chip in driver.chips if is_new_enough(chip.architecture)]
 
 
-def _candidates(op: str, folder: Path, toolkit: Toolkit | None) -> list[Path]:
-    """Return an operator's libraries in a folder, newest first; where there is a compiler, only its own work."""
-    version = "*" if toolkit is None else toolkit.version
+def _toolkit_for(driver: Driver) -> Toolkit:
+    """Find a compiler whose work the driver runs."""
+    toolkit = find_toolkit()
+    if driver.cuda and (refusal := why_driver_refuses(toolkit.cuda, driver.cuda, needs_ptx=False)):
+        raise BackendError(
+            f"what {toolkit} builds does not run here: {refusal}; update the driver, or install the toolkit of CUDA "
+            f"{driver.cuda[0]} and set CUDA_HOME to its folder"
+        )
+    return toolkit
+
+
+def _load_built(library: Path) -> ctypes.CDLL:
     try:
-        found = [(path.stat().st_mtime, path) for path in folder.glob(f"{op}_cuda-*-nvcc{version}-*.so")]
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise BackendError(
+            f"the kernel {library} was built and cannot be loaded ({error}); see whether the C++ compiler of nvcc "
+            "(NVCC_CCBIN) is that of this system"
+        ) from error
+
+
+def _libraries(op: str, folder: Path, nvcc: str = "*") -> list[Path]:
+    """Return an operator's libraries in a folder, newest first."""
+    try:
+        found = [(path.stat().st_mtime, path) for path in folder.glob(f"{op}_cuda-*-nvcc{nvcc}-*.so")]
     except OSError:
         return []  # not there, not readable, or just removed
     return [path for _, path in sorted(found, reverse=True)]
@@ -313,7 +324,7 @@ def _cuda_of(nvcc: str) -> Version:
     return int(major), int(minor)
 
 
-def _others(passed_over: Mapping[Path, str]) -> str:
+def _in_parentheses(passed_over: Mapping[Path, str]) -> str:
     if not passed_over:
         return ""
     return " (passed over: " + "; ".join(f"{path}: {why}" for path, why in passed_over.items()) + ")"
