@@ -8,9 +8,10 @@
 //                 a[2]: row g,  columns 2t+8, 2t+9   a[3]: row g+8, columns 2t+8, 2t+9
 //     b [16, 8]   b[0]: rows 2t, 2t+1, column g      b[1]: rows 2t+8, 2t+9, column g
 //   tf32, m16n8k8:
-//     a [16, 8]   a[0]: row g, column t     a[1]: row g+8, column t     a[2]: row g, column t+4     a[3]: row g+8, column t+4
-//     b [8, 8]    b[0]: row t, column g     b[1]: row t+4, column g
-//   c [16, 8]     c[0], c[1]: row g, columns 2t, 2t+1     c[2], c[3]: row g+8, columns 2t, 2t+1
+//     a [16, 8]   a[0]: row g, column t              a[1]: row g+8, column t
+//                 a[2]: row g, column t+4            a[3]: row g+8, column t+4
+//     b [8, 8]    b[0]: row t, column g              b[1]: row t+4, column g
+//   c [16, 8]     c[0], c[1]: row g, columns 2t, 2t+1   c[2], c[3]: row g+8, columns 2t, 2t+1
 //
 // All lanes of the warp must come to an mma or ldmatrix together.
 

@@ -4,8 +4,8 @@
 // until it must wait for others, at a barrier or in a collective of its warp (shuffle, mma), then the next one goes
 // on. A thread gets a stack of its own only when an earlier one waits, so threads that never wait are plain calls.
 //
-// All state is in `machine`; a lock lets one launch at a time use it. What goes wrong is returned by launch() as a code,
-// and told by error_text().
+// All state is in `machine`; a lock lets one launch at a time use it. What goes wrong launch() returns as a code, and
+// error_text() tells.
 
 #pragma once
 
@@ -22,7 +22,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <new>
 #include <numeric>
 #include <random>
 #include <string>
@@ -94,10 +93,11 @@ RWKV_HIDDEN inline dim3 blockDim, gridDim;
 
 namespace RWKV_HIDDEN rwkv_emulation {
 
-constexpr size_t kStackBytes = (64 << 10) + 320;  // no power of two, else the frames of all threads share few cache sets
+// No power of two: the frames of all threads would share few sets of the cache.
+constexpr size_t kStackBytes = (64 << 10) + 320;
 constexpr size_t kStackEnd = 64;  // bytes at its end that must stay as they are
 
-[[noreturn]] void fiber_main();
+[[noreturn]] inline void fiber_main();
 
 #if !defined(RWKV_EMULATION_PORTABLE)
 
@@ -168,6 +168,7 @@ constexpr size_t kFence = 256 << 10;  // bytes after it, and before all stacks, 
 constexpr int kPoison = 0xff;         // a byte of which every float is NaN and every int is -1
 constexpr int kFailed = 719;          // what CUDA calls "unspecified launch failure"
 constexpr int kBadLaunch = 9;         // what CUDA calls "invalid configuration argument"
+constexpr int kNoMemory = 2;          // what CUDA calls "out of memory"
 
 // What the last lane does on behalf of all lanes of a mask; lanes[i] is the operand of lane i.
 using Complete = void (*)(void* const* lanes, unsigned mask);
@@ -383,7 +384,7 @@ inline void run_block() {
   char* const shared_stop = machine.shared + machine.shared_bytes;
   if (!machine.failed &&
       !(is_poison(machine.shared - kBand, kBand) && is_poison(shared_stop, machine.shared_end - shared_stop))) {
-    describe("it writes outside of the " + std::to_string(machine.shared_bytes) + " bytes of shared memory it asked for");
+    describe("writes outside of the " + std::to_string(machine.shared_bytes) + " bytes of shared memory it asked for");
     machine.failed = true;
   }
 }
@@ -452,21 +453,19 @@ inline void free_all_stacks() {
   for (int i = kMaxThreads; i-- > 0;) machine.free_stacks.push_back(i);
 }
 
-inline void map_memory() {
-  if (machine.stacks) return;
-  const auto map = [](size_t bytes) {
-    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    return static_cast<char*>(memory);
-  };
+// Stacks and shared memory, once; false if there is none.
+inline bool map_memory() {
+  if (machine.stacks) return true;
   constexpr size_t kPages = (kMaxShared + kBand + 0xffff) / 0x10000 * 0x10000;  // whole pages, be they 64 KB
-  char* const shared = map(kPages + kFence);
-  mprotect(shared + kPages, kFence, PROT_NONE);
-  machine.shared_end = shared + kPages;
-  char* const stacks = map(kFence + kMaxThreads * kStackBytes);
-  mprotect(stacks, kFence, PROT_NONE);
-  machine.stacks = stacks + kFence;
+  constexpr size_t kBytes = kPages + 2 * kFence + kMaxThreads * kStackBytes;
+  constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* const mapped = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, kFlags, -1, 0);
+  if (mapped == MAP_FAILED) return false;
+  machine.shared_end = static_cast<char*>(mapped) + kPages;
+  mprotect(machine.shared_end, 2 * kFence, PROT_NONE);
+  machine.stacks = machine.shared_end + 2 * kFence;
   free_all_stacks();
+  return true;
 }
 
 inline std::string first_argument(const char* text) {
@@ -492,14 +491,18 @@ inline std::string refuses(dim3 grid, dim3 block, size_t shared_bytes) {
 }
 
 // text: the arguments of launch() as the source has them.
-inline int run_grid(const char* text, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* arguments) {
+inline int run_grid(const char* text, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
+                    void* arguments) {
   const std::lock_guard<std::mutex> guard(machine.lock);
   const std::string name = first_argument(text);
   if (const std::string reason = refuses(grid, block, shared_bytes); !reason.empty()) {
     machine.error = "emulation: kernel " + name + ": " + reason;
     return kBadLaunch;
   }
-  map_memory();
+  if (!map_memory()) {
+    machine.error = "emulation: there is no memory for stacks";
+    return kNoMemory;
+  }
   machine.name = name.c_str();
   machine.body = body;
   machine.arguments = arguments;

@@ -1,4 +1,4 @@
-// Kernels that are wrong, each in one way; tests/ops/test_emulation.py wants the emulation to say so. Never run on a GPU.
+// Kernels that are wrong, each in one way; tests/ops/test_emulation.py wants the emulation to say so. Not for a GPU.
 
 #include "gpu_mma.cuh"
 
@@ -87,7 +87,9 @@ using namespace rwkv;
 RWKV_EXPORT const char* explain(int code) { return error_text(code); }
 RWKV_EXPORT int run_some_return_before_a_barrier() { return launch(some_return_before_a_barrier, 3, 64, 0, nullptr); }
 RWKV_EXPORT int run_a_barrier_for_one_warp() { return launch(a_barrier_for_one_warp, 1, 64, 0, nullptr); }
-RWKV_EXPORT int run_lanes_that_do_not_come(float* out) { return launch(lanes_that_do_not_come, 1, 64, 0, nullptr, out); }
+RWKV_EXPORT int run_lanes_that_do_not_come(float* out) {
+  return launch(lanes_that_do_not_come, 1, 64, 0, nullptr, out);
+}
 RWKV_EXPORT int run_different_masks(float* out) { return launch(different_masks, 1, 64, 0, nullptr, out); }
 RWKV_EXPORT int run_different_operations(float* out) { return launch(different_operations, 1, 64, 0, nullptr, out); }
 RWKV_EXPORT int run_outside_of_its_own_mask(float* out) {

@@ -14,9 +14,8 @@ __device__ int64_t number_of_thread() {
 
 // out: [threads, 6].
 __global__ void write_indices(int* out) {
-  int* own = out + number_of_thread() * 6;
-  own[0] = static_cast<int>(blockIdx.x), own[1] = static_cast<int>(blockIdx.y), own[2] = static_cast<int>(blockIdx.z);
-  own[3] = static_cast<int>(threadIdx.x), own[4] = static_cast<int>(threadIdx.y), own[5] = static_cast<int>(threadIdx.z);
+  const unsigned indices[] = {blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z};
+  for (int i = 0; i < 6; ++i) out[number_of_thread() * 6 + i] = static_cast<int>(indices[i]);
 }
 
 __global__ void convert(const void* from, int from_dtype, void* to, int to_dtype, int64_t n) {
@@ -112,12 +111,12 @@ __global__ void read_matrices(const uint16_t* x, unsigned* registers) {
 constexpr int kSliceX = 16 * 24, kSliceY = 16 * 40;  // rows padded against bank conflicts, still multiples of 16 bytes
 
 __device__ void fetch_slice(const uint16_t* x, const uint16_t* y, int slice, int k, int n, uint16_t* shared) {
-  const int thread = static_cast<int>(threadIdx.x), row = thread / 4, piece = thread % 4 * 8;
-  if (thread < 64) cp_async<16>(shared + kSliceX + row * 40 + piece, y + (slice * 16 + row) * n + blockIdx.x * 32 + piece);
-  if (thread >= 64) {
-    const int at = thread - 64;
-    cp_async<8>(shared + at / 4 * 24 + at % 4 * 4, x + (blockIdx.y * 16 + at / 4) * k + slice * 16 + at % 4 * 4);
-  }
+  const int row = static_cast<int>(threadIdx.x) % 64 / 4, quarter = static_cast<int>(threadIdx.x) % 4;
+  if (threadIdx.x < 64)
+    cp_async<8>(shared + row * 24 + quarter * 4, x + (blockIdx.y * 16 + row) * k + slice * 16 + quarter * 4);
+  else
+    cp_async<16>(shared + kSliceX + row * 40 + quarter * 8,
+                 y + (slice * 16 + row) * n + blockIdx.x * 32 + quarter * 8);
 }
 
 __global__ void __launch_bounds__(128) multiply(const uint16_t* x, const uint16_t* y, float* c, int k, int n) {
