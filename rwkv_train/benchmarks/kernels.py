@@ -1,190 +1,209 @@
-"""Time the recurrences, backend beside backend."""
+"""Time the recurrences: backend beside backend, and beside other implementations, on the same inputs in turns."""
 
+import math
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from rwkv_train.errors import BackendError
+from rwkv_train.benchmarks.contenders import (
+    Call,
+    Contender,
+    backend_contender,
+    largest_difference,
+    look_at,
+    make_call,
+    peer_contender,
+)
+from rwkv_train.benchmarks.kernel_counts import PASSES, count_operations, minimum_bytes
+from rwkv_train.benchmarks.kernel_inputs import KernelInputs, make_inputs
+from rwkv_train.benchmarks.kernel_peers import Peer
+from rwkv_train.benchmarks.kernel_sizes import CPU_SIZES, NO_HEADS, KernelSize
+from rwkv_train.benchmarks.machine_limits import MachineLimits
+from rwkv_train.benchmarks.stopwatch import Stopwatch, cold_stopwatch
+from rwkv_train.errors import BackendError, ConfigError
 from rwkv_train.ops.backends import AUTO, Problem, capability_of
-from rwkv_train.ops.context import PLAIN, SequenceContext, packed_context
 from rwkv_train.ops.prepare import OPERATORS, prepare_backend
-from rwkv_train.ops.wkv4 import wkv4
-from rwkv_train.ops.wkv5 import wkv5
-from rwkv_train.ops.wkv6 import wkv6
-from rwkv_train.ops.wkv7 import wkv7
 
 N_WARM_UP = 3
-"""Calls that are not counted: they build, allocate and wake the threads."""
+"""Calls that are not timed: they build, tune, allocate and wake the threads. The last one of them is looked at."""
 
+DEFAULT_BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("cuda_exact", "torch")}
+DEFAULT_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
-class KernelSize(NamedTuple):
-    """A problem to time. ``wkv4`` has no heads: there ``H`` is 1 and ``N`` the width."""
-
-    op: str
-    B: int
-    T: int
-    H: int
-    N: int
-    packed: bool = False
-    """All tokens in one row, in sequences each half as long as the one before, down to one token."""
-
-
-STANDARD_SIZES = (
-    KernelSize("wkv7", B=4, T=512, H=12, N=64),
-    KernelSize("wkv7", B=4, T=512, H=12, N=64, packed=True),
-    KernelSize("wkv7", B=12, T=64, H=2, N=64),
-    KernelSize("wkv6", B=4, T=512, H=12, N=64),
-    KernelSize("wkv6", B=4, T=512, H=12, N=64, packed=True),
-    KernelSize("wkv6", B=12, T=64, H=2, N=64),
-    KernelSize("wkv5", B=4, T=512, H=12, N=64),
-    KernelSize("wkv5", B=4, T=512, H=12, N=64, packed=True),
-    KernelSize("wkv5", B=12, T=64, H=2, N=64),
-    KernelSize("wkv4", B=4, T=512, H=1, N=768),
-    KernelSize("wkv4", B=4, T=512, H=1, N=768, packed=True),
-    KernelSize("wkv4", B=12, T=64, H=1, N=128),
-)
-
-RECURRENCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "wkv4": wkv4,
-    "wkv5": wkv5,
-    "wkv6": wkv6,
-    "wkv7": wkv7,
-}
-
-Row = dict[str, str | int | float]
+Row = dict[str, str | int | float | None]
 Kind = tuple[str, str]
-"""Backend and pass."""
+"""Name of a contender, and pass."""
+
+
+def resolve_backends(
+    sizes: Sequence[KernelSize], backends: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> list[list[str]]:
+    """Return the names of the backends of each size, loaded and each once; ``"auto"`` under its name.
+
+    Raises:
+        BackendError: an operator or a backend is unknown, or cannot run a size.
+    """
+    resolved: list[list[str]] = []
+    for size in sizes:
+        if size.op not in OPERATORS:
+            raise BackendError(f"there is no operator '{size.op}'; choose one of {', '.join(OPERATORS)}")
+        head_size = None if size.op == NO_HEADS else size.N
+        problem = Problem(device.type, dtype, head_size, size.packed, capability_of(device))
+        names = (prepare_backend(size.op, problem, name).name for name in backends)
+        resolved.append(list(dict.fromkeys(names)))
+    return resolved
 
 
 def bench_kernels(
-    sizes: Sequence[KernelSize] = STANDARD_SIZES,
+    sizes: Sequence[KernelSize] = CPU_SIZES,
     backends: Sequence[str] = (AUTO, "torch"),
     repeats: int = 20,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    peers: Sequence[Peer] = (),
+    limits: MachineLimits | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> list[Row]:
     """Time forward, and forward with backward, of each operator.
 
-    The backends take turns in every repeat, so that what else the machine does falls on all of them alike.
+    All take turns in every repeat, so that what else the machine does falls on all of them alike.
 
     Args:
         sizes: the problems.
-        backends: names as the operators take them; ``"auto"`` is reported under the name it stands for.
+        backends: names as the operators take them; ``"auto"`` is reported under the name it stands for. The first
+            one is what results are compared with.
         repeats: timed calls of each kind; the median is reported.
         device: where the tensors lie.
         dtype: dtype of all inputs but the log decay and the state, which are float32.
+        peers: other implementations. Of one that fails, the row says why and has no time.
+        limits: what the device can do; ``None`` leaves out the parts of it that were achieved.
+        stopwatch: measures one call; ``None`` stands for that of the device, with cold caches.
 
     Returns:
-        One row for each size, backend and pass: ``op``, ``backend``, ``B``, ``T``, ``H``, ``N``, ``packed``,
-        ``device``, ``dtype``, ``pass`` (``"forward"`` or ``"forward+backward"``), ``repeats``, ``ms`` (median) and
-        ``min_ms``.
+        One row for each size, backend and pass: ``op``, ``B``, ``T``, ``H``, ``N``, ``packed``, ``backend`` (or
+        the peer's name), ``pass`` (``"forward"`` or ``"forward+backward"``), ``device``, ``dtype``, ``repeats``,
+        ``ms`` (median) and ``min_ms``; then
+
+        - ``bytes`` and ``operations``: what the call must move and compute, by
+          :mod:`rwkv_train.benchmarks.kernel_counts`; over the median time, ``gb_per_second`` and
+          ``gflop_per_second``; ``of_copy`` and ``of_matmul``, their parts of ``limits``;
+        - ``peak_bytes``: memory that the call takes beyond its inputs, on a GPU;
+        - ``difference``: of y, or of the gradient that differs most, from that of the first backend: norm of the
+          difference over norm;
+        - ``failed``: why there is no time, or why there is no difference.
 
     Raises:
         BackendError: an operator or a backend is unknown, or cannot run a size.
+        ConfigError: two that are measured have one name.
     """
     device = torch.device(device)
+    chosen = resolve_backends(sizes, backends, device, dtype)
+    for size, names in zip(sizes, chosen, strict=True):
+        _require_different(size.op, [*names, *(peer.name for peer in peers if peer.op == size.op)])
+    stopwatch = stopwatch or cold_stopwatch(device)
     rows: list[Row] = []
-    for size in sizes:
-        if size.op not in OPERATORS:
-            raise BackendError(f"there is no operator '{size.op}'; choose one of {', '.join(OPERATORS)}")
-        head_size = None if size.op == "wkv4" else size.N
-        problem = Problem(device.type, dtype, head_size, size.packed, capability_of(device))
-        names = list(dict.fromkeys(prepare_backend(size.op, problem, name).name for name in backends))
-        inputs, dy = _inputs(size, device, dtype)
-        context = packed_context(_halving(size.B * size.T).to(device)) if size.packed else PLAIN
-        calls = {
-            (name, kind): _call(size.op, name, kind, inputs, dy, context)
-            for name in names
-            for kind in ("forward", "forward+backward")
-        }
-        seconds = _time_in_turns(calls, repeats, device)
-        for (name, kind), times in seconds.items():
-            rows.append(
-                {
-                    **size._asdict(),
-                    "backend": name,
-                    "pass": kind,
-                    "device": device.type,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "repeats": repeats,
-                    "ms": round(statistics.median(times) * 1e3, 4),
-                    "min_ms": round(min(times) * 1e3, 4),
-                }
-            )
+    for size, names in zip(sizes, chosen, strict=True):
+        inputs = make_inputs(size, device, dtype)
+        contenders = [backend_contender(size.op, name, inputs) for name in names]
+        contenders += [peer_contender(peer, inputs) for peer in peers if peer.op == size.op]
+        calls, seen = _warm_up(contenders, inputs, device)
+        seconds = _time_in_turns(calls, repeats, stopwatch)
+        for key, found in seen.items():
+            name, kind = key
+            row: Row = {
+                **size._asdict(),
+                "backend": name,
+                "pass": kind,
+                "device": device.type,
+                "dtype": str(dtype).removeprefix("torch."),
+                "repeats": repeats,
+            }
+            rows.append(row | _rates(size, kind, dtype, seconds.get(key), limits) | found)
     return rows
 
 
-def _time_in_turns(
-    calls: Mapping[Kind, Callable[[], None]], repeats: int, device: torch.device
-) -> dict[Kind, list[float]]:
+def _require_different(op: str, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two implementations of {op} are called {name}; give one of them another name")
+
+
+def _warm_up(
+    contenders: Sequence[Contender], inputs: KernelInputs, device: torch.device
+) -> tuple[dict[Kind, Call], dict[Kind, Row]]:
+    """Return the calls that work, and the last columns of a row for each, also for those that do not."""
+    calls: dict[Kind, Call] = {}
+    seen: dict[Kind, Row] = {}
+    expected: dict[str, tuple[Tensor, ...]] = {}
+    for contender in contenders:
+        for kind in PASSES:
+            key, call = (contender.name, kind), make_call(contender, kind, inputs)
+            row: Row = {"peak_bytes": None, "difference": None, "failed": None}
+            seen[key] = row
+            try:
+                for _ in range(N_WARM_UP - 1):
+                    call()
+                result, row["peak_bytes"] = look_at(call, device)
+                if contender is contenders[0]:
+                    expected[kind] = result
+                if kind in expected:
+                    row |= _compare(result, expected[kind])
+            except Exception as error:
+                # Foreign code may raise anything, and must not end the run; and memory may not suffice for all.
+                if contender.is_ours and not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                row["failed"] = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+            else:
+                calls[key] = call
+    return calls, seen
+
+
+def _compare(result: Sequence[Tensor], expected: Sequence[Tensor]) -> Row:
+    difference = largest_difference(result, expected)
+    if not math.isfinite(difference):  # which JSON cannot say
+        return {"failed": "a result is not finite"}
+    return {"difference": float(f"{difference:.3g}")}
+
+
+def _time_in_turns(calls: Mapping[Kind, Call], repeats: int, stopwatch: Stopwatch) -> dict[Kind, list[float]]:
     seconds: dict[Kind, list[float]] = {key: [] for key in calls}
-    for turn in range(N_WARM_UP + repeats):
+    for _ in range(repeats):
         for key, call in calls.items():
-            _wait(device)
-            start = time.perf_counter()
-            call()
-            _wait(device)
-            if turn >= N_WARM_UP:
-                seconds[key].append(time.perf_counter() - start)
+            seconds[key].append(stopwatch(call))
     return seconds
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _halving(n_tokens: int) -> Tensor:
-    """Return where sequences start of which each takes half of the tokens that are left, the last one all."""
-    starts = [0]
-    while starts[-1] < n_tokens:
-        starts.append(starts[-1] + (n_tokens - starts[-1] + 1) // 2)
-    return torch.tensor(starts)
-
-
-def _call(
-    op: str, backend: str, kind: str, inputs: Sequence[Tensor], dy: Tensor, context: SequenceContext
-) -> Callable[[], None]:
-    def run() -> Tensor:
-        return RECURRENCES[op](*inputs, None, context, backend=backend)[0]
-
-    def forward() -> None:
-        with torch.no_grad():
-            run()
-
-    def forward_and_backward() -> None:
-        torch.autograd.grad(run(), inputs, dy)
-
-    return forward if kind == "forward" else forward_and_backward
-
-
-def _inputs(size: KernelSize, device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """Return inputs as a model makes them, and a gradient of y."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    rows = (1, size.B * size.T) if size.packed else (size.B, size.T)
-    shape: tuple[int, ...] = (*rows, size.H, size.N)
-    if size.op == "wkv7":
-        w = -0.6065 * torch.sigmoid(random(*shape))
-        key = F.normalize(random(*shape), dim=-1)
-        others = [random(*shape), random(*shape), random(*shape), -key, key * torch.sigmoid(random(*shape))]
-        inputs = [others[0], w, *others[1:]]
-    elif size.op == "wkv4":
-        shape = (*rows, size.N)
-        w = -torch.exp(random(size.N))
-        inputs = [w, random(size.N), random(*shape), random(*shape)]
-    else:
-        by_head = (size.H, size.N)
-        w = -torch.exp(random(*(by_head if size.op == "wkv5" else shape)) - 3)
-        inputs = [random(*shape), w, random(*shape), random(*shape), random(*by_head)]
-    inputs = [x.to(device, torch.float32 if x is w else dtype).requires_grad_() for x in inputs]
-    return inputs, random(*shape).to(device, dtype)
+def _rates(
+    size: KernelSize,
+    kind: str,
+    dtype: torch.dtype,
+    seconds: Sequence[float] | None,
+    limits: MachineLimits | None,
+) -> Row:
+    n_bytes, operations = minimum_bytes(size, kind, dtype.itemsize), count_operations(size, kind)
+    row: Row = {
+        "ms": None,
+        "min_ms": None,
+        "bytes": n_bytes,
+        "operations": operations,
+        "gb_per_second": None,
+        "gflop_per_second": None,
+        "of_copy": None,
+        "of_matmul": None,
+    }
+    if seconds is None:
+        return row
+    median = statistics.median(seconds)
+    row |= {
+        "ms": round(median * 1e3, 4),
+        "min_ms": round(min(seconds) * 1e3, 4),
+        "gb_per_second": round(n_bytes / median * 1e-9, 3),
+        "gflop_per_second": round(operations / median * 1e-9, 3),
+    }
+    if limits is not None:
+        row["of_copy"] = round(n_bytes / median / limits.copy_bytes_per_second, 5)
+        row["of_matmul"] = round(operations / median / limits.matmul_operations_per_second, 5)
+    return row

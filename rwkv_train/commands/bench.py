@@ -10,6 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rwkv_train.commands.bench_kernels import (
+    KernelDtype,
+    Ops,
+    Peers,
+    PlotFile,
+    Sizes,
+    kernel_table,
+    measure_kernels,
+    require_picture,
+    write_roofline,
+)
 from rwkv_train.commands.inference import Device, find_device
 from rwkv_train.commands.tables import print_table
 from rwkv_train.errors import ConfigError
@@ -46,7 +57,8 @@ Backends = Annotated[
     typer.Option(
         "--backend",
         metavar="NAME",
-        help="Of the recurrences, for kernels and training. May be repeated. By default torch, and cpp on a CPU.",
+        help="Of the recurrences, for kernels and training. May be repeated. By default torch, and cpp on a CPU; for "
+        "kernels on a GPU cuda_exact and torch. Kernels: the first is what the others' results are compared with.",
     ),
 ]
 Strategies = Annotated[
@@ -90,9 +102,14 @@ def bench(
     strategy: Strategies = None,
     config: Config = None,
     input: Input = None,  # noqa: A002 - the option's name
+    op: Ops = None,
+    size: Sizes = None,
+    peer: Peers = None,
+    dtype: KernelDtype = None,
     repeats: Repeats = 5,
     device: Device = "auto",
     json_file: JsonFile = None,
+    plot_file: PlotFile = None,
 ) -> None:
     """Measure backends in turn within one process, or strategies each in processes of its own."""
     from rwkv_train.benchmarks.environment import describe_environment
@@ -102,12 +119,22 @@ def bench(
         ("--strategy", strategy, (What.STRATEGIES, What.SAVING)),
         ("--config", config, (What.CONVERTING, What.EVALUATING)),
         ("--input", input, (What.PREPARING,)),
+        ("--op", op, (What.KERNELS,)),
+        ("--size", size, (What.KERNELS,)),
+        ("--peer", peer, (What.KERNELS,)),
+        ("--dtype", dtype, (What.KERNELS,)),
+        ("--plot", plot_file, (What.KERNELS,)),
     ):
         if given and what not in subjects:
             raise ConfigError(f"{option} is for {' and '.join(subjects)}, not for {what.value}")
+    require_picture(plot_file)
     place = find_device(device)
     environment = describe_environment(place) | {"load_before": round(os.getloadavg()[0], 2)}
-    if what in (What.STRATEGIES, What.SAVING):
+    title = what.value
+    if what is What.KERNELS:
+        measured = measure_kernels(backend, op, size, peer, dtype, repeats, place)
+        title, rows = kernel_table(measured)
+    elif what in (What.STRATEGIES, What.SAVING):
         rows = _measure_runs(what, _strategies(strategy), repeats, place)
     elif what is What.CONVERTING:
         from rwkv_train.benchmarks.converting import bench_converting
@@ -121,11 +148,15 @@ def bench(
         rows = _measure_preparing(input, repeats)
     else:
         backends = backend or (["torch", "cpp"] if place.type == "cpu" else ["torch"])
-        rows = _measure(what, backends, repeats, place)
-    print_table(_table(what.value, rows))
+        rows = _measure_training(backends, repeats, place)
+    print_table(_table(title, rows))
+    content = {"environment": environment} | (measured if what is What.KERNELS else {"results": rows})
     if json_file is not None:
-        _write(json_file, {"environment": environment, "results": rows})
+        _write(json_file, content)
         typer.echo(f"wrote {json_file}")
+    if plot_file is not None:
+        write_roofline(plot_file, content, environment["device"])
+        typer.echo(f"wrote {plot_file}")
 
 
 def _strategies(asked: list[str] | None) -> list[str]:
@@ -209,18 +240,14 @@ def _shown(rows: "Iterator[dict[str, Any]]") -> list[dict[str, Any]]:
     return found
 
 
-def _measure(what: What, backends: list[str], repeats: int, device: "torch.device") -> list[dict[str, Any]]:
-    if what is What.TRAINING:
-        from rwkv_train.benchmarks.training import STANDARD, bench_training
+def _measure_training(backends: list[str], repeats: int, device: "torch.device") -> list[dict[str, Any]]:
+    from rwkv_train.benchmarks.training import STANDARD, bench_training
 
-        return [
-            row
-            for case in STANDARD
-            for row in bench_training(case, backends=backends, device=device, repeats=repeats)
-        ]
-    from rwkv_train.benchmarks.kernels import STANDARD_SIZES, bench_kernels
-
-    return [dict(row) for row in bench_kernels(STANDARD_SIZES, backends, repeats, device=device)]
+    return [
+        row
+        for case in STANDARD
+        for row in bench_training(case, backends=backends, device=device, repeats=repeats)
+    ]
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> "Table":
@@ -230,7 +257,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> "Table":
     shown = [name for name in rows[0] if name not in _SAME_IN_EVERY_ROW]
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in shown:
-        is_number = isinstance(rows[0][name], int | float)
+        is_number = any(isinstance(row[name], int | float) for row in rows)
         table.add_column(name, justify="right" if is_number else "left")
     for row in rows:
         table.add_row(*map(_cell, (row[name] for name in shown)))
@@ -238,6 +265,8 @@ def _table(title: str, rows: list[dict[str, Any]]) -> "Table":
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     return f"{value:,.2f}" if isinstance(value, float) else str(value)
 
 

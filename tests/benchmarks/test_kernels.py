@@ -1,10 +1,17 @@
 """Timing the recurrences: what the rows say."""
 
-import pytest
+import itertools
 
-from rwkv_train.benchmarks.kernels import STANDARD_SIZES, KernelSize, bench_kernels
-from rwkv_train.errors import BackendError
-from rwkv_train.ops.prepare import OPERATORS
+import pytest
+import torch
+
+from rwkv_train.benchmarks.kernel_peers import Peer
+from rwkv_train.benchmarks.kernel_sizes import KernelSize
+from rwkv_train.benchmarks.kernels import N_WARM_UP, bench_kernels
+from rwkv_train.benchmarks.machine_limits import MachineLimits
+from rwkv_train.errors import BackendError, ConfigError
+from rwkv_train.ops.context import PLAIN, packed_context
+from rwkv_train.ops.wkv7 import wkv7
 
 SMALL = (
     KernelSize("wkv7", B=1, T=9, H=2, N=8),
@@ -13,10 +20,37 @@ SMALL = (
     KernelSize("wkv5", B=1, T=9, H=2, N=8),
     KernelSize("wkv4", B=1, T=9, H=1, N=16, packed=True),
 )
+PLAIN_WKV7, PACKED_WKV7 = SMALL[:2]
+
+
+def stopped_watch(*seconds):
+    """A stopwatch that makes the call and reads off what it is told to."""
+    readings = itertools.cycle(seconds or (1.0,))
+
+    def seconds_of(call):
+        call()
+        return next(readings)
+
+    return seconds_of
+
+
+def bench(sizes, backends=("reference",), repeats=1, **options):
+    return bench_kernels(sizes, backends, repeats, stopwatch=stopped_watch(), **options)
+
+
+def peer_of(change=lambda y: y, name="peer"):
+    """Our reference, as somebody else's function, with y changed."""
+
+    def function(r, w, k, v, a, b, cu_seqlens=None):
+        context = PLAIN if cu_seqlens is None else packed_context(cu_seqlens)
+        y, state = wkv7(r, w, k, v, a, b, None, context, backend="reference")
+        return change(y), state
+
+    return Peer(name, "wkv7", function)
 
 
 def test_there_is_a_row_for_each_size_backend_and_pass():
-    rows = bench_kernels(SMALL, ("cpp", "torch"), repeats=3)
+    rows = bench(SMALL, ("cpp", "torch"))
     found = [(row["op"], row["N"], row["packed"], row["backend"], row["pass"]) for row in rows]
     sizes = [
         ("wkv7", 8, False),
@@ -32,13 +66,99 @@ def test_there_is_a_row_for_each_size_backend_and_pass():
         for kind in ("forward", "forward+backward")
     ]
     assert found == expected
+
+
+def test_the_clock_of_the_machine_runs():
+    rows = bench_kernels(SMALL[:1], ("reference",), repeats=3)
     assert all(0 < row["min_ms"] <= row["ms"] for row in rows)
 
 
+def test_median_and_least_time_are_those_of_the_calls_that_took_turns():
+    # Turns of two passes: 3, 5 and 4 seconds forward, 30, 70 and 50 with backward.
+    watch = stopped_watch(3, 30, 5, 70, 4, 50)
+    rows = bench_kernels(SMALL[:1], ("reference",), repeats=3, stopwatch=watch)
+    assert [(row["ms"], row["min_ms"]) for row in rows] == [(4000, 3000), (50_000, 30_000)]
+
+
+def test_rates_are_counts_over_the_median_time_and_parts_of_the_limits():
+    # 1,000 tokens of one head of 64: 1,000 x 64 x (6 + 1) x 4 bytes and the final state's 64 x 64 x 4;
+    # 1,000 x 9 x 64 x 64 operations.
+    size = KernelSize("wkv7", B=1, T=1000, H=1, N=64)
+    limits = MachineLimits(copy_bytes_per_second=18_083_840, matmul_operations_per_second=368_640_000)
+    watch = stopped_watch(0.5)
+    forward, _ = bench_kernels([size], ("cpp",), 1, limits=limits, stopwatch=watch)
+    assert (forward["bytes"], forward["operations"]) == (1_808_384, 36_864_000)
+    assert (forward["gb_per_second"], forward["gflop_per_second"]) == (0.004, 0.074)
+    assert (forward["of_copy"], forward["of_matmul"]) == (0.2, 0.2)
+
+
+def test_without_limits_no_part_of_one_is_told():
+    assert {(row["of_copy"], row["of_matmul"]) for row in bench(SMALL[:1])} == {(None, None)}
+
+
+def test_on_a_cpu_memory_is_not_told():
+    assert {row["peak_bytes"] for row in bench(SMALL[:1])} == {None}
+
+
 def test_auto_is_reported_under_the_name_it_stands_for_and_timed_once():
-    rows = bench_kernels(SMALL[:1], ("auto", "cpp"), repeats=1)
+    rows = bench(SMALL[:1], ("auto", "cpp"))
     assert [row["backend"] for row in rows] == ["cpp", "cpp"]
     assert [row["pass"] for row in rows] == ["forward", "forward+backward"]
+
+
+def test_backends_agree_within_rounding():
+    rows = bench(SMALL, ("reference", "cpp"))
+    assert {row["difference"] for row in rows if row["backend"] == "reference"} == {0}
+    assert all(0 < row["difference"] < 1e-5 for row in rows if row["backend"] == "cpp")
+
+
+@pytest.mark.parametrize("size", [PLAIN_WKV7, PACKED_WKV7], ids=["plain", "packed"])
+def test_a_peer_stands_beside_ours_on_the_same_inputs(size):
+    rows = bench([size], ("cpp",), peers=[peer_of()])
+    assert [row["backend"] for row in rows] == ["cpp", "cpp", "peer", "peer"]
+    assert all(row["difference"] < 1e-5 and row["ms"] == 1000 for row in rows)
+
+
+def test_a_wrong_peer_shows():
+    rows = bench([PLAIN_WKV7], peers=[peer_of(lambda y: 1.25 * y)])
+    assert [row["difference"] for row in rows] == [0, 0, 0.25, 0.25]
+
+
+def test_a_peer_runs_only_where_its_operator_is_measured():
+    assert {row["backend"] for row in bench(SMALL[2:3], peers=[peer_of()])} == {"reference"}
+
+
+def test_a_peer_is_called_as_often_as_ours():
+    called = []
+    bench([PLAIN_WKV7], repeats=4, peers=[peer_of(lambda y: called.append(1) or y)])
+    assert len(called) == 2 * (N_WARM_UP + 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda y: y[:, 1:], "ValueError: a result has the shape (1, 8, 2, 8), wanted (1, 9, 2, 8)"),
+        (lambda y: y.no_such_thing, "AttributeError: 'Tensor' object has no attribute 'no_such_thing'"),
+        (lambda y: y * float("nan"), "a result is not finite"),
+    ],
+    ids=["shape", "error", "nan"],
+)
+def test_a_peer_that_fails_says_why_and_ends_nothing(change, sentence):
+    rows = bench([PLAIN_WKV7], peers=[peer_of(change, "broken"), peer_of(name="whole")])
+    assert next(row["failed"] for row in rows if row["backend"] == "broken") == sentence
+    assert {row["failed"] for row in rows if row["backend"] != "broken"} == {None}
+
+
+def test_a_peer_without_a_backward_is_timed_forward():
+    forward, backward = bench([PLAIN_WKV7], peers=[peer_of(torch.Tensor.detach)])[2:]
+    assert forward["ms"] == 1000
+    assert backward["ms"] is None
+    assert "does not require grad" in backward["failed"]
+
+
+def test_two_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match="two implementations of wkv7 are called reference"):
+        bench([PLAIN_WKV7], peers=[peer_of(name="reference")])
 
 
 def test_a_backend_that_cannot_run_is_refused():
@@ -51,9 +171,8 @@ def test_an_unknown_operator_is_refused():
         bench_kernels((KernelSize("wkv9", 1, 1, 1, 1),), repeats=1)
 
 
-def test_every_operator_has_usual_sizes():
-    assert {size.op for size in STANDARD_SIZES} == set(OPERATORS)
-
-
-def test_the_usual_sizes_hold_the_one_that_the_goal_is_stated_for():
-    assert KernelSize("wkv7", B=4, T=512, H=12, N=64) in STANDARD_SIZES
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_time_and_memory_are_those_of_the_device():
+    rows = bench_kernels(SMALL, ("torch",), repeats=2, device="cuda", dtype=torch.bfloat16)
+    assert all(row["peak_bytes"] > 0 and 0 < row["min_ms"] <= row["ms"] for row in rows)

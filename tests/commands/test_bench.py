@@ -13,15 +13,22 @@ def bench(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+SMALL = ("--size", "B1T9H2N8", "--repeats", "1", "--device", "cpu")
+
+
 def test_measurements_are_written_with_their_circumstances(tmp_path):
-    path = tmp_path / "new folder" / "kernels.json"
-    result = bench("kernels", "--backend", "cpp", "--repeats", "1", "--device", "cpu", "--json", str(path))
+    path, picture = tmp_path / "new folder" / "kernels.json", tmp_path / "another" / "roofs.png"
+    result = bench("kernels", "--backend", "cpp", *SMALL, "--json", str(path), "--plot", str(picture))
 
     assert result.returncode == 0, result.stderr
     content = json.loads(path.read_text())
     assert content["environment"]["command"].startswith("rwkv-train bench kernels --backend cpp")
     assert {row["op"] for row in content["results"]} == {"wkv4", "wkv5", "wkv6", "wkv7"}
     assert {row["backend"] for row in content["results"]} == {"cpp"}
+    assert content["limits"]["copy_gb_per_second"] > 0
+    assert content["limits"]["matmul_gop_per_second"] > 0
+    assert all(0 < row["of_copy"] < 1 for row in content["results"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,182 @@
+"""The part of ``rwkv-train bench`` that times recurrences: its options, its table and its picture."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rwkv_train.commands.inference import DtypeName
+from rwkv_train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+Ops = Annotated[
+    list[str] | None,
+    typer.Option("--op", metavar="NAME", help="For kernels: wkv4 to wkv7. May be repeated. By default all."),
+]
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--size",
+        metavar="SIZE",
+        help="For kernels, in place of the usual sizes: B8T4096H32N64 is 8 rows of 4,096 tokens, 32 heads of 64 "
+        "channels; -packed after it puts sequences into one row; B8T4096C2048 is for wkv4 alone. May be repeated.",
+    ),
+]
+Peers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--peer",
+        metavar="[OP=]MODULE:FUNCTION",
+        help="For kernels: a function to measure beside ours. It takes the operator's inputs in our order but the "
+        "state, for packed rows also cu_seqlens=, and returns y and the final state. May be repeated.",
+    ),
+]
+KernelDtype = Annotated[
+    DtypeName | None,
+    typer.Option(
+        "--dtype", help="For kernels: of all inputs but the log decay. By default bf16 on a GPU, else fp32."
+    ),
+]
+PlotFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot", metavar="FILE", help="For kernels: draw rates under the machine's roofs, .png or .svg."
+    ),
+]
+
+_PICTURES = (".png", ".svg")
+
+
+def require_picture(path: Path | None) -> None:
+    """Find out before the long work whether a picture can be written.
+
+    Raises:
+        ConfigError: the file has another ending, or cannot be written.
+    """
+    if path is None:
+        return
+    if path.suffix not in _PICTURES:
+        raise ConfigError(
+            f"--plot {path} must end in {' or '.join(_PICTURES)}, which says the kind of picture"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--plot {path} cannot be written; give a file in a folder that can be")
+
+
+def measure_kernels(
+    backends: list[str] | None,
+    ops: list[str] | None,
+    sizes: list[str] | None,
+    peers: list[str] | None,
+    dtype: DtypeName | None,
+    repeats: int,
+    device: "torch.device",
+) -> dict[str, Any]:
+    """Return ``limits``, the rates of the machine, and ``results``, the rows, as JSON's types.
+
+    Raises:
+        ConfigError: an option names what is not there.
+        BackendError: a backend cannot run a size.
+    """
+    from rwkv_train.benchmarks.kernel_peers import importable_peers, load_peer
+    from rwkv_train.benchmarks.kernel_sizes import choose_sizes
+    from rwkv_train.benchmarks.kernels import (
+        DEFAULT_BACKENDS,
+        DEFAULT_DTYPES,
+        bench_kernels,
+        resolve_backends,
+    )
+    from rwkv_train.benchmarks.machine_limits import measure_limits
+    from rwkv_train.benchmarks.stopwatch import cache_bytes, cold_stopwatch
+    from rwkv_train.checkpoints.tensors import DTYPES
+
+    chosen = choose_sizes(device.type, ops, sizes)
+    given = [load_peer(peer, ops) for peer in peers or ()]
+    names = backends or DEFAULT_BACKENDS[device.type]
+    of_values = DEFAULT_DTYPES[device.type] if dtype is None else DTYPES[dtype.value]
+    resolve_backends(chosen, names, device, of_values)
+    known, left_out = importable_peers(device.type)
+    if left_out is not None:
+        typer.echo(left_out, err=True)
+
+    stopwatch = cold_stopwatch(device)
+    limits = measure_limits(device, of_values, stopwatch)
+    rows = []
+    for size in chosen:
+        rows += bench_kernels(
+            [size],
+            names,
+            repeats,
+            device=device,
+            dtype=of_values,
+            peers=[*known, *given],
+            limits=limits,
+            stopwatch=stopwatch,
+        )
+        typer.echo(f"{size.op} {size.label}: done", err=True)
+    return {
+        "limits": {
+            "copy_gb_per_second": round(limits.copy_bytes_per_second * 1e-9, 2),
+            "matmul_gop_per_second": round(limits.matmul_operations_per_second * 1e-9, 2),
+            "matmul_dtype": str(of_values).removeprefix("torch."),
+            "cache_bytes": cache_bytes(device),
+        },
+        "results": rows,
+    }
+
+
+def kernel_table(measured: "Mapping[str, Any]") -> tuple[str, list[dict[str, Any]]]:
+    """Return the title and the rows of the table on a terminal, which leaves out what only a program wants."""
+    from rwkv_train.benchmarks.kernel_sizes import KernelSize
+
+    limits, rows = measured["limits"], measured["results"]
+    title = (
+        f"kernels, {rows[0]['dtype']} on {rows[0]['device']}; here a copy moves "
+        f"{limits['copy_gb_per_second']:,.1f} GB/s, a matrix product computes "
+        f"{limits['matmul_gop_per_second']:,.0f} Gop/s"
+    )
+    columns = [
+        {
+            "op": row["op"],
+            "size": KernelSize(*(row[field] for field in KernelSize._fields)).label,
+            "backend": row["backend"],
+            "pass": row["pass"],
+            "ms": row["ms"],
+            "min_ms": row["min_ms"],
+            "% of copy": _scaled(row["of_copy"], 100),
+            "% of matmul": _scaled(row["of_matmul"], 100),
+            "peak MB": _scaled(row["peak_bytes"], 1e-6),
+            "difference": None if row["difference"] is None else f"{row['difference']:.1e}",
+            "failed": row["failed"],
+        }
+        for row in rows
+    ]
+    empty = {name for name in ("peak MB", "failed") if all(row[name] is None for row in columns)}
+    return title, [{name: cell for name, cell in row.items() if name not in empty} for row in columns]
+
+
+def write_roofline(path: Path, measured: "Mapping[str, Any]", machine: str) -> None:
+    """Draw what was measured into a file of the kind that its name says.
+
+    Raises:
+        ConfigError: nothing could be measured.
+    """
+    from rwkv_train.benchmarks.machine_limits import MachineLimits
+    from rwkv_train.benchmarks.roofline import draw_roofline
+
+    limits = MachineLimits(
+        copy_bytes_per_second=measured["limits"]["copy_gb_per_second"] * 1e9,
+        matmul_operations_per_second=measured["limits"]["matmul_gop_per_second"] * 1e9,
+    )
+    title = f"{machine}, {measured['limits']['matmul_dtype']}"
+    path.write_bytes(draw_roofline(measured["results"], limits, title, path.suffix[1:]))
+
+
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor

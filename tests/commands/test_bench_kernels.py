@@ -1,0 +1,112 @@
+"""``rwkv-train bench kernels`` with its options, in this process."""
+
+import json
+import os
+import signal
+import sys
+
+import pytest
+
+from rwkv_train.benchmarks import machine_limits, stopwatch
+from rwkv_train.commands import main
+
+PLUG_IN = """
+def echo(r, w, k, v, a, b):
+    return v + 0 * (r + w + k + a + b), None
+"""
+SMALL = ("--size", "B1T9H2N8", "--repeats", "1", "--device", "cpu")
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path, capsys):
+    """Run the command on a machine of small caches; returns exit code, stdout and stderr."""
+    caches = tmp_path / "caches" / "index0"
+    caches.mkdir(parents=True)
+    (caches / "size").write_text("64K")
+    monkeypatch.setattr(stopwatch, "_CPU_CACHES", caches.parent)
+    monkeypatch.setitem(machine_limits.COPIED_BYTES, "cpu", 2**16)
+    monkeypatch.setitem(machine_limits.MATRIX_WIDTH, "cpu", 64)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "plug_in_for_bench.py").write_text(PLUG_IN)
+
+    # What main sets for the whole process is put back.
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    for name, value in (("GOMP_SPINCOUNT", "20000"), ("TORCH_CPP_LOG_LEVEL", "ERROR")):
+        monkeypatch.setenv(name, os.environ.get(name, value))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rwkv-train", "bench", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (ended.value.code or 0, *capsys.readouterr())
+
+    yield run
+    sys.modules.pop("plug_in_for_bench", None)
+
+
+def test_a_plug_in_is_measured_beside_ours_and_its_difference_shows(bench, tmp_path):
+    path = tmp_path / "kernels.json"
+    arguments = ("--op", "wkv7", "--peer", "plug_in_for_bench:echo", "--dtype", "bf16", "--json", str(path))
+    code, out, err = bench("kernels", *SMALL, *arguments)
+
+    assert code == 0, err
+    rows = json.loads(path.read_text())["results"]
+    assert [row["backend"] for row in rows] == ["torch"] * 2 + ["cpp"] * 2 + ["echo"] * 2
+    assert {row["dtype"] for row in rows} == {"bfloat16"}
+    assert all(row["difference"] < 0.01 for row in rows[:4])
+    assert all(row["difference"] > 0.1 for row in rows[4:])
+    assert "echo" in out
+
+
+@pytest.mark.parametrize("name", ["roofs.png", "roofs.svg"])
+def test_a_picture_is_written_into_a_new_folder(bench, tmp_path, name):
+    path = tmp_path / "new" / name
+    code, out, err = bench("kernels", *SMALL, "--op", "wkv4", "--backend", "cpp", "--plot", str(path))
+    assert code == 0, err
+    assert path.stat().st_size > 1000
+    assert f"wrote {path}" in out
+
+
+def test_the_table_says_what_failed(bench, tmp_path):
+    arguments = ("--op", "wkv6", "--backend", "cpp", "--peer", "plug_in_for_bench:echo")
+    code, out, err = bench("kernels", *SMALL, *arguments)
+    assert code == 0, err
+    assert "missing 1 required positional argument" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["kernels", "--op", "wkv9"], "--op wkv9: there is no such operator"),
+        (["kernels", "--size", "8x4096"], "--size 8x4096: wanted B8T4096H32N64"),
+        (
+            ["kernels", "--peer", "no_such_module:function", "--op", "wkv7"],
+            "no_such_module cannot be imported",
+        ),
+        (["kernels", "--peer", "plug_in_for_bench:echo"], "does not say which operator"),
+        (["kernels", "--backend", "fast"], "there is no backend 'fast'"),
+        (["kernels", "--backend", "cuda_exact"], "the backend 'cuda_exact' cannot run this problem"),
+        (["kernels", "--plot", "roofs.pdf"], "--plot roofs.pdf must end in .png or .svg"),
+        (["training", "--plot", "roofs.png"], "--plot is for kernels, not for training"),
+        (["training", "--op", "wkv7"], "--op is for kernels, not for training"),
+    ],
+    ids=[
+        "op",
+        "size",
+        "peer",
+        "peer's op",
+        "backend",
+        "dtype",
+        "picture",
+        "plot of training",
+        "op of training",
+    ],
+)
+def test_what_is_not_there_is_refused_in_one_line_before_anything_is_measured(
+    bench, monkeypatch, arguments, sentence
+):
+    monkeypatch.setattr(machine_limits, "measure_limits", lambda *_: pytest.fail("measured"))
+    code, out, err = bench(*arguments, "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert sentence in err
+    assert err.count("\n") == 1
