@@ -93,6 +93,13 @@ int for_head_size(int N, Function f) {
 
 inline bool is_head_size(int N) { return N >= 8 && N <= 128 && N % 8 == 0; }
 
+// x, of which the compiler knows nothing: what depends on it is computed where it stands. Else whatever does not change
+// in a loop is computed before it, to the last address, and takes the registers that a state needs.
+__device__ __forceinline__ int not_before(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Four neighbouring elements as they lie in memory: 4 words of float32, 2 of a 16-bit dtype.
 struct Packed {
   unsigned words[4];
@@ -251,7 +258,7 @@ __device__ __forceinline__ void spread_four(float sum, float (&x)[4]) {
   for (int i = 0; i < 4; ++i) x[i] = __shfl_sync(kAllLanes, sum, i, kCount);
 }
 
-// Adds up the column sums x of a warp's threads and leaves them in `sums`, [kN], which is this warp's alone. Destroys x.
+// Adds up the column sums x of a warp's threads and leaves them in `sums`, [kN], this warp's alone. Destroys x.
 template <int kN>
 __device__ __forceinline__ void put_column_sums(const Tile<kN>& tile, float (&x)[4], float* sums) {
   if constexpr (kN == 128) {
@@ -299,7 +306,7 @@ struct Rows {
                                         int n_columns) {
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      const int four = i * kThreads + static_cast<int>(threadIdx.x);
+      const int four = i * kThreads + not_before(static_cast<int>(threadIdx.x));
       const int token = four / (kWidth / 4), column = four % (kWidth / 4) * 4;
       packed[i] = four < kFours && token < n_tokens && column < n_columns
                       ? fetch_four(x, first + token * stride + column, dtype)
@@ -322,7 +329,7 @@ struct Rows {
   __device__ __forceinline__ void put_each(int dtype, float* rows, Function f) const {
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      const int four = i * kThreads + static_cast<int>(threadIdx.x);
+      const int four = i * kThreads + not_before(static_cast<int>(threadIdx.x));
       if (kFours % kThreads != 0 && four >= kFours) continue;
       float x[4];
       unpack(packed[i], dtype, x);
@@ -336,7 +343,7 @@ struct Rows {
 template <int kWidth, int kThreads>
 __device__ __forceinline__ void store_rows(const float* rows, int n_tokens, int n_columns, void* x, int dtype,
                                            int64_t first, int64_t stride) {
-  for (int i = static_cast<int>(threadIdx.x); i < n_tokens * kWidth; i += kThreads)
+  for (int i = not_before(static_cast<int>(threadIdx.x)); i < n_tokens * kWidth; i += kThreads)
     if (i % kWidth < n_columns) store(x, first + i / kWidth * stride + i % kWidth, rows[i], dtype);
 }
 

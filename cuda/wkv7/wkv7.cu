@@ -15,19 +15,19 @@
 // Backward. With G the gradient of S_t, which has what came from later tokens and dy_t r_t^T, and u = S_{t-1} a_t:
 //   dv = G k,  du = G b                                                      sums over columns, as above
 //   dk = G^T v,  db = G^T u,  da = S_{t-1}^T du,  dr = S_t^T dy              sums over rows
-//   d(log d) = d * column sums of (G * S_{t-1})                              the same; no cancellation
+//   d(log d) = d * column sums of (G * S_{t-1})                              the same; nothing cancels
 //   G before the token = G diag(d) + du a^T
-// Sums over rows are added up across the warps of a block through shared memory. A block of 8 warps has a whole head
-// (2 warps do where kN is 32); where kN is 128 it has 32 rows, and leaves its share of the sums in the workspace, from
-// where `add_parts_kernel` adds those of a head.
+// Sums over rows are added up across the warps of a block through shared memory, with two barriers a token. A block of
+// 8 warps has a whole head (2 warps do where kN is 32); where kN is 128 it has 32 rows, and leaves its share of the
+// sums in the workspace, from where `add_parts_kernel` adds up those of a head.
 // States are computed again from checkpoints, never divided back. A group of tokens between checkpoints is taken in
 // halves of kBatchTokens, the later one first, and a half in quarters: the state before the half is kept in shared
-// memory, those before the kQuarter tokens of a quarter in registers. So every token goes through the forward formula
-// less than twice again.
+// memory, those before kQuarter - 1 tokens of a quarter in registers. So the update of the state by a token is computed
+// 2.3 times, and what it removes 1.5 times, on average.
 //
 // Shared memory of a block, in floats: forward 2 kBatchTokens (5 kN + 2 rows), backward
-// kBatchTokens (5 kN + 4 rows) + 16 threads + 2 * 5 kN warps (once those where kN is 128): 26, 54 and 50, 61 KB at kN =
-// 64 and 128. Workspace: of the backward pass where N > 64, 5 T H N floats for every 32 rows of a head.
+// kBatchTokens (5 kN + 4 rows) + 16 threads + 5 kN warps; at kN = 64 and 128 these are 24 and 42, 44 and 60 KB.
+// Workspace: of the backward pass where N > 64, 5 T H N floats for every 32 rows of a head.
 
 #include "../common/gpu_heads.cuh"
 
@@ -52,7 +52,6 @@ struct BackwardBlock {
   static constexpr int kWarps = kN == 32 ? 2 : 8;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kRows = kWarps * Tile<kN>::kRows;
-  static constexpr int kSumBuffers = kN == 128 ? 1 : 2;  // with two, one barrier a token is enough
 };
 
 // s = s diag(d) + u b^T + v k^T
@@ -64,9 +63,16 @@ __device__ __forceinline__ void update(const float (&d)[4], const float (&k)[4],
     for (int j = 0; j < 4; ++j) s[i][j] = s[i][j] * d[j] + (u[i] * b[j] + v[i] * k[j]);
 }
 
+__device__ __forceinline__ void copy_tile(const float (&from)[4][4], float (&to)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) to[i][j] = from[i][j];
+}
+
 // u = s a, in every lane that has the row.
 template <int kN>
-__device__ __forceinline__ void remove(const float (&s)[4][4], const float (&a)[4], float (&u)[4]) {
+__device__ __forceinline__ void multiply(const float (&s)[4][4], const float (&a)[4], float (&u)[4]) {
   float sums[4];
   row_parts(s, a, sums);
   spread_four<4>(sum_lanes<4, Tile<kN>::kLanes>(sums), u);
@@ -137,7 +143,7 @@ __global__ void __launch_bounds__(ForwardBlock<kN>::kThreads)
     float a[4];
     read_head(in.a, heads.dtype, heads.row(task.first_token, task.head), tile.column, N, a);
     next.fetch(heads, in, task, 0);
-    remove<kN>(s, a, u);
+    multiply<kN>(s, a, u);
     next.put(heads.dtype, ForwardBatch<kN>(shared_memory()));
     __syncthreads();
   }
@@ -201,7 +207,7 @@ __global__ void __launch_bounds__(ForwardBlock<kN>::kThreads)
   read_head(in.a, heads.dtype, at, tile.column, N, a);
   read_head(in.b, heads.dtype, at, tile.column, N, b);
   for (float& x : d) x = expf(x);
-  remove<kN>(s, a, u);
+  multiply<kN>(s, a, u);
   update(d, k, b, u, v, s);
   row_parts(s, r, sums);
   const float sum = sum_lanes<4, kLanes>(sums);
@@ -232,14 +238,13 @@ __device__ __forceinline__ int dtype_of(int which, int dtype) { return which == 
 template <int kN>
 struct BackwardHalf {
   static constexpr int kRows = BackwardBlock<kN>::kRows, kThreads = BackwardBlock<kN>::kThreads;
-  static constexpr int kWarpSums = kColumnSums * kN;                          // that a warp leaves for a token
-  static constexpr int kBlockSums = kWarpSums * BackwardBlock<kN>::kWarps;
+  static constexpr int kWarpSums = kColumnSums * kN;  // that a warp leaves for a token
   static constexpr int kFloats =
-      kBatchTokens * (5 * kN + 4 * kRows) + 16 * kThreads + BackwardBlock<kN>::kSumBuffers * kBlockSums;
+      kBatchTokens * (5 * kN + 4 * kRows) + 16 * kThreads + BackwardBlock<kN>::kWarps * kWarpSums;
   float *r, *d, *k, *a, *b;  // [kBatchTokens, kN]
   float *v, *dy, *u, *dv;    // [kBatchTokens, kRows]
   float* start;              // the state before the half, see keep_tile
-  float* sums;               // [kSumBuffers, kWarps, kColumnSums, kN]
+  float* sums;               // of a token, [kWarps, kColumnSums, kN]
 
   __device__ explicit BackwardHalf(float* memory) {
     constexpr int kSize = kBatchTokens * kN, kRowsSize = kBatchTokens * kRows;
@@ -271,13 +276,17 @@ struct BackwardHalf {
     dy_rows.put(heads.dtype, dy);
   }
 
-  // u of token t, from the state before it. The lanes of the warp see it after a __syncwarp().
+  // u of token t, from the state before it; other lanes of the warp may take it after a __syncwarp().
   __device__ __forceinline__ void put_removed(const Tile<kN>& tile, int t, const float (&s)[4][4],
                                               float (&removed)[4]) const {
     float at[4];
     read_four(a, t * kN + tile.column, at);
-    remove<kN>(s, at, removed);
+    multiply<kN>(s, at, removed);
     if (tile.lane % Tile<kN>::kLanes == 0) write_four(u, t * kRows + tile.row, removed);
+  }
+
+  __device__ __forceinline__ void take_removed(const Tile<kN>& tile, int t, float (&removed)[4]) const {
+    read_four(u, t * kRows + tile.row, removed);
   }
 
   // Takes s over token t.
@@ -292,46 +301,48 @@ struct BackwardHalf {
   }
 
   // Takes g from the gradient of the state after token t to that of the state s before it. Leaves dv in its row, and
-  // this warp's part of the column sums in to_sums.
-  __device__ __forceinline__ void walk_back(const Tile<kN>& tile, int t, const float (&s)[4][4], float (&g)[4][4],
-                                            float* to_sums) const {
+  // this warp's part of the column sums.
+  __device__ __forceinline__ void walk_back(const Tile<kN>& tile, int t, const float (&s)[4][4],
+                                            float (&g)[4][4]) const {
     float r_[4], d_[4], k_[4], a_[4], b_[4], v_[4], dy_[4], u_[4], du_[4], sums_[8], column[4];
     read_four(r, t * kN + tile.column, r_);
-    read_four(d, t * kN + tile.column, d_);
-    read_four(k, t * kN + tile.column, k_);
-    read_four(b, t * kN + tile.column, b_);
-    read_four(v, t * kRows + tile.row, v_);
     read_four(dy, t * kRows + tile.row, dy_);
-    read_four(u, t * kRows + tile.row, u_);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j) g[i][j] += dy_[i] * r_[j];
 
+    read_four(k, t * kN + tile.column, k_);
+    read_four(b, t * kN + tile.column, b_);
     row_parts(g, b_, sums_);
     row_parts(g, k_, sums_ + 4);
     const float sum = sum_lanes<8, Tile<kN>::kLanes>(sums_);
     spread_four<8>(sum, du_);
     if (tile.lane % Tile<kN>::kLanes / 4 == 1) dv[t * kRows + tile.row + tile.lane % 4] = sum;
 
+    read_four(d, t * kN + tile.column, d_);
+    read_four(v, t * kRows + tile.row, v_);
+    read_four(u, t * kRows + tile.row, u_);
+    float* const warp_sums = sums + tile.warp * kWarpSums;
+    __syncthreads();  // the sums of the token after this one have been read
     // S_t^T dy, of S_t = s diag(d) + u b^T + v k^T.
     column_parts(s, dy_, column);
     const float dy_u = (dy_[0] * u_[0] + dy_[1] * u_[1]) + (dy_[2] * u_[2] + dy_[3] * u_[3]);
     const float dy_v = (dy_[0] * v_[0] + dy_[1] * v_[1]) + (dy_[2] * v_[2] + dy_[3] * v_[3]);
 #pragma unroll
     for (int j = 0; j < 4; ++j) column[j] = column[j] * d_[j] + (dy_u * b_[j] + dy_v * k_[j]);
-    put_column_sums<kN>(tile, column, to_sums + kDr * kN);
+    put_column_sums<kN>(tile, column, warp_sums + kDr * kN);
 
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       column[j] = d_[j] * ((g[0][j] * s[0][j] + g[1][j] * s[1][j]) + (g[2][j] * s[2][j] + g[3][j] * s[3][j]));
-    put_column_sums<kN>(tile, column, to_sums + kDw * kN);
+    put_column_sums<kN>(tile, column, warp_sums + kDw * kN);
     column_parts(g, v_, column);
-    put_column_sums<kN>(tile, column, to_sums + kDk * kN);
+    put_column_sums<kN>(tile, column, warp_sums + kDk * kN);
     column_parts(s, du_, column);
-    put_column_sums<kN>(tile, column, to_sums + kDa * kN);
+    put_column_sums<kN>(tile, column, warp_sums + kDa * kN);
     column_parts(g, u_, column);
-    put_column_sums<kN>(tile, column, to_sums + kDb * kN);
+    put_column_sums<kN>(tile, column, warp_sums + kDb * kN);
 
     read_four(a, t * kN + tile.column, a_);
 #pragma unroll
@@ -359,65 +370,76 @@ __global__ void __launch_bounds__(BackwardBlock<kN>::kThreads, 512 / BackwardBlo
 
   float g[4][4];
   load_tile(d_final + heads.state(task.s, task.head), N, row, tile.column, g);
-  // Halves of groups from the last one to the first.
-  for (int64_t first = (task.n_tokens - 1) / kBatchTokens * kBatchTokens; first >= 0 && task.n_tokens > 0;
-       first -= kBatchTokens) {
+  // Halves of groups, from the last one to the first.
+  const int n_halves = static_cast<int>((task.n_tokens + kBatchTokens - 1) / kBatchTokens);
+  for (int number = n_halves - 1; number >= 0; --number) {
+    const int64_t first = static_cast<int64_t>(number) * kBatchTokens, left = task.n_tokens - first;
+    const int n_tokens = left < kBatchTokens ? static_cast<int>(left) : kBatchTokens;
     float s[4][4], removed[4];
-    load_tile(checkpoints + heads.state(task.first_checkpoint + first / kGroupTokens, task.head), N, row, tile.column,
-              s);
-    for (int64_t before = first / kGroupTokens * kGroupTokens; before < first; before += kBatchTokens) {
-      half.read(heads, in, dy, task, before);
+    load_tile(checkpoints + heads.state(task.first_checkpoint + first / kGroupTokens, task.head), N, not_before(row),
+              not_before(tile.column), s);
+    if (first % kGroupTokens != 0) {
+      half.read(heads, in, dy, task, first - kBatchTokens);
       __syncthreads();
+#pragma unroll 1
       for (int t = 0; t < kBatchTokens; ++t) {
         half.put_removed(tile, t, s, removed);
         half.advance(tile, t, removed, s);
       }
       __syncthreads();
     }
-    half.read(heads, in, dy, task, first);
     keep_tile<kThreads>(s, half.start);
+    half.read(heads, in, dy, task, first);
     __syncthreads();
 
+#pragma unroll 1
     for (int t = 0; t < kQuarter; ++t) {
       half.put_removed(tile, t, s, removed);
       half.advance(tile, t, removed, s);
     }
-    const int64_t left = task.n_tokens - first;
-    const int n_tokens = left < kBatchTokens ? static_cast<int>(left) : kBatchTokens;
+    __syncwarp();
     for (int quarter = (n_tokens - 1) / kQuarter * kQuarter; quarter >= 0; quarter -= kQuarter) {
-      float states[kQuarter][4][4];
+      float states[kQuarter - 1][4][4];  // before the tokens of the quarter, but for its first one
       if (quarter == 0) take_tile<kThreads>(half.start, s);
 #pragma unroll
       for (int t = 0; t < kQuarter; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) states[t][i][j] = s[i][j];
-        half.put_removed(tile, quarter + t, s, removed);
-        if (t + 1 < kQuarter) half.advance(tile, quarter + t, removed, s);
+        if (quarter == 0)
+          half.take_removed(tile, t, removed);
+        else
+          half.put_removed(tile, quarter + t, s, removed);
+        if (t + 1 == kQuarter) break;
+        half.advance(tile, quarter + t, removed, s);
+        copy_tile(s, states[t]);
       }
       __syncwarp();
 #pragma unroll
       for (int t = kQuarter - 1; t >= 0; --t) {
         const int token = quarter + t;
         if (token >= n_tokens) continue;
-        float* const sums = half.sums + token % Block::kSumBuffers * Half::kBlockSums;
-        half.walk_back(tile, token, states[t], g, sums + tile.warp * Half::kWarpSums);
+        if (t > 0) {
+          half.walk_back(tile, token, states[t - 1], g);
+        } else {
+          take_tile<kThreads>(half.start, s);
+#pragma unroll 1
+          for (int i = 0; i < quarter; ++i) {
+            half.take_removed(tile, i, removed);
+            half.advance(tile, i, removed, s);
+          }
+          half.walk_back(tile, token, s, g);
+        }
         __syncthreads();
         const int64_t at = heads.row(task.first_token + first + token, task.head);
-        for (int i = static_cast<int>(threadIdx.x); i < Half::kWarpSums; i += kThreads) {
+        for (int i = not_before(static_cast<int>(threadIdx.x)); i < Half::kWarpSums; i += kThreads) {
           const int which = i / kN, column = i % kN;
           if (column >= N) continue;
-          const float sum = sum_warps<Block::kWarps>(sums + i, Half::kWarpSums);
+          const float sum = sum_warps<Block::kWarps>(half.sums + i, Half::kWarpSums);
           if (parts == nullptr)
             store(gradients[which], at + column, sum, dtype_of(which, heads.dtype));
           else
             parts[(task.part * kColumnSums + which) * n_elements + at + column] = sum;
         }
-        if (Block::kSumBuffers == 1) __syncthreads();
       }
     }
-    __syncthreads();
     store_rows<Block::kRows, kThreads>(half.dv, n_tokens, N - task.first_row, dv, heads.dtype,
                                        heads.row(task.first_token + first, task.head) + task.first_row,
                                        heads.row_stride());
