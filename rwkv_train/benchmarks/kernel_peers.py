@@ -1,8 +1,10 @@
 """Other implementations of the recurrences, brought to our conventions so that they can be measured beside ours."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -86,6 +88,15 @@ def importable_peers(device_type: str) -> tuple[list[Peer], str | None]:
         return _fla_peers(modules), None
     except Exception as error:  # noqa: BLE001 - it brings Triton and transformers along
         return [], f"flash-linear-attention cannot be imported; it is left out: {_first_line(error)}"
+
+
+def peer_versions() -> dict[str, str]:
+    """Return the versions of what the known implementations are made of, as far as it is installed."""
+    found: dict[str, str] = {}
+    for name in ("flash-linear-attention", "triton"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _is_installed(name: str) -> bool:

@@ -14,8 +14,8 @@ from rwkv_train.errors import ConfigError
 
 FORMATS = ("png", "svg")
 MARKERS = {"wkv4": "o", "wkv5": "s", "wkv6": "^", "wkv7": "D"}
-PANEL_WIDTH, PANEL_HEIGHT, LABEL_HEIGHT = 7.5, 3.2, 0.17
-"""In inches; a label's is that of its line."""
+PANEL_WIDTH, PANEL_HEIGHT, AROUND_A_PANEL, LABEL_HEIGHT = 7.5, 3.2, 0.8, 0.17
+"""In inches: a panel with its titles (a higher one where there are many labels), these alone, a line of labels."""
 
 
 class Point(NamedTuple):
@@ -72,7 +72,10 @@ def draw_roofline(
     )
     shapes = list(dict.fromkeys(shape for shape, _ in panels))
     heights = [
-        max(PANEL_HEIGHT, 0.8 + LABEL_HEIGHT * max(len(panels.get((shape, kind), ())) for kind in PASSES))
+        max(
+            PANEL_HEIGHT,
+            AROUND_A_PANEL + LABEL_HEIGHT * max(len(panels.get((shape, kind), ())) for kind in PASSES),
+        )
         for shape in shapes
     ]
     figure = Figure(figsize=(PANEL_WIDTH * len(PASSES), sum(heights) + 0.8), layout="constrained")
@@ -147,14 +150,18 @@ def _width_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
 def _draw_panel(axis: Any, points: Sequence[Point], view: View) -> None:
     copy, matmul = view.limits
     ridge = matmul / copy
-    axis.set(xscale="log", yscale="log", xlim=view.x, ylim=view.y)
+    axis.set_xscale("log", base=2)
+    axis.set(yscale="log", xlim=view.x, ylim=view.y)
+    axis.xaxis.set_major_formatter("{x:g}")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_minor_formatter("")
     axis.grid(alpha=0.25, which="major")
     axis.plot([view.x[0], ridge, view.x[1]], [copy * view.x[0], matmul, matmul], color="black", linewidth=1.2)
     names = f"copy {copy * 1e-9:,.0f} GB/s, matrix product {matmul * 1e-9:,.0f} Gop/s"
     axis.annotate(names, (0.02, 0.97), xycoords="axes fraction", va="top", fontsize="small")
 
     ordered = sorted(points, key=lambda point: -point.rate)
-    gap = LABEL_HEIGHT / PANEL_HEIGHT if len(points) * LABEL_HEIGHT < PANEL_HEIGHT - 0.8 else 1 / len(points)
+    gap = min(LABEL_HEIGHT / (PANEL_HEIGHT - AROUND_A_PANEL), 1 / max(len(points), 1))
     to_axes = axis.transScale + axis.transLimits
     heights = [float(to_axes.transform((point.intensity, point.rate))[1]) for point in ordered]
     for point, height in zip(ordered, spread(heights, gap), strict=True):

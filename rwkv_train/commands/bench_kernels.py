@@ -78,13 +78,15 @@ def measure_kernels(
     repeats: int,
     device: "torch.device",
 ) -> dict[str, Any]:
-    """Return ``limits``, the rates of the machine, and ``results``, the rows, as JSON's types.
+    """Return ``limits``, the rates of the machine, ``peers``, their versions, and ``results``, the rows.
+
+    All of JSON's types.
 
     Raises:
         ConfigError: an option names what is not there.
         BackendError: a backend cannot run a size.
     """
-    from rwkv_train.benchmarks.kernel_peers import importable_peers, load_peer
+    from rwkv_train.benchmarks.kernel_peers import importable_peers, load_peer, peer_versions
     from rwkv_train.benchmarks.kernel_sizes import choose_sizes
     from rwkv_train.benchmarks.kernels import (
         DEFAULT_BACKENDS,
@@ -127,6 +129,7 @@ def measure_kernels(
             "matmul_dtype": str(of_values).removeprefix("torch."),
             "cache_bytes": cache_bytes(device),
         },
+        "peers": peer_versions() if known else {},
         "results": rows,
     }
 

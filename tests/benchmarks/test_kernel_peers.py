@@ -155,6 +155,16 @@ def test_its_final_state_is_turned_round(fla, size):
             torch.testing.assert_close(peer.function(*inputs.tensors)[1], expected)
 
 
+def test_versions_are_those_of_what_is_installed(monkeypatch):
+    def version(name):
+        if name == "triton":
+            raise kernel_peers.importlib.metadata.PackageNotFoundError(name)
+        return "0.6.0"
+
+    monkeypatch.setattr(kernel_peers.importlib.metadata, "version", version)
+    assert kernel_peers.peer_versions() == {"flash-linear-attention": "0.6.0"}
+
+
 def test_on_a_cpu_no_peer_is_looked_for():
     assert importable_peers("cpu") == ([], None)
 

@@ -1,9 +1,12 @@
 """Timing one call, and the roofs: what they measure, not how fast it is."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from rwkv_train.benchmarks import machine_limits, stopwatch
+from rwkv_train.benchmarks.contenders import look_at
 from rwkv_train.benchmarks.machine_limits import measure_limits
 from rwkv_train.benchmarks.stopwatch import cache_bytes, cold_stopwatch
 
@@ -50,3 +53,42 @@ def test_limits_are_bytes_read_and_written_and_two_operations_a_product(small_ca
     limits = measure_limits(CPU, torch.float32, lambda call: call() is None or 0.5)
     assert limits.copy_bytes_per_second == 2 * 4 * 2**20 / 0.5
     assert limits.matmul_operations_per_second == 2 * 100**3 / 0.5
+
+
+def test_a_gpu_is_kept_busy_until_the_call_is_handed_over(monkeypatch):
+    stream = []
+
+    class Event:
+        """Reads the number of sweeps in the stream: each takes 0.25 ms."""
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.sweeps = stream.count("sweep")
+            stream.append("event")
+
+        def synchronize(self):
+            stream.append("waited")
+
+        def elapsed_time(self, end):
+            return 0.25 * (end.sweeps - self.sweeps)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "add_", lambda self, other: stream.append("sweep"))
+    watch = stopwatch._cuda_stopwatch(torch.zeros(3))
+    stream.clear()
+    assert watch(lambda: stream.extend(["sweep"] * 8)) == 2e-3
+    # 3 ms of sweeps, then the call between two events, and only then a wait.
+    assert stream == ["sweep"] * 12 + ["event"] + ["sweep"] * 8 + ["event", "waited"]
+
+
+def test_memory_is_the_peak_of_a_call_beyond_what_was_taken_before(monkeypatch):
+    taken = {"now": 100, "peak": 900}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: taken["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: taken["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: taken.update(peak=taken["now"]))
+    look = look_at(lambda: taken.update(peak=350), torch.device("cuda"))
+    assert look.peak_bytes == 250
