@@ -77,8 +77,8 @@ def find_toolkit(environment: Mapping[str, str] | None = None) -> Toolkit:
             return _ask_nvcc(found)
     raise BackendError(
         f"nvcc, the CUDA compiler, was not found (looked in {', '.join(looked)}); install the CUDA toolkit and set "
-        "CUDA_HOME to its folder, or build on a machine that has it ('rwkv-train build-kernels --arch sm_90') and "
-        "bring the folder of kernels here"
+        "CUDA_HOME to its folder (or install its Python packages, see cuda/README.md), or build on a machine that has "
+        "it ('rwkv-train build-kernels --arch sm_90') and bring the folder of kernels here"
     )
 
 
@@ -170,6 +170,11 @@ def explain_nvcc(output: str) -> str | None:
         return (
             "nvcc cannot work with the C++ compiler here; install g++, for example with 'apt install g++', or name "
             "another one in NVCC_CCBIN"
+        )
+    if "Unsupported .version" in output:
+        return (
+            "the parts of the CUDA toolkit are of different versions; install all of one version (of Python packages: "
+            "nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-crt and nvidia-cuda-runtime)"
         )
     if "cannot find -lcudart" in output or "cuda_runtime.h: No such file" in output:
         return "the CUDA toolkit lacks its runtime (cuda_runtime.h, libcudart_static.a); install it whole"

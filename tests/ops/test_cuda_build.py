@@ -231,9 +231,10 @@ def test_an_operator_without_cuda_sources_is_named(workshop):
         ("nvcc fatal : Failed to preprocess host compiler properties.", r"install g\+\+"),
         ("toy.cu:1:10: fatal error: cuda_runtime.h: No such file or directory", "toolkit lacks its runtime"),
         ("/usr/bin/ld: cannot find -lcudart_static: No such file", "toolkit lacks its runtime"),
+        ("toy.ptx, line 9; fatal : Unsupported .version 9.5; current version is '9.0'", "all of one version"),
         ("nvlink fatal : write error: No space left on device", "disk of .* is full; free some space"),
     ],
-    ids=["refused host compiler", "no host compiler", "no header", "no runtime", "full disk"],
+    ids=["refused host compiler", "no host compiler", "no header", "mixed", "no runtime", "full disk"],
 )
 def test_known_failures_of_nvcc_say_what_to_do(workshop, message, sentence):
     workshop.fail_with(message)
