@@ -139,10 +139,9 @@ def _wait(
             return False
         waited = time.monotonic() - began
         try:
-            other = Holder.read(lock)
-            age = _age_seconds(lock)
-        except FileNotFoundError:
-            continue
+            other, age = Holder.read(lock), _age_seconds(lock)
+        except FileNotFoundError:  # just removed, or a shared disk contradicts itself for a while
+            other, age = None, 0.0
         who = other or "a process that left no name"
         if other is not None and other.has_ended():
             logger.warning("%s was to make %s and has ended; taking over", who, what)

@@ -151,6 +151,12 @@ def test_nobody_waits_for_ever_for_one_that_lives(lock, caplog):
     assert lock.is_file()  # still the other one's
 
 
+def test_nobody_waits_for_ever_for_a_lock_that_is_there_and_is_not(lock):
+    lock.symlink_to("nowhere")
+    with hold(lock, patience_seconds=0.5) as folder:
+        assert folder is not None
+
+
 def test_one_that_waits_says_for_whom(lock, caplog, monkeypatch):
     monkeypatch.setattr(build_lock, "_FIRST_REPORT_SECONDS", 0.2)
     write_lock(lock, host="node-7", pid=12345)
