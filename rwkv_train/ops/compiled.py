@@ -27,6 +27,9 @@ class Signature(NamedTuple):
     shared: Collection[str] = ()
     """Names of the inputs that have no row for each token. The source leaves a row of their gradient for each
     sequence, ``[S, *shape]``."""
+    form: str = ""
+    """Ending of the names of the functions of one form of forward and backward, where a source has several; the names
+    without an ending are those of the form that fits best."""
 
     @property
     def value_index(self) -> int:

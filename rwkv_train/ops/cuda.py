@@ -9,10 +9,11 @@ import torch
 
 from rwkv_train.errors import BackendError
 from rwkv_train.ops.backends import Problem
+from rwkv_train.ops.cuda_build import load_cuda_library
+from rwkv_train.ops.cuda_toolkit import OLDEST_ARCHITECTURE
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """How the sources number the dtypes; the same in ``cuda/common/gpu.cuh``."""
-OLDEST_CAPABILITY = 75
 LARGEST_HEAD = 128
 HEAD_STEP = 8
 
@@ -48,8 +49,8 @@ def refuses_cuda_exact(problem: Problem) -> str | None:
     N = problem.head_size
     if N is not None and (N % HEAD_STEP != 0 or not 0 < N <= LARGEST_HEAD):
         return f"it needs head sizes of {HEAD_STEP} to {LARGEST_HEAD} in steps of {HEAD_STEP}, not {N}"
-    if problem.capability is not None and problem.capability < OLDEST_CAPABILITY:
-        return f"it needs a GPU of sm_{OLDEST_CAPABILITY} or later, not sm_{problem.capability}"
+    if problem.capability is not None and problem.capability < OLDEST_ARCHITECTURE:
+        return f"it needs a GPU of sm_{OLDEST_ARCHITECTURE} or later, not sm_{problem.capability}"
     return None
 
 
@@ -66,15 +67,6 @@ def raise_on_error(library: ctypes.CDLL, op: str, name: str, code: int) -> None:
     if code in _NEEDS_OTHER_BUILD:
         raise BackendError(f"the CUDA kernel of {op} does not run here ({said}): {_NEEDS_OTHER_BUILD[code]}")
     raise RuntimeError(f"the CUDA kernel rwkv_{op}_{name} failed: {said} (CUDA error {code})")
-
-
-def load_cuda_library(op: str) -> ctypes.CDLL:
-    """Load the CUDA backend of an operator, built on first use for the GPUs of this machine.
-
-    Raises:
-        BackendError: it cannot be built on this machine, or what was built cannot be loaded.
-    """
-    raise BackendError(f"the CUDA kernel of {op} cannot be built yet")
 
 
 CUDA = Platform(

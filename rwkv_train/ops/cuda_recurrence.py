@@ -32,12 +32,14 @@ from rwkv_train.ops.registration import Recurrence, register_recurrence
 
 FLOAT32_INPUTS = ("w", "u", "state")
 """Inputs that a kernel reads in float32 whatever the dtype of the others: a decay is rounded at every token."""
+ALIGNMENT = 16
+"""Bytes that a kernel may read at once. A view may begin anywhere in its memory; what is allocated is aligned."""
 
 
 def cuda_recurrence(
     signature: Signature, platform: Platform = CUDA
 ) -> tuple[Callable[[], ctypes.CDLL], Kernel]:
-    """Register the exact CUDA backend of an operator with PyTorch, as ``{op}_cuda_exact``. Nothing is built yet.
+    """Register the exact CUDA backend of an operator with PyTorch, as ``{op}_{backend}``. Nothing is built yet.
 
     Args:
         signature: how the source takes its tensors.
@@ -63,7 +65,7 @@ def cuda_recurrence(
         raise_on_error(library, op, name, code)
 
     def workspace(is_backward: bool, v: Tensor, n_sequences: int) -> Tensor:
-        n_bytes = getattr(load(), f"rwkv_{op}_workspace_bytes")
+        n_bytes = getattr(load(), f"rwkv_{op}_workspace_bytes{signature.form}")
         size = n_bytes(is_backward, n_sequences, v.shape[0] * v.shape[1], *v.shape[2:])
         return v.new_empty(size, dtype=torch.uint8)
 
@@ -89,7 +91,7 @@ def cuda_recurrence(
                 written = (y, final_state, checkpoints if keep_checkpoints else None)
                 tensors = (starts, *read, *written, workspace(False, v, n_sequences))
                 launch(
-                    "forward",
+                    f"forward{signature.form}",
                     v.device,
                     code,
                     n_sequences,
@@ -117,7 +119,7 @@ def cuda_recurrence(
             starts = None if cu_seqlens is None else cu_seqlens.contiguous()
             tensors = (starts, *read, *written, workspace(True, v, n_sequences))
             launch(
-                "backward",
+                f"backward{signature.form}",
                 v.device,
                 DTYPE_CODES[dtype],
                 n_sequences,
@@ -129,7 +131,7 @@ def cuda_recurrence(
 
     run = register_recurrence(
         Recurrence(
-            name=f"{op}_{platform.backend}",
+            name=f"{op}_{platform.backend}{signature.form}",
             inputs=inputs,
             dispatch_key=platform.dispatch_key,
             checkpoints_shape=signature.checkpoints_shape,
@@ -144,14 +146,14 @@ def declare(library: ctypes.CDLL, signature: Signature) -> None:
     """Tell ctypes the types of a library's functions."""
     op, n_inputs = signature.op, len(signature.inputs)
     integer, size, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    sizes = (integer,) * signature.n_sizes
+    sizes, form = (integer,) * signature.n_sizes, signature.form
     # Beside the inputs: cu_seqlens and y, final_state, checkpoints, workspace; or cu_seqlens and checkpoints, dy,
     # d_final for the state, gradients, workspace; or y, final_state. The stream is the last of each.
     types: dict[str, tuple[type | None, Sequence[type]]] = {
         "checkpoint_tokens": (integer, ()),
-        "workspace_bytes": (size, (integer, integer, size, *sizes)),
-        "forward": (integer, (integer, integer, size, *sizes, *(address,) * (n_inputs + 6))),
-        "backward": (integer, (integer, integer, size, *sizes, *(address,) * (2 * n_inputs + 5))),
+        f"workspace_bytes{form}": (size, (integer, integer, size, *sizes)),
+        f"forward{form}": (integer, (integer, integer, size, *sizes, *(address,) * (n_inputs + 6))),
+        f"backward{form}": (integer, (integer, integer, size, *sizes, *(address,) * (2 * n_inputs + 5))),
         "step": (integer, (integer, integer, *sizes, *(address,) * (n_inputs + 3))),
         "error": (ctypes.c_char_p, (integer,)),
     }
@@ -167,8 +169,9 @@ def _common_dtype(inputs: Sequence[str], given: Sequence[Tensor]) -> torch.dtype
 
 
 def _as_read(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return an input as the kernel reads it, without gaps; itself if it is so already."""
-    return x.to(torch.float32 if name in FLOAT32_INPUTS else dtype).contiguous()
+    """Return an input as the kernel reads it: without gaps, several numbers at a time."""
+    x = x.to(torch.float32 if name in FLOAT32_INPUTS else dtype).contiguous()
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
 
 
 def _check_places(names: Sequence[str], tensors: Sequence[Tensor], cu_seqlens: Tensor | None) -> None:

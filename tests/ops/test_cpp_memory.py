@@ -11,20 +11,21 @@ from rwkv_train.ops.wkv6 import cpp as wkv6_cpp
 from rwkv_train.ops.wkv7 import cpp as wkv7_cpp
 
 GUARD = 64
-GUARD_VALUE = 12345.0
+GUARD_VALUE = 12288.0  # a float16 and a bfloat16 too
 
 
 class Guarded:
     """Tensors, each amid numbers that must stay as they are; outputs start as NaN."""
 
-    def __init__(self) -> None:
+    def __init__(self, device="cpu") -> None:
+        self.device = device
         self.buffers: list[torch.Tensor] = []
 
-    def output(self, *shape):
-        return self.copy(torch.full(shape, torch.nan))
+    def output(self, *shape, dtype=torch.float32):
+        return self.copy(torch.full(shape, torch.nan, dtype=dtype))
 
     def copy(self, x):
-        buffer = torch.full((x.numel() + 2 * GUARD,), GUARD_VALUE)
+        buffer = torch.full((x.numel() + 2 * GUARD,), GUARD_VALUE, dtype=x.dtype, device=self.device)
         inside = buffer[GUARD:-GUARD].view(x.shape)
         inside.copy_(x)
         self.buffers.append(buffer)

@@ -51,16 +51,20 @@ def relative_error(found, expected):
 
 
 def results(op, run, problem, context, backend, dtype, log_scale=None):
-    """y, the final state and the gradients of all inputs through both.
+    """y, the final state and the gradients of all inputs through both, in the dtypes of the inputs if dtype is None.
 
     Of wkv4's final state the sums divided by exp(log_scale), because its own scale is arbitrary.
     """
-    inputs = [x.detach().to(dtype).requires_grad_() for x in problem.inputs]
+
+    def cast(x):
+        return x if dtype is None else x.to(dtype)
+
+    inputs = [cast(x.detach()).requires_grad_() for x in problem.inputs]
     y, final = run(*inputs, context, backend=backend)
     if op == "wkv4":
         scale = final[:, 2:].detach().double()
-        final = final[:, :2] * (scale - log_scale).exp().to(dtype)
-    loss = (y * problem.dy.to(dtype)).sum() + (final * problem.d_final.to(dtype)).sum()
+        final = final[:, :2] * (scale - log_scale).exp().to(final.dtype)
+    loss = (y * cast(problem.dy)).sum() + (final * cast(problem.d_final)).sum()
     return [y.detach(), final.detach(), *torch.autograd.grad(loss, inputs, materialize_grads=True)]
 
 
