@@ -1,6 +1,7 @@
 """The memory that one training step needs, counted on tensors that hold no data."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.models.lm import LanguageModel
-from rwkv_train.models.registry import build_model
+from rwkv_train.models.registry import build_model, recurrence_of
+from rwkv_train.ops.prepare import OPERATORS
 from rwkv_train.training.precision import autocast_of, cast_in_forward
 
 _FLOAT32, _BFLOAT16 = 4, 2
@@ -66,7 +68,7 @@ def estimate_memory(config: TrainConfig, wkv_backend: str) -> MemoryEstimate:
     )
     return MemoryEstimate(
         model_bytes=_total(part for part in parts if not part.is_offloaded),
-        activation_bytes=_activation_bytes(model, config),
+        activation_bytes=_activation_bytes(model, config, wkv_backend),
         offloaded_bytes=_total(part for part in parts if part.is_offloaded),
     )
 
@@ -142,7 +144,19 @@ class _Kept:
         self._block = None
 
 
-def _activation_bytes(model: LanguageModel, config: TrainConfig) -> int:
+@contextmanager
+def _taken_for_any_device(op: str, wkv_backend: str) -> Iterator[None]:
+    """Let a backend for GPUs take tensors of a CPU, of which only the shapes are asked for."""
+    table = OPERATORS[op]
+    row = table[wkv_backend]
+    table[wkv_backend] = row._replace(refuses=lambda problem: None)
+    try:
+        yield
+    finally:
+        table[wkv_backend] = row
+
+
+def _activation_bytes(model: LanguageModel, config: TrainConfig, wkv_backend: str) -> int:
     settings = config.trainer
     batch, ctx_len = settings.micro_batch_size, config.model.ctx_len
     is_bf16 = settings.precision == "bf16-params"
@@ -158,7 +172,8 @@ def _activation_bytes(model: LanguageModel, config: TrainConfig) -> int:
             cast_in_forward(model, torch.bfloat16)
         tokens = torch.zeros(batch, ctx_len, dtype=torch.int64)
         autocast = autocast_of(settings.precision, torch.device("cpu"))
-        with autocast, torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor):
+        saved = torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor)
+        with _taken_for_any_device(recurrence_of(config.model)[0], wkv_backend), autocast, saved:
             model(tokens, targets=tokens, with_penalty=config.optim.l2wrap > 0)
     gradient_of_logits = batch * ctx_len * config.model.vocab_size * _FLOAT32
     if not settings.grad_checkpointing:
