@@ -72,7 +72,7 @@ def cuda_recurrence(
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         *given, cu_seqlens, keep_checkpoints = arguments
         v, state = given[value_index], given[-1]
-        _check_places(inputs, given, cu_seqlens)
+        check_places(inputs, given, cu_seqlens)
         final_state = torch.empty_like(state, dtype=torch.float32, memory_format=torch.contiguous_format)
         checkpoints = final_state.new_empty(
             signature.checkpoints_shape(*given, cu_seqlens) if keep_checkpoints else (0,)
@@ -104,7 +104,7 @@ def cuda_recurrence(
     def backward(*arguments: Any) -> tuple[Tensor, ...]:
         *given, cu_seqlens, checkpoints, dy, d_final = arguments
         v, like = given[value_index], (*given, d_final)
-        _check_places((*inputs[:-1], "dy", "d_final"), (*given, dy, d_final), cu_seqlens)
+        check_places((*inputs[:-1], "dy", "d_final"), (*given, dy, d_final), cu_seqlens)
         if v.numel() == 0:
             return *(torch.zeros_like(x) for x in given), d_final.clone()
         dtype = _common_dtype(inputs, given)
@@ -174,7 +174,7 @@ def _as_read(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
 
 
-def _check_places(names: Sequence[str], tensors: Sequence[Tensor], cu_seqlens: Tensor | None) -> None:
+def check_places(names: Sequence[str], tensors: Sequence[Tensor], cu_seqlens: Tensor | None) -> None:
     """Refuse what would let a kernel read memory that is not its own.
 
     Raises:
