@@ -10,19 +10,23 @@
 // that it writes. Neighbouring threads own neighbouring channels, so a warp reads whole rows. There are two forms:
 //   sequential  L has no end: one segment a sequence, one kernel a pass, every input read once.
 //   scan        L = 128, for few channels and long sequences: a pass over the segments leaves the sums of each, a scan
-//               joins them to the sums before each, a second pass over the segments computes the outputs. The depth is
-//               2 L + log2(T / L) while a sequence has no more than 32 segments; beyond, T / (32 L) joins more.
+//               joins them to the sums before each, a second pass over the segments computes the outputs. Of the n
+//               segments of a sequence the scan joins n / 32 in a row, twice, and 32 such runs in 5 rounds: so instead
+//               of T tokens, 2 L tokens and n / 16 + 5 joins wait for each other.
 // Both are the same kernels. The number of segments is bounded without a look at the lengths, as that of checkpoints:
 // T / L + S slots, those of sequence s begin at cu_seqlens[s] / L + s, and a slot finds its sequence by bisection.
 //
-// Method: token by token, 16 at a time in registers, while the loads of the next 16 are on their way. Of the two
-// exponentials in each sum one is e^0, so each sum takes one exp. The log scale is kept as base + age * w: so it is
-// rounded once, and not at each token. Backward: the forward pass leaves (a, b, p) every 16 tokens; the states between
-// are computed again, into registers, and nothing is divided by a decay. The gradients of A and B are sums of the same
-// kind from the last token to the first, (ga, gb) e^o; o is at most -p, so that no exponent below is positive.
+// Method: token by token, in batches of 16 that a thread keeps in columns of its own in shared memory, while those of
+// the next batch are on their way to its registers. Of the two exponentials in each sum one is e^0, so each sum takes
+// one exp. The log scale is kept as base + age * w: so it is rounded once, and not again at each token. Backward: the
+// forward pass leaves (a, b, p) before every batch; the states inside are computed again, and nothing is divided by a
+// decay. The gradients of A and B are sums of the same kind from the last token to the first, (ga, gb) e^o; o is at
+// most -p, so that no exponent below is positive. The gradients of w and u are left as one row a sequence.
 //
 // Memory: 0.75 bytes of checkpoints a token and channel. The scan form takes 12 bytes of workspace a slot and channel,
-// 20 in the backward pass, and 4 KB of shared memory a block.
+// 20 in the backward pass. Shared memory of a block: 8 KB forward, 24 KB backward, 4 KB in the scan. Bytes moved for a
+// token and channel of bfloat16, beside checkpoints: 6 forward and 10 backward, the least possible, in the sequential
+// form; 10 and 16 in the scan form.
 
 #include <cstdint>
 #include <type_traits>
@@ -33,11 +37,12 @@ namespace {
 
 using namespace rwkv;
 
-constexpr int kBatch = 16;  // tokens in registers at a time; also from one checkpoint to the next
+constexpr int kBatch = 16;  // tokens on their way at a time; also from one checkpoint to the next
 constexpr int kThreads = 64;
-constexpr int64_t kSegment = 128;               // tokens of a segment in the scan form; whole batches
-constexpr int64_t kNoEnd = int64_t{1} << 62;    // and in the sequential one
-constexpr int kScanChannels = 8, kLanes = 32;   // threads of a block that joins segments: 8 floats are one sector
+constexpr int kBlocks = 8;  // that shall fit on a multiprocessor: leaves a thread 128 registers
+constexpr int64_t kSegment = 128;              // tokens of a segment in the scan form; whole batches
+constexpr int64_t kNoEnd = int64_t{1} << 62;   // and in the sequential one
+constexpr int kScanChannels = 8, kLanes = 32;  // threads of a block that joins segments: 8 floats are one sector
 constexpr int kScanThreads = kScanChannels * kLanes;
 
 constexpr float kEmptyLogScale = -1e38f;  // exp of it is 0, and it stays finite in a difference
@@ -71,7 +76,7 @@ struct Row {
     const int64_t first = start(s), next = start(s + 1);
     return next < first ? first : next;
   }
-  // Where those begin that a sequence has one of for each `interval` tokens: room for all of them, found without looking
+  // Where those begin that a sequence has one of for each `interval` tokens: room for all of them, found without a look
   // at other sequences. Of each sequence, up to one is not needed.
   static __device__ int64_t first_of(int s, int64_t start, int64_t interval) { return start / interval + s; }
   __device__ int64_t first_slot(int s) const { return first_of(s, start(s), segment_tokens); }
@@ -187,15 +192,32 @@ struct RunningSums {
   }
 };
 
-// ---- tokens in registers
+// ---- tokens on their way
 
-// Where element `at` of a tensor lies. Elements of a batch are found from there with 32 bits: that takes half the
-// registers of as many 64-bit offsets.
+// Where element `at` of a tensor lies.
 __device__ __forceinline__ void* element(void* tensor, int64_t at, int dtype) {
   return static_cast<char*>(tensor) + at * (dtype == kFloat32 ? 4 : 2);
 }
 
-// Those of one channel, as they lie in memory: made floats when they are used, so that nothing waits for a load before.
+__device__ __forceinline__ int tokens_of_batch(int64_t left) {
+  return left < kBatch ? (left < 0 ? 0 : static_cast<int>(left)) : kBatch;
+}
+
+// One number for each token of a batch, in shared memory; the thread's own, so nobody waits for another. Neighbouring
+// threads lie in neighbouring banks.
+class Column {
+ public:
+  __device__ explicit Column(int number) : x_(shared_memory() + number * kBatch * kThreads + threadIdx.x) {}
+  __device__ __forceinline__ float& operator[](int token) const { return x_[token * kThreads]; }
+
+ private:
+  float* x_;
+};
+constexpr size_t kColumnBytes = kBatch * kThreads * sizeof(float);
+constexpr size_t kForwardBytes = 2 * kColumnBytes, kBackwardBytes = 6 * kColumnBytes;
+
+// A batch of one channel on its way from memory: in registers, as it lies there, so that nothing waits for it before
+// it is put where it is used.
 template <int dtype>
 struct Batch {
   using Element = std::conditional_t<dtype == kFloat32, float, uint16_t>;
@@ -207,34 +229,17 @@ struct Batch {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) x[i] = i < count ? p[i * C] : Element{};
   }
-  __device__ __forceinline__ float operator[](int i) const { return load(&x[i], 0, dtype); }
-};
-
-__device__ __forceinline__ int tokens_of_batch(int64_t left) {
-  return left < kBatch ? (left < 0 ? 0 : static_cast<int>(left)) : kBatch;
-}
-
-// f(0) .. f(count - 1), in this order or from the last to the first. A whole batch is code without a branch, in which
-// the work of neighbouring tokens overlaps.
-template <bool backwards, typename F>
-__device__ __forceinline__ void for_each_token(int count, F f) {
-  if (count == kBatch) {
+  __device__ __forceinline__ void put(Column column) const {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) f(backwards ? kBatch - 1 - i : i);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int i = backwards ? kBatch - 1 - j : j;
-      if (i < count) f(i);
-    }
+    for (int i = 0; i < kBatch; ++i) column[i] = load(&x[i], 0, dtype);
   }
-}
+};
 
 // ---- forward
 
 // Outputs of a segment from the sums before it, `incoming` [slots, 3, C]: in the sequential form those are the states.
 template <int dtype>
-__global__ void __launch_bounds__(kThreads, 8)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     forward_kernel(Row row, Inputs in, const float* incoming, void* y, float* final_state, float* checkpoints) {
   const int C = row.C;
   const int64_t thread = thread_number(), slot = thread / C;
@@ -243,29 +248,33 @@ __global__ void __launch_bounds__(kThreads, 8)
   if (!segment.exists) return;
   const int c = static_cast<int>(thread % C);
   const float w = log_decay(in.w, c), u = in.u[c];
+  const int64_t step = static_cast<int64_t>(kBatch) * C;
   int64_t at = segment.first * C + c, left = segment.end - segment.first, checkpoint = segment.checkpoint;
 
   const Sums start = load_sums(incoming, slot, C, c);
   RunningSums sums(start);
-  Batch<dtype> k, v, next_k, next_v;
+  const Column k(0), v(1);
+  Batch<dtype> next_k, next_v;
   next_k.fetch(in.k, at, C, tokens_of_batch(left));
   next_v.fetch(in.v, at, C, tokens_of_batch(left));
   while (left > 0) {
     const int count = tokens_of_batch(left);
-    k = next_k;
-    v = next_v;
+    next_k.put(k);
+    next_v.put(v);
     left -= kBatch;
-    next_k.fetch(in.k, at + static_cast<int64_t>(kBatch) * C, C, tokens_of_batch(left));
-    next_v.fetch(in.v, at + static_cast<int64_t>(kBatch) * C, C, tokens_of_batch(left));
+    next_k.fetch(in.k, at + step, C, tokens_of_batch(left));
+    next_v.fetch(in.v, at + step, C, tokens_of_batch(left));
     if (checkpoints != nullptr) store_sums(checkpoints, checkpoint++, C, c, sums.now(w));
-    for_each_token<false>(count, [&](int i) {
+    void* const out = element(y, at, dtype);
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) {
       const Sums past = sums.now(w);
-      const Weights weight = weigh(past.p, u + k[i]);
-      const float out = (weight.x * past.a + weight.y * v[i]) / (weight.x * past.b + weight.y);
-      store(element(y, at, dtype), i * C, out, dtype);
-      sums.add(v[i], 1.f, k[i], w);
-    });
-    at += static_cast<int64_t>(kBatch) * C;
+      const float key = k[i], value = v[i];
+      const Weights weight = weigh(past.p, u + key);
+      store(out, i * C, (weight.x * past.a + weight.y * value) / (weight.x * past.b + weight.y), dtype);
+      sums.add(value, 1.f, key, w);
+    }
+    at += step;
   }
   if (!segment.is_last) return;
   store_sums(final_state, segment.s, C, c, segment.first == segment.end ? start : sums.now(w));
@@ -276,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, 8)
 
 // The sums that a segment adds to nothing, which those after it need: [slots, 3, C].
 template <int dtype>
-__global__ void __launch_bounds__(kThreads, 8) summarize_kernel(Row row, Inputs in, float* summaries) {
+__global__ void __launch_bounds__(kThreads, kBlocks) summarize_kernel(Row row, Inputs in, float* summaries) {
   const int C = row.C;
   const int64_t thread = thread_number(), slot = thread / C;
   if (slot >= row.n_slots()) return;
@@ -286,18 +295,20 @@ __global__ void __launch_bounds__(kThreads, 8) summarize_kernel(Row row, Inputs 
   const float w = log_decay(in.w, c);
 
   RunningSums sums(no_sums());
-  Batch<dtype> k, v, next_k, next_v;
+  const Column k(0), v(1);
+  Batch<dtype> next_k, next_v;
   const int64_t first = segment.first * C + c, step = static_cast<int64_t>(kBatch) * C;
   next_k.fetch(in.k, first, C, kBatch);
   next_v.fetch(in.v, first, C, kBatch);
   constexpr int kBatches = kSegment / kBatch;  // every segment but the last is whole
   for (int batch = 1; batch <= kBatches; ++batch) {
-    k = next_k;
-    v = next_v;
+    next_k.put(k);
+    next_v.put(v);
     const int count = batch < kBatches ? kBatch : 0;
     next_k.fetch(in.k, first + batch * step, C, count);
     next_v.fetch(in.v, first + batch * step, C, count);
-    for_each_token<false>(kBatch, [&](int i) { sums.add(v[i], 1.f, k[i], w); });
+#pragma unroll 4
+    for (int i = 0; i < kBatch; ++i) sums.add(v[i], 1.f, k[i], w);
   }
   store_sums(summaries, slot, C, c, sums.now(w));
 }
@@ -305,10 +316,10 @@ __global__ void __launch_bounds__(kThreads, 8) summarize_kernel(Row row, Inputs 
 // ---- backward
 
 // From the gradients of the sums after a segment, those before it and those of all its inputs; `outgoing` [slots, 3, C]
-// holds them for all but the last segment of a sequence, whose own is d_final. With `only_sums`, all that it computes is
+// holds them for all but the last segment of a sequence, whose own is d_final. With `only_sums` it computes nothing but
 // what a segment adds to the gradients of the sums before it: summaries [slots, 3, C].
 template <int dtype, bool only_sums>
-__global__ void __launch_bounds__(kThreads, 5)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     backward_kernel(Row row, Inputs in, const float* checkpoints, const void* dy, const float* d_final,
                     const float* outgoing, Gradients out, float* summaries) {
   const int C = row.C;
@@ -326,50 +337,58 @@ __global__ void __launch_bounds__(kThreads, 5)
                                     : load_sums(outgoing, slot, C, c);
   RunningSums gradient(last);
   float dw = 0.f, du = 0.f;
-  Batch<dtype> k, v, dys, next_k, next_v;
+  const Column k(0), v(1), dys(2), before_a(3), before_b(4), before_p(5);
+  Batch<dtype> next_k, next_v, next_dys;
   Sums next_start = no_sums();
   const auto fetch = [&](int64_t batch) {
     if (batch < 0) return;
     const int count = tokens_of_batch(length - batch * kBatch);
     next_k.fetch(in.k, first_at + batch * step, C, count);
     next_v.fetch(in.v, first_at + batch * step, C, count);
+    next_dys.fetch(dy, first_at + batch * step, C, count);
     next_start = load_sums(checkpoints, segment.checkpoint + batch, C, c);
   };
   fetch(n_batches - 1);
   for (int64_t batch = n_batches - 1; batch >= 0; --batch) {
     const int count = tokens_of_batch(length - batch * kBatch);
     const int64_t at = first_at + batch * step;
-    k = next_k;
-    v = next_v;
+    next_k.put(k);
+    next_v.put(v);
+    next_dys.put(dys);
     RunningSums sums(next_start);
-    dys.fetch(dy, at, C, count);  // not needed before the states are there
     fetch(batch - 1);
 
-    Sums before[kBatch];
-    for_each_token<false>(count, [&](int i) {
-      before[i] = sums.now(w);
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) {
+      const Sums now = sums.now(w);
+      before_a[i] = now.a;
+      before_b[i] = now.b;
+      before_p[i] = now.p;
       sums.add(v[i], 1.f, k[i], w);
-    });
+    }
     if (segment.is_last && batch == n_batches - 1) gradient.base = -sums.now(w).p;
 
     float batch_dw = 0.f, batch_du = 0.f;  // summed by batches first: a long sum of floats would lose digits
-    for_each_token<true>(count, [&](int i) {
-      const Sums past = before[i];
-      const float bonus_key = u + k[i];
+    void* const dk = only_sums ? nullptr : element(out.k, at, dtype);
+    void* const dv = only_sums ? nullptr : element(out.v, at, dtype);
+#pragma unroll 4
+    for (int i = count - 1; i >= 0; --i) {
+      const Sums past{before_a[i], before_b[i], before_p[i]};
+      const float key = k[i], value = v[i], bonus_key = u + key;
       const Weights weight = weigh(past.p, bonus_key);
       const float inverse = 1.f / (weight.x * past.b + weight.y);
-      const float y = (weight.x * past.a + weight.y * v[i]) * inverse;
+      const float y = (weight.x * past.a + weight.y * value) * inverse;
       const float q = dys[i] * inverse;  // times e^-scale
       if (!only_sums) {
         const Sums after = gradient.now(w);
-        const float key = expf(k[i] + after.p), bonus = weight.y * (v[i] - y) * q;
-        store(element(out.k, at, dtype), i * C, key * (after.a * v[i] + after.b) + bonus, dtype);
-        store(element(out.v, at, dtype), i * C, key * after.a + weight.y * q, dtype);
-        batch_du += bonus;
+        const float through_sums = expf(key + after.p), through_bonus = weight.y * (value - y) * q;
+        store(dk, i * C, through_sums * (after.a * value + after.b) + through_bonus, dtype);
+        store(dv, i * C, through_sums * after.a + weight.y * q, dtype);
+        batch_du += through_bonus;
         batch_dw += expf(w + past.p + after.p) * (after.a * past.a + after.b * past.b);
       }
       gradient.add(q, -(q * y), -fmaxf(past.p, bonus_key), w);
-    });
+    }
     dw += batch_dw;
     du += batch_du;
   }
@@ -394,6 +413,8 @@ __global__ void __launch_bounds__(kThreads, 5)
 }
 
 // ---- the scan over segments
+
+constexpr size_t kScanBytes = 4 * kScanThreads * sizeof(float);
 
 // A block joins the segments of one sequence in 8 channels. Lane i of a channel has the i-th run of them, in the order
 // of the scan.
@@ -439,8 +460,7 @@ __global__ void __launch_bounds__(kScanThreads)
 
   // The runs of all lanes up to and with this one, joined two by two, then of four and four, and so on.
   float tokens = static_cast<float>(my.end - my.begin) * segment_tokens;
-  float* const shared = shared_memory();
-  float* const mine = shared + 4 * threadIdx.x;
+  float* const mine = shared_memory() + 4 * threadIdx.x;
   const auto show = [&] {
     mine[0] = run.a;
     mine[1] = run.b;
@@ -523,9 +543,9 @@ int with_dtype(int dtype, Run run) {
   }
 }
 
-// One thread a channel of a sequence leaves a chip idle where there are few: a token takes it about 40 ns, while the
-// scan form moves 10 bytes a token and channel instead of 6, or 16 instead of 10, at 4 TB/s on a large chip. Both take
-// equally long with about 16,000 threads. And a sequence must have some segments, on average.
+// By estimate, not by measurement: few threads leave a chip idle, because a token takes each of them about 40 ns, while
+// the scan form moves 10 bytes a token and channel, or 16 backward, at 4 TB/s on a large chip. Then both take equally
+// long with about 16,000 threads. And a sequence must have some segments, on average.
 bool is_for_scan(int S, int64_t T, int C) {
   return S > 0 && static_cast<int64_t>(S) * C < 16384 && T / S >= 4 * kSegment;
 }
@@ -544,18 +564,17 @@ int forward(bool scan, int dtype, int S, int64_t T, int C, const int64_t* cu_seq
   const dim3 grid = blocks_for(row.n_slots() * C);
   return with_dtype(dtype, [&](auto constant) {
     constexpr int kType = decltype(constant)::value;
-    if (!scan)
-      return launch(forward_kernel<kType>, grid, dim3(kThreads), 0, stream, row, in, state, y, final_state,
-                    checkpoints);
+    const auto outputs = [&](const float* incoming) {
+      return launch(forward_kernel<kType>, grid, dim3(kThreads), kForwardBytes, stream, row, in, incoming, y,
+                    final_state, checkpoints);
+    };
+    if (!scan) return outputs(state);
     float* const sums = static_cast<float*>(workspace);
-    int error = launch(summarize_kernel<kType>, grid, dim3(kThreads), 0, stream, row, in, sums);
+    int error = launch(summarize_kernel<kType>, grid, dim3(kThreads), kForwardBytes, stream, row, in, sums);
     if (error == 0)
-      error = launch(scan_kernel<false>, blocks_of_scan(row), dim3(kScanThreads), 4 * kScanThreads * sizeof(float),
-                     stream, row, in.w, state, sums);
-    if (error == 0)
-      error = launch(forward_kernel<kType>, grid, dim3(kThreads), 0, stream, row, in,
-                     static_cast<const float*>(sums), y, final_state, checkpoints);
-    return error;
+      error = launch(scan_kernel<false>, blocks_of_scan(row), dim3(kScanThreads), kScanBytes, stream, row, in.w, state,
+                     sums);
+    return error == 0 ? outputs(sums) : error;
   });
 }
 
@@ -565,27 +584,26 @@ int backward(bool scan, int dtype, int S, int64_t T, int C, const int64_t* cu_se
   if (S == 0 || C == 0) return 0;
   const Row row{T, S, C, cu_seqlens, scan ? kSegment : kNoEnd};
   const dim3 grid = blocks_for(row.n_slots() * C);
-  float* const none = nullptr;
   return with_dtype(dtype, [&](auto constant) {
     constexpr int kType = decltype(constant)::value;
-    if (!scan)
-      return launch(backward_kernel<kType, false>, grid, dim3(kThreads), 0, stream, row, in, checkpoints, dy, d_final,
-                    static_cast<const float*>(none), out, none);
+    const auto gradients = [&](const float* outgoing, const Gradients& out) {
+      return launch((backward_kernel<kType, false>), grid, dim3(kThreads), kBackwardBytes, stream, row, in, checkpoints,
+                    dy, d_final, outgoing, out, nullptr);
+    };
+    if (!scan) return gradients(nullptr, out);
     float* const sums = static_cast<float*>(workspace);
     Gradients by_segment = out;
     by_segment.w = sums + scan_floats(S, T, C);
     by_segment.u = by_segment.w + row.n_slots() * C;
-    int error = launch(backward_kernel<kType, true>, grid, dim3(kThreads), 0, stream, row, in, checkpoints, dy,
-                       d_final, static_cast<const float*>(none), by_segment, sums);
+    int error = launch((backward_kernel<kType, true>), grid, dim3(kThreads), kBackwardBytes, stream, row, in,
+                       checkpoints, dy, d_final, nullptr, by_segment, sums);
     if (error == 0)
-      error = launch(scan_kernel<true>, blocks_of_scan(row), dim3(kScanThreads), 4 * kScanThreads * sizeof(float),
-                     stream, row, in.w, static_cast<const float*>(none), sums);
-    if (error == 0)
-      error = launch(backward_kernel<kType, false>, grid, dim3(kThreads), 0, stream, row, in, checkpoints, dy, d_final,
-                     static_cast<const float*>(sums), by_segment, none);
-    const auto add_up = [&](const float* parts, float* sums) {
+      error = launch(scan_kernel<true>, blocks_of_scan(row), dim3(kScanThreads), kScanBytes, stream, row, in.w, nullptr,
+                     sums);
+    if (error == 0) error = gradients(sums, by_segment);
+    const auto add_up = [&](const float* parts, float* whole) {
       return launch(add_segments_kernel, blocks_of_scan(row), dim3(kScanThreads), kScanThreads * sizeof(float), stream,
-                    row, parts, sums);
+                    row, parts, whole);
     };
     if (error == 0) error = add_up(by_segment.w, out.w);
     if (error == 0) error = add_up(by_segment.u, out.u);
@@ -621,8 +639,8 @@ RWKV_EXPORT const char* rwkv_wkv4_error(int code) { return error_text(code); }
       int dtype, int S, int64_t T, int C, const int64_t* cu_seqlens, const float* w, const float* u, const void* k,    \
       const void* v, const float* checkpoints, const void* dy, const float* d_final, float* dw, float* du, void* dk,   \
       void* dv, float* d_state, void* workspace, void* stream) {                                                       \
-    return backward(SCAN, dtype, S, T, C, cu_seqlens, {w, u, k, v}, checkpoints, dy, d_final, {dw, du, dk, dv, d_state}, \
-                    workspace, stream);                                                                                \
+    return backward(SCAN, dtype, S, T, C, cu_seqlens, {w, u, k, v}, checkpoints, dy, d_final,                          \
+                    {dw, du, dk, dv, d_state}, workspace, stream);                                                     \
   }
 
 RWKV_WKV4_FORM(, is_for_scan(S, T, C))
