@@ -52,6 +52,8 @@ struct BackwardBlock {
   static constexpr int kWarps = kN == 32 ? 2 : 8;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kRows = kWarps * Tile<kN>::kRows;
+  static constexpr bool kHasHead = kRows == kN;       // all its rows
+  static constexpr int kResident = kN == 32 ? 6 : 2;  // blocks for which a multiprocessor has registers
 };
 
 // s = s diag(d) + u b^T + v k^T
@@ -129,7 +131,7 @@ struct ForwardFetch {
 };
 
 template <int kN>
-__global__ void __launch_bounds__(ForwardBlock<kN>::kThreads)
+__global__ void __launch_bounds__(ForwardBlock<kN>::kThreads, 512 / ForwardBlock<kN>::kThreads)
     forward_kernel(Heads heads, Inputs in, const float* state, void* y, float* final_state, float* checkpoints) {
   constexpr int kRows = ForwardBlock<kN>::kRows, kLanes = Tile<kN>::kLanes;
   const Task task = task_of_block(heads, kRows);
@@ -320,29 +322,30 @@ struct BackwardHalf {
     spread_four<8>(sum, du_);
     if (tile.lane % Tile<kN>::kLanes / 4 == 1) dv[t * kRows + tile.row + tile.lane % 4] = sum;
 
-    read_four(d, t * kN + tile.column, d_);
-    read_four(v, t * kRows + tile.row, v_);
-    read_four(u, t * kRows + tile.row, u_);
     float* const warp_sums = sums + tile.warp * kWarpSums;
     __syncthreads();  // the sums of the token after this one have been read
-    // S_t^T dy, of S_t = s diag(d) + u b^T + v k^T.
-    column_parts(s, dy_, column);
-    const float dy_u = (dy_[0] * u_[0] + dy_[1] * u_[1]) + (dy_[2] * u_[2] + dy_[3] * u_[3]);
+    column_parts(s, du_, column);
+    put_column_sums<kN>(tile, column, warp_sums + kDa * kN);
+    read_four(v, t * kRows + tile.row, v_);
     const float dy_v = (dy_[0] * v_[0] + dy_[1] * v_[1]) + (dy_[2] * v_[2] + dy_[3] * v_[3]);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) column[j] = column[j] * d_[j] + (dy_u * b_[j] + dy_v * k_[j]);
-    put_column_sums<kN>(tile, column, warp_sums + kDr * kN);
-
+    column_parts(g, v_, column);
+    put_column_sums<kN>(tile, column, warp_sums + kDk * kN);
+    read_four(u, t * kRows + tile.row, u_);
+    const float dy_u = (dy_[0] * u_[0] + dy_[1] * u_[1]) + (dy_[2] * u_[2] + dy_[3] * u_[3]);
+    column_parts(g, u_, column);
+    put_column_sums<kN>(tile, column, warp_sums + kDb * kN);
+    read_four(d, t * kN + tile.column, d_);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       column[j] = d_[j] * ((g[0][j] * s[0][j] + g[1][j] * s[1][j]) + (g[2][j] * s[2][j] + g[3][j] * s[3][j]));
     put_column_sums<kN>(tile, column, warp_sums + kDw * kN);
-    column_parts(g, v_, column);
-    put_column_sums<kN>(tile, column, warp_sums + kDk * kN);
-    column_parts(s, du_, column);
-    put_column_sums<kN>(tile, column, warp_sums + kDa * kN);
-    column_parts(g, u_, column);
-    put_column_sums<kN>(tile, column, warp_sums + kDb * kN);
+    // S_t^T dy, of S_t = s diag(d) + u b^T + v k^T. k and b are read again: there are no registers to keep them in.
+    read_four(k, t * kN + tile.column, k_);
+    read_four(b, t * kN + tile.column, b_);
+    column_parts(s, dy_, column);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) column[j] = column[j] * d_[j] + (dy_u * b_[j] + dy_v * k_[j]);
+    put_column_sums<kN>(tile, column, warp_sums + kDr * kN);
 
     read_four(a, t * kN + tile.column, a_);
 #pragma unroll
@@ -354,9 +357,9 @@ struct BackwardHalf {
 
 constexpr int kQuarter = 4;  // tokens whose states a thread has in registers
 
-// parts, where it is not null: [parts, kColumnSums, T, H, N], for the sums of blocks that have not all rows of a head.
+// parts: [parts of a head, kColumnSums, T, H, N], for the sums of blocks that have not all rows of a head.
 template <int kN>
-__global__ void __launch_bounds__(BackwardBlock<kN>::kThreads, 512 / BackwardBlock<kN>::kThreads)
+__global__ void __launch_bounds__(BackwardBlock<kN>::kThreads, BackwardBlock<kN>::kResident)
     backward_kernel(Heads heads, Inputs in, const float* checkpoints, const void* dy, const float* d_final,
                     ColumnGradients gradients, void* dv, float* d_state, float* parts) {
   using Block = BackwardBlock<kN>;
@@ -365,7 +368,6 @@ __global__ void __launch_bounds__(BackwardBlock<kN>::kThreads, 512 / BackwardBlo
   const Task task = task_of_block(heads, Block::kRows);
   const Tile<kN> tile;
   const int N = heads.N, row = task.first_row + tile.row;
-  const int64_t n_elements = heads.row(heads.T, 0);
   const Half half(shared_memory());
 
   float g[4][4];
@@ -429,14 +431,15 @@ __global__ void __launch_bounds__(BackwardBlock<kN>::kThreads, 512 / BackwardBlo
         }
         __syncthreads();
         const int64_t at = heads.row(task.first_token + first + token, task.head);
+#pragma unroll 1
         for (int i = not_before(static_cast<int>(threadIdx.x)); i < Half::kWarpSums; i += kThreads) {
           const int which = i / kN, column = i % kN;
           if (column >= N) continue;
           const float sum = sum_warps<Block::kWarps>(half.sums + i, Half::kWarpSums);
-          if (parts == nullptr)
+          if constexpr (Block::kHasHead)
             store(gradients[which], at + column, sum, dtype_of(which, heads.dtype));
           else
-            parts[(task.part * kColumnSums + which) * n_elements + at + column] = sum;
+            parts[(task.part * kColumnSums + which) * heads.row(heads.T, 0) + at + column] = sum;
         }
       }
     }
