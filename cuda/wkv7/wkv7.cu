@@ -45,6 +45,7 @@ struct ForwardBlock {
   static constexpr int kWarps = kN == 32 ? 2 : 4;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kRows = kWarps * Tile<kN>::kRows;
+  static constexpr int kResident = kN == 32 ? 10 : kN == 64 ? 5 : 3;  // blocks in a multiprocessor
 };
 
 template <int kN>
@@ -53,7 +54,7 @@ struct BackwardBlock {
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kRows = kWarps * Tile<kN>::kRows;
   static constexpr bool kHasHead = kRows == kN;       // all its rows
-  static constexpr int kResident = kN == 32 ? 6 : 2;  // blocks for which a multiprocessor has registers
+  static constexpr int kResident = kN == 32 ? 6 : 2;  // as above
 };
 
 // s = s diag(d) + u b^T + v k^T
@@ -131,7 +132,7 @@ struct ForwardFetch {
 };
 
 template <int kN>
-__global__ void __launch_bounds__(ForwardBlock<kN>::kThreads, 512 / ForwardBlock<kN>::kThreads)
+__global__ void __launch_bounds__(ForwardBlock<kN>::kThreads, ForwardBlock<kN>::kResident)
     forward_kernel(Heads heads, Inputs in, const float* state, void* y, float* final_state, float* checkpoints) {
   constexpr int kRows = ForwardBlock<kN>::kRows, kLanes = Tile<kN>::kLanes;
   const Task task = task_of_block(heads, kRows);
