@@ -130,7 +130,9 @@ __device__ __forceinline__ int64_t thread_number() {
   return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
 }
 
-__device__ __forceinline__ float log_decay(const float* w, int c) { return fmaxf(w[c], kStrongestDecay); }
+__device__ __forceinline__ float log_decay(const float* w, int c) {
+  return w[c] < kStrongestDecay ? kStrongestDecay : w[c];  // fmaxf would hide what is no number
+}
 
 // ---- sums
 
@@ -227,7 +229,7 @@ struct Batch {
   __device__ __forceinline__ void fetch(const void* from, int64_t at, int C, int count) {
     const Element* p = static_cast<const Element*>(from) + at;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) x[i] = i < count ? p[i * C] : Element{};
+    for (unsigned i = 0; i < kBatch; ++i) x[i] = static_cast<int>(i) < count ? p[i * C] : Element{};
   }
   __device__ __forceinline__ void put(Column column) const {
 #pragma unroll
