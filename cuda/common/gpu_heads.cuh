@@ -229,26 +229,28 @@ __device__ __forceinline__ void column_parts(const float (&s)[4][4], const float
 
 // ---------------------------------------------------------------------------------------------- sums
 
-// Adds up x over kLanes neighbouring lanes; lane l gets the sum of x[l % kCount]. Destroys x. At each step a lane gives
-// away the half of its numbers that it does not end with, so that kCount sums cost little more than one: 8 numbers over
-// 16 lanes are 4 + 2 + 1 + 1 shuffles.
-template <int kCount, int kLanes>
-__device__ __forceinline__ float sum_lanes(float (&x)[kCount]) {
+// Adds up x over kLanes neighbouring lanes; lane l gets the sum of x[l % kCount]. At each step a lane gives away the half
+// of its numbers that it does not end with, so that kCount sums cost little more than one: 8 numbers over 16 lanes are
+// 4 + 2 + 1 + 1 shuffles. A recursion, because an array that is halved in a loop ends up in memory; kResults is its own.
+template <int kCount, int kLanes, int kResults = kCount>
+__device__ __forceinline__ float sum_lanes(const float (&x)[kCount]) {
   static_assert(kCount <= kLanes, "every sum needs a lane");
-  const int lane = static_cast<int>(threadIdx.x);
+  if constexpr (kCount > 1) {
+    constexpr int kHalf = kCount / 2;
+    const bool upper = static_cast<int>(threadIdx.x) & kHalf;
+    float half[kHalf];
 #pragma unroll
-  for (int half = kCount / 2; half >= 1; half /= 2) {
-    const bool upper = lane & half;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float kept = upper ? x[half + i] : x[i], given = upper ? x[i] : x[half + i];
-      x[i] = kept + __shfl_xor_sync(kAllLanes, given, half);
+    for (int i = 0; i < kHalf; ++i) {
+      const float low = x[i], high = x[kHalf + i];
+      half[i] = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, kHalf);
     }
-  }
-  float sum = x[0];
+    return sum_lanes<kHalf, kLanes, kResults>(half);
+  } else {
+    float sum = x[0];
 #pragma unroll
-  for (int distance = kCount; distance < kLanes; distance *= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
-  return sum;
+    for (int distance = kResults; distance < kLanes; distance *= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+    return sum;
+  }
 }
 
 // The first 4 of kCount sums of `sum_lanes`, in every lane.
