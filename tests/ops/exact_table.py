@@ -9,7 +9,6 @@ from typing import ClassVar
 import pytest
 import torch
 
-from rwkv_train.assets import find_asset_folder
 from rwkv_train.ops.compiled import addresses
 from rwkv_train.ops.context import PLAIN, packed_context
 from rwkv_train.ops.cuda import DTYPE_CODES, Platform
@@ -92,10 +91,7 @@ class ExactTable:
     device: ClassVar[str]
 
     @pytest.fixture(autouse=True)
-    def _in_the_tables(self, monkeypatch, request):
-        op = request.node.callspec.params["op"]
-        if not (find_asset_folder("cuda") / op / f"{op}.cu").is_file():
-            pytest.skip(f"cuda/{op}/{op}.cu is not there yet")
+    def _in_the_tables(self, monkeypatch):
         for (op, _), kernel in self.kernels.items():
             monkeypatch.setitem(OPERATORS[op], kernel.backend, kernel.row)
         torch.compiler.reset()  # PyTorch refuses to compile one function for too many kinds of arguments
@@ -313,8 +309,6 @@ class ExactTable:
             inputs[i] = x.clone()
             inputs[i].view(-1)[0] = torch.nan
             y, _ = operator.run(*inputs, PLAIN, backend=self.backend(op, form))
-            if op == "wkv4" and i == 0 and not y.isnan().any():
-                pytest.xfail("wkv4 hides a NaN in w")
             assert y.isnan().any(), i
 
     @every_form
