@@ -229,9 +229,9 @@ __device__ __forceinline__ void column_parts(const float (&s)[4][4], const float
 
 // ---------------------------------------------------------------------------------------------- sums
 
-// Adds up x over kLanes neighbouring lanes; lane l gets the sum of x[l % kCount]. At each step a lane gives away the half
-// of its numbers that it does not end with, so that kCount sums cost little more than one: 8 numbers over 16 lanes are
-// 4 + 2 + 1 + 1 shuffles. A recursion, because an array that is halved in a loop ends up in memory; kResults is its own.
+// Adds up x over kLanes neighbouring lanes; lane l gets the sum of x[l % kCount]. At each step a lane gives away the
+// half of its numbers that it does not end with, so that kCount sums cost little more than one: 8 numbers over 16 lanes
+// are 4 + 2 + 1 + 1 shuffles. A recursion, because an array that a loop halves ends up in memory; kResults is its own.
 template <int kCount, int kLanes, int kResults = kCount>
 __device__ __forceinline__ float sum_lanes(const float (&x)[kCount]) {
   static_assert(kCount <= kLanes, "every sum needs a lane");
