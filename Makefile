@@ -7,8 +7,9 @@
 PY := .venv/bin/python
 RWKV := .venv/bin/rwkv-train
 DEMO := demo
-# Many tests wait for processes of their own, so several at a time; those of a file share what they make.
-TESTS := -m "not gpu and not slow and not network" -n logical --maxprocesses 8 --dist loadfile
+# Many tests wait for processes of their own, so several at a time; those of a file share what they make. The order of
+# the files is that of tests/conftest.py.
+TESTS := -m "not gpu and not slow and not network" -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 CAMPAIGNS := kill faults corrupt inputs prepare
 NAME ?= $(filter $(CAMPAIGNS),$(MAKECMDGOALS))
 

@@ -2,8 +2,21 @@
 
 import os
 
+BEGIN_FIRST = (
+    "campaigns/test_slices.py",
+    "training/test_parity.py",
+    "benchmarks/test_trials.py",
+    "checkpoints/test_deepspeed_folder.py",
+    "training/test_processes.py",
+)
+"""Files that take a minute or more: begun last, one of them would keep the suite waiting at its end."""
+
 # As rwkv_train.commands.main does: tests share their cores with other processes, some of them their own.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 # One thread each where several processes share out the tests; read when torch is loaded.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.path.as_posix().endswith(BEGIN_FIRST))

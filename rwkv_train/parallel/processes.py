@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-CONNECT_SECONDS = 20.0
-"""How long the processes wait for each other at the start."""
+CONNECT_SECONDS = 60.0
+"""How long the processes wait for each other at the start: libraries on a busy or shared disk load that far apart."""
 SLACK_SECONDS = 30.0
 """What a collective waits longer than the watchdog, which knows better who is missing."""
 _SHOWN_LETTERS = 200

@@ -99,7 +99,7 @@ def missing_rank(trial: Trial) -> None:
     """Rank 1 never comes."""
     run = trial.run()
     command = run.start(environment=_torchrun(0, trial.devices, _free_port()))
-    trial.ends(command, REFUSED, within=45, says="rank 1 did not come")  # 20 s after it is ready itself
+    trial.ends(command, REFUSED, within=90, says="rank 1 did not come")  # 60 s after it is ready itself
 
 
 def world_size_that_does_not_divide(trial: Trial) -> None:

@@ -20,17 +20,17 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes
 
 
 @pytest.mark.parametrize(
-    ("kind", "strategy", "moment"),
+    ("kind", "strategy", "moments"),
     [
-        ("one", "auto", Moment("save", 0.3, 0.002, 0)),
-        ("rank", "ddp", Moment("step", 0.3, 0.01, 1)),
+        ("one", "auto", (Moment("save", 0.3, 0.002, 0), Moment("step", 0.6, 0.01, 0))),
+        ("rank", "ddp", (Moment("step", 0.3, 0.01, 1),)),
     ],
     ids=["the only process", "rank 1 of 2"],
 )
-def test_a_killed_run_goes_on_to_the_undisturbed_end(tmp_path, kind, strategy, moment):
-    row = KillTrial(tmp_path).run(Case(0, kind, strategy, (moment,)))
+def test_a_killed_run_goes_on_to_the_undisturbed_end(tmp_path, kind, strategy, moments):
+    row = KillTrial(tmp_path).run(Case(0, kind, strategy, moments))
     assert row["outcome"] == AS_PROMISED
-    assert len(row["kills"]) == 1
+    assert len(row["kills"]) == len(moments)
 
 
 @pytest.mark.parametrize(

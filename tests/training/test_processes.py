@@ -1,7 +1,6 @@
-"""Runs in processes of their own: killed at random moments, interrupted, shared by two processes."""
+"""Runs in processes of their own: interrupted, shared by two processes. Killed ones: tests/campaigns/kill.py."""
 
 import csv
-import random
 import signal
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import yaml
 from rwkv_train.checkpoints import list_training_checkpoints, load_training_checkpoint
 
 CHECKOUT = Path(__file__).parents[2]
-KILLS = 5
 PATIENCE_SECONDS = 120
 
 
@@ -57,32 +55,6 @@ def wait_for_progress(process, out_dir, before):
 def metric(out_dir, column):
     with (out_dir / "metrics.csv").open(newline="") as file:
         return [float(row[column]) for row in csv.DictReader(file) if row[column]]
-
-
-def test_a_run_killed_at_random_moments_ends_like_an_undisturbed_one(command, tree, tmp_path):
-    tree["checkpoint"] = {"every_n_steps": 1, "keep_last": 2}  # so that many kills fall into a save
-    steps = {"max_steps": 300, "val_every_n_steps": 300, "sample_tokens": 0}
-    finish(command("undisturbed", **steps))
-    killed = command("killed", **steps)
-    chance = random.Random(0)
-    for _ in range(KILLS):
-        before = newest(tmp_path / "killed")
-        process = start(killed)
-        wait_for_progress(process, tmp_path / "killed", before)
-        time.sleep(chance.uniform(0, 0.5))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
-    finish(killed)
-
-    one, other = (
-        load_training_checkpoint(tmp_path / name / "checkpoints/step-00000300")
-        for name in ("undisturbed", "killed")
-    )
-    for kind in ("weights", "exp_avg", "exp_avg_sq"):
-        left, right = getattr(one, kind), getattr(other, kind)
-        assert left.keys() == right.keys()
-        assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.mark.parametrize(
