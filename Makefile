@@ -62,13 +62,8 @@ format: env
 wheel: env
 	$(PY) -m build --wheel
 
-# The libraries need the C library of this machine or a later one, which the name of the wheel says. They are taken
-# away again, from the folder that setuptools works in too: no other wheel is to carry them.
 wheel-cuda: env
-	@rm -rf build/lib; trap 'rm -rf cuda/prebuilt/*.so build/lib' EXIT; set -e; \
-	$(RWKV) build-kernels --arch all --cache-folder cuda/prebuilt; \
-	tag=$$($(PY) -c "import platform as p; print('manylinux_' + p.libc_ver()[1].replace('.', '_') + '_' + p.machine())"); \
-	$(PY) -m build --wheel --config-setting=--build-option=--plat-name=$$tag
+	@sh .ci/make-wheel-cuda
 
 clean:
 	rm -rf .venv build dist $(DEMO) *.egg-info
