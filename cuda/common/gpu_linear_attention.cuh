@@ -54,17 +54,22 @@ inline dim3 blocks_of(const Heads& heads, int parts) { return dim3(static_cast<u
 // What the tokens of a head have in common, in shared memory.
 template <int kN>
 struct HeadRows {
-  static constexpr int kFloats = 2 * kN;
-  float *u, *d;  // [kN]; d is RWKV-5's exp(w)
+  static constexpr int kFloats = 3 * kN;
+  float *u, *d, *d_last;  // [kN]; d is RWKV-5's exp(w), d_last that of the last token of a batch
 
-  __device__ explicit HeadRows(float* memory) : u(memory), d(memory + kN) {}
+  __device__ explicit HeadRows(float* memory) : u(memory), d(memory + kN), d_last(memory + 2 * kN) {}
 };
 
 template <int kThreads, bool kStatic, int kN>
 __device__ __forceinline__ void put_head(const Inputs& in, int head, int N, const HeadRows<kN>& rows) {
   for (int j = static_cast<int>(threadIdx.x); j < kN; j += kThreads) {
     rows.u[j] = j < N ? in.u[head * N + j] : 0.f;
-    if (kStatic) rows.d[j] = j < N ? expf(in.w[head * N + j]) : 1.f;
+    if (!kStatic) continue;
+    const float w = j < N ? in.w[head * N + j] : 0.f, d = expf(w);
+    rows.d[j] = d;
+    // A decay near 1 that is rounded the same way at each of a thousand tokens is wrong in the fifth digit after them.
+    // So every batch's last token makes up for what was rounded off at all of them, which `1 - d` and expm1f(w) tell.
+    rows.d_last[j] = d > 0.5f ? d + kBatchTokens * ((1.f - d) + expm1f(w)) : d;
   }
 }
 
@@ -134,7 +139,7 @@ struct Fetched {
     if (kStatic) {
       const int rows = static_cast<int>(n < kBatchTokens ? n : kBatchTokens);
       for (int i = not_before(static_cast<int>(threadIdx.x)); i < kBatchTokens * kN; i += kThreads)
-        batch.d[i] = i < rows * kN ? head.d[i % kN] : 1.f;
+        batch.d[i] = i >= rows * kN ? 1.f : i < (kBatchTokens - 1) * kN ? head.d[i % kN] : head.d_last[i % kN];
     } else {
       w.put_exp(kFloat32, batch.d);
     }
