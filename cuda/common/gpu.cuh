@@ -27,8 +27,9 @@ constexpr int kFloat32 = 0;
 constexpr int kBFloat16 = 1;
 constexpr int kFloat16 = 2;
 
-// No block may ask for more shared memory: what the smallest of the chips that we build for gives a block.
-constexpr size_t kMaxSharedBytes = 101376;
+// No block may ask for more shared memory: what sm_75, the smallest of the chips that we build for, gives a block. A
+// kernel that needs more (up to 99 KB, which all later ones have) stands beside a variant that does not.
+constexpr size_t kMaxSharedBytes = 65536;
 
 #if !defined(RWKV_EMULATED)
 
@@ -69,7 +70,10 @@ __device__ __forceinline__ float bfloat16_to_float(uint16_t bits) {
   return __uint_as_float(static_cast<unsigned>(bits) << 16);
 }
 __device__ __forceinline__ float float16_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
-__device__ __forceinline__ uint16_t float_to_bfloat16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+__device__ __forceinline__ uint16_t float_to_bfloat16(float x) {
+  // Not __bfloat16_as_ushort, which CUDA 11 has for sm_80 and later alone.
+  return static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(x)).x;
+}
 __device__ __forceinline__ uint16_t float_to_float16(float x) { return __half_as_ushort(__float2half_rn(x)); }
 
 #endif
@@ -86,6 +90,14 @@ __device__ __forceinline__ void store(void* tensor, int64_t i, float x, int dtyp
     static_cast<float*>(tensor)[i] = x;
   else
     static_cast<uint16_t*>(tensor)[i] = dtype == kBFloat16 ? float_to_bfloat16(x) : float_to_float16(x);
+}
+
+// exp(w), the decay of a log decay w <= 0. What is rounded off a decay near 1 adds up over many tokens, so there it must
+// be right to its last bit; expf() of a GPU may be two off. The series leaves out less than a quarter of that bit.
+__device__ __forceinline__ float decay_of(float w) {
+  const float near_1 = 1.f + w * (1.f + w * (1.f / 2 + w * (1.f / 6 + w * (1.f / 24))));
+  const float further = expf(w);  // a branch would take more registers
+  return w > -0.0625f ? near_1 : further;
 }
 
 }  // namespace rwkv

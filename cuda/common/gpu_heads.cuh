@@ -322,8 +322,8 @@ struct Rows {
   }
 
   // Puts exp(x): a decay, 1 for tokens that are not there.
-  __device__ __forceinline__ void put_exp(int dtype, float* rows) const {
-    put_each(dtype, rows, [](float x) { return expf(x); });
+  __device__ __forceinline__ void put_decay(int dtype, float* rows) const {
+    put_each(dtype, rows, [](float w) { return decay_of(w); });
   }
 
  private:

@@ -65,7 +65,7 @@ __device__ __forceinline__ void put_head(const Inputs& in, int head, int N, cons
   for (int j = static_cast<int>(threadIdx.x); j < kN; j += kThreads) {
     rows.u[j] = j < N ? in.u[head * N + j] : 0.f;
     if (!kStatic) continue;
-    const float w = j < N ? in.w[head * N + j] : 0.f, d = expf(w);
+    const float w = j < N ? in.w[head * N + j] : 0.f, d = decay_of(w);
     rows.d[j] = d;
     // A decay near 1 that is rounded the same way at each of a thousand tokens is wrong in the fifth digit after them.
     // So every batch's last token makes up for what was rounded off at all of them, which `1 - d` and expm1f(w) tell.
@@ -141,7 +141,7 @@ struct Fetched {
       for (int i = not_before(static_cast<int>(threadIdx.x)); i < kBatchTokens * kN; i += kThreads)
         batch.d[i] = i >= rows * kN ? 1.f : i < (kBatchTokens - 1) * kN ? head.d[i % kN] : head.d_last[i % kN];
     } else {
-      w.put_exp(kFloat32, batch.d);
+      w.put_decay(kFloat32, batch.d);
     }
     put_products<kN, kThreads>(batch.r, batch.k, head.u, batch.bonus);
     if (kBackward) {
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(ForwardBlock<kN>::kThreads)
     if (row < N) v[j] = load(in.v, first + row + j, heads.dtype);
     if (column >= N) continue;
     r[j] = load(in.r, first + column + j, heads.dtype);
-    d[j] = expf(in.w[(kStatic ? first_of_head : first) + column + j]);
+    d[j] = decay_of(in.w[(kStatic ? first_of_head : first) + column + j]);
     k[j] = load(in.k, first + column + j, heads.dtype);
     bonus += r[j] * (in.u[first_of_head + column + j] * k[j]);
   }

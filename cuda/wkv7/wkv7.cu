@@ -45,7 +45,7 @@ struct ForwardBlock {
   static constexpr int kWarps = kN == 32 ? 2 : 4;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kRows = kWarps * Tile<kN>::kRows;
-  static constexpr int kResident = kN == 32 ? 10 : kN == 64 ? 5 : 3;  // blocks in a multiprocessor
+  static constexpr int kResident = kN == 32 ? 8 : kN == 64 ? 4 : 3;  // blocks in a multiprocessor
 };
 
 template <int kN>
@@ -123,11 +123,11 @@ struct ForwardFetch {
 
   __device__ __forceinline__ void put(int dtype, const ForwardBatch<kN>& to) const {
     r.put(dtype, to.r);
-    w.put_exp(kFloat32, to.d);
     k.put(dtype, to.k);
     b.put(dtype, to.b);
     a_next.put(dtype, to.a_next);
     v.put(dtype, to.v);
+    w.put_decay(kFloat32, to.d);
   }
 };
 
@@ -141,15 +141,15 @@ __global__ void __launch_bounds__(ForwardBlock<kN>::kThreads, ForwardBlock<kN>::
 
   float s[4][4], u[4];
   load_tile(state + heads.state(task.s, task.head), N, row, tile.column, s);
+  // Also where there are no tokens, of which nothing is read: behind a branch the compiler cannot tell that the state has
+  // come, and waits for it at every token, and with it for the next batch.
   ForwardFetch<kN> next;
-  if (task.n_tokens > 0) {
-    float a[4];
-    read_head(in.a, heads.dtype, heads.row(task.first_token, task.head), tile.column, N, a);
-    next.fetch(heads, in, task, 0);
-    multiply<kN>(s, a, u);
-    next.put(heads.dtype, ForwardBatch<kN>(shared_memory()));
-    __syncthreads();
-  }
+  float a[4];
+  read_head(in.a, heads.dtype, heads.row(task.first_token, task.head), tile.column, task.n_tokens > 0 ? N : 0, a);
+  multiply<kN>(s, a, u);
+  next.fetch(heads, in, task, 0);
+  next.put(heads.dtype, ForwardBatch<kN>(shared_memory()));
+  __syncthreads();
   for (int64_t first = 0; first < task.n_tokens; first += kBatchTokens) {
     const int buffer = first / kBatchTokens % 2;
     const ForwardBatch<kN> batch(shared_memory() + buffer * ForwardBatch<kN>::kFloats);
@@ -205,11 +205,11 @@ __global__ void __launch_bounds__(ForwardBlock<kN>::kThreads)
   load_tile(state + state_at, N, row, tile.column, s);
   read_head(in.r, heads.dtype, at, tile.column, N, r);
   read_head(in.w, kFloat32, at, tile.column, N, d);
+  for (float& x : d) x = decay_of(x);
   read_head(in.k, heads.dtype, at, tile.column, N, k);
   read_head(in.v, heads.dtype, at, row, N, v);
   read_head(in.a, heads.dtype, at, tile.column, N, a);
   read_head(in.b, heads.dtype, at, tile.column, N, b);
-  for (float& x : d) x = expf(x);
   multiply<kN>(s, a, u);
   update(d, k, b, u, v, s);
   row_parts(s, r, sums);
@@ -271,7 +271,7 @@ struct BackwardHalf {
     v_rows.fetch(in.v, heads.dtype, row + task.first_row, stride, left, heads.N - task.first_row);
     dy_rows.fetch(dy_in, heads.dtype, row + task.first_row, stride, left, heads.N - task.first_row);
     r_rows.put(heads.dtype, r);
-    w_rows.put_exp(kFloat32, d);
+    w_rows.put_decay(kFloat32, d);
     k_rows.put(heads.dtype, k);
     a_rows.put(heads.dtype, a);
     b_rows.put(heads.dtype, b);

@@ -35,6 +35,8 @@ PATIENCE_SECONDS = 900.0
 """After so long we build what another one still builds: it may hang."""
 _REPORT_SECONDS = 15.0
 _FIRST_REPORT_SECONDS = 3.0
+_JUST_REMOVED = (errno.ENOENT, errno.ESTALE)
+"""What reading a lock gives that was just removed; the latter on a shared disk, which may contradict itself too."""
 
 
 class Holder(NamedTuple):
@@ -140,7 +142,9 @@ def _wait(
         waited = time.monotonic() - began
         try:
             other, age = Holder.read(lock), _age_seconds(lock)
-        except FileNotFoundError:  # just removed, or a shared disk contradicts itself for a while
+        except OSError as error:
+            if error.errno not in _JUST_REMOVED:
+                raise
             other, age = None, 0.0
         who = other or "a process that left no name"
         if other is not None and other.has_ended():

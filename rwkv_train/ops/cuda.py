@@ -25,6 +25,9 @@ _NEEDS_OTHER_BUILD = {
 }
 """Error codes of CUDA that the user can repair, each with the remedy."""
 
+_OF_AN_EARLIER_KERNEL = frozenset({700, *range(710, 720)})
+"""Error codes of a kernel that has failed, which every later call returns too."""
+
 
 class Platform(NamedTuple):
     """Where the kernels of ``cuda/OP/OP.cu`` run. There is one, :data:`CUDA`; the tests have another, on the CPU."""
@@ -64,6 +67,8 @@ def raise_on_error(library: ctypes.CDLL, op: str, name: str, code: int) -> None:
     if code == 0:
         return
     said = getattr(library, f"rwkv_{op}_error")(code).decode(errors="replace")
+    if code in _OF_AN_EARLIER_KERNEL:
+        said += ", by this or by an earlier operation on the GPU"
     if code in _NEEDS_OTHER_BUILD:
         raise BackendError(f"the CUDA kernel of {op} does not run here ({said}): {_NEEDS_OTHER_BUILD[code]}")
     raise RuntimeError(f"the CUDA kernel rwkv_{op}_{name} failed: {said} (CUDA error {code})")

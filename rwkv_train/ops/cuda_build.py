@@ -40,8 +40,8 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"
 """What a library for every machine holds: code for each family of chips, and what the driver of any later one can
 compile when it is loaded."""
 
-FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
-LINK_FLAGS = ("--shared", "--cudart=static", "-Xlinker", "--as-needed")
+FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+LINK_FLAGS = ("--shared", "--cudart=static", "-Xlinker", "--as-needed,--exclude-libs=ALL")
 PREBUILT = "prebuilt"
 """Folder within ``cuda/`` of libraries that a wheel brings along."""
 
