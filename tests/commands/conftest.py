@@ -1,7 +1,12 @@
+import os
+import signal
+import sys
+
 import pytest
 import torch
 
 from rwkv_train.checkpoints import Weights, write_weights
+from rwkv_train.commands import main
 from rwkv_train.config.model import LoraRanks, Rwkv7Config
 from rwkv_train.models.registry import build_model, initialize
 from rwkv_train.tokenizers import load_tokenizer
@@ -29,3 +34,21 @@ def weights():
 def checkpoint(weights, tmp_path_factory):
     """The path of a safetensors folder."""
     return str(write_weights(tmp_path_factory.mktemp("checkpoint") / "model", weights, "safetensors"))
+
+
+@pytest.fixture
+def call_main(monkeypatch, capsys):
+    """Run a command line in this process, as a new one takes seconds; return exit code, stdout and stderr."""
+    # What main sets for the whole process is put back.
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    for name, value in (("GOMP_SPINCOUNT", "20000"), ("TORCH_CPP_LOG_LEVEL", "ERROR")):
+        monkeypatch.setenv(name, os.environ.get(name, value))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rwkv-train", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return ended.value.code, said.out, said.err
+
+    return run

@@ -1,14 +1,11 @@
 """``rwkv-train bench kernels`` with its options, in this process."""
 
 import json
-import os
-import signal
 import sys
 
 import pytest
 
 from rwkv_train.benchmarks import machine_limits, stopwatch
-from rwkv_train.commands import main
 
 PLUG_IN = """
 def echo(r, w, k, v, a, b):
@@ -18,7 +15,7 @@ SMALL = ("--size", "B1T9H2N8", "--repeats", "1", "--device", "cpu")
 
 
 @pytest.fixture
-def bench(monkeypatch, tmp_path, capsys):
+def bench(monkeypatch, tmp_path, call_main):
     """Run the command on a machine of small caches; returns exit code, stdout and stderr."""
     caches = tmp_path / "caches" / "index0"
     caches.mkdir(parents=True)
@@ -29,16 +26,9 @@ def bench(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "plug_in_for_bench.py").write_text(PLUG_IN)
 
-    # What main sets for the whole process is put back.
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    for name, value in (("GOMP_SPINCOUNT", "20000"), ("TORCH_CPP_LOG_LEVEL", "ERROR")):
-        monkeypatch.setenv(name, os.environ.get(name, value))
-
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rwkv-train", "bench", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return (ended.value.code or 0, *capsys.readouterr())
+        code, out, err = call_main("bench", *arguments)
+        return code or 0, out, err
 
     yield run
     sys.modules.pop("plug_in_for_bench", None)
