@@ -1,6 +1,6 @@
 """``rwkv-train eval-ppl``: perplexity and bits per byte of text, of one model or of several beside each other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,6 @@ from rwkv_train.commands.inference import (
     Device,
     Dtype,
     DtypeName,
-    TokenizerName,
     find_devices,
 )
 from rwkv_train.commands.perplexity_tables import print_curves, print_scores, shorten, tokenizers_differ
@@ -72,6 +71,15 @@ PrefixToken = Annotated[
         "and the first token of a document is not scored.",
     ),
 ]
+Tokenizers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="NAME",
+        help="bytes, world, neox or the path of a tokenizer.json; by default the one the checkpoint names. Repeat it "
+        "to give each --checkpoint its own, in their order.",
+    ),
+]
 Limit = Annotated[int | None, typer.Option(help="Score only this many documents, the first ones.")]
 BatchSize = Annotated[int, typer.Option(help="Documents that are read side by side.")]
 ChunkLen = Annotated[int, typer.Option(help="Tokens of each that are read at once; no limit to the context.")]
@@ -108,7 +116,7 @@ def eval_ppl(
     mode: ModeName = Mode.STATEFUL,
     window: Window = None,
     prefix_token: PrefixToken = None,
-    tokenizer: TokenizerName = None,
+    tokenizer: Tokenizers = None,
     min_length: MinLength = None,
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
@@ -123,6 +131,7 @@ def eval_ppl(
     require_writable(json_file)
     _require_picture(plot_file)
     prefix = _parse_prefix(prefix_token)
+    tokenizers = _one_for_each(tokenizer or [], len(checkpoint))
 
     from rwkv_train.checkpoints.tensors import DTYPES
     from rwkv_train.data.sources.base import SourceOptions
@@ -147,7 +156,7 @@ def eval_ppl(
         Job(
             checkpoint=path,
             data=inputs,
-            tokenizer=tokenizer,
+            tokenizer=name,
             options=options,
             skip_bad=skip_bad_lines,
             limit=limit,
@@ -158,7 +167,7 @@ def eval_ppl(
             chunk_len=chunk_len,
             dtype=DTYPES[dtype.value],
         )
-        for path in checkpoint
+        for path, name in zip(checkpoint, tokenizers, strict=True)
     ]
     jobs[0].require_consistent(devices)
     places = find_devices(device, devices)
@@ -209,6 +218,15 @@ def _parse_prefix(given: str | None) -> "PrefixChoice":
     if not given.isascii() or not given.isdigit():
         raise ConfigError(f"--prefix-token is '{given}'; wanted the id of a token, or none")
     return int(given)
+
+
+def _one_for_each(tokenizers: list[str], n_checkpoints: int) -> Sequence[str | None]:
+    if len(tokenizers) > 1 and len(tokenizers) != n_checkpoints:
+        raise ConfigError(
+            f"--tokenizer is given {len(tokenizers)} times for {n_checkpoints} checkpoints; give it once for all, or "
+            "once for each --checkpoint in their order"
+        )
+    return tokenizers if len(tokenizers) > 1 else (tokenizers or [None]) * n_checkpoints
 
 
 def _find_input(name: str, cache_dir: Path) -> str | Path:

@@ -15,6 +15,7 @@ from rwkv_train.commands.eval_ppl import eval_ppl
 from rwkv_train.config.data import DataConfig
 from rwkv_train.errors import BackendError, CheckpointError, ConfigError, DataError
 from rwkv_train.evaluation import scoring
+from rwkv_train.models.registry import build_model, initialize
 from rwkv_train.tokenizers import load_tokenizer
 
 app = typer.Typer()
@@ -225,6 +226,47 @@ def test_several_checkpoints_are_compared_with_the_first(checkpoint, other, data
     assert f"[1] {checkpoint} (tokenizer: bytes; read before a document: token 0)" in result.stdout
     assert ["[2]", *_shown(second, difference)] in lines
     assert max(map(len, result.stdout.splitlines()[3:])) <= 100
+
+
+@pytest.fixture
+def two_pth(weights, tmp_path):
+    """Files that name no tokenizer, of 257 and of 65,536 tokens; with heads of zero every token is as likely."""
+    files = []
+    for name, vocab_size in (("bytes", 257), ("world", 65_536)):
+        config = weights.config.model_copy(update={"vocab_size": vocab_size})
+        model = build_model(config, wkv_backend="reference")
+        initialize(model, seed=1)
+        tensors = model.state_dict()
+        tensors["head.weight"] = torch.zeros_like(tensors["head.weight"])
+        own = weights._replace(config=config, tensors=tensors, tokenizer=None)
+        files.append(write_weights(tmp_path / f"{name}.pth", own, "pth"))
+    return files
+
+
+def test_files_that_name_no_tokenizer_are_compared_each_with_its_own(two_pth, data, tmp_path):
+    one, two = (["--checkpoint", file, "--tokenizer", file.stem] for file in two_pth)
+    result = run(*one, *two, *data, "--json", tmp_path / "out.json")
+    assert result.exit_code == 0, result.exception
+    first, second = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["checkpoints"]
+
+    assert [each["tokenizer"]["name"] for each in (first, second)] == ["bytes", "world"]
+    texts = ["It was night.", "x = 1\n", "Grüße! 🦢", "Once upon a time"]
+    n_tokens = sum(len(load_tokenizer("world").encode(text)) for text in texts)
+    n_bytes = sum(len(text.encode()) for text in texts)
+    assert first["total"]["bits_per_byte"] == pytest.approx(math.log2(257))
+    assert second["total"]["bits_per_byte"] == pytest.approx(16 * n_tokens / n_bytes)
+    compared = second["difference_to_first"]["total"]
+    assert compared["bits_per_byte"]["value"] == pytest.approx(16 * n_tokens / n_bytes - math.log2(257))
+    assert compared["loss"] is None
+    assert "The tokenizers differ" in result.stdout
+
+
+def test_one_tokenizer_is_for_all_files_and_another_number_is_refused(two_pth, data, tmp_path):
+    same = ["--checkpoint", two_pth[0]] * 3
+    result = run(*same, *data, "--tokenizer", "bytes", "--json", tmp_path / "out.json")
+    assert result.exit_code == 0, result.exception
+    message = error_of(ConfigError, *same, *data, "--tokenizer", "bytes", "--tokenizer", "world")
+    assert "--tokenizer is given 2 times for 3 checkpoints" in message
 
 
 def _shown(result, difference):
