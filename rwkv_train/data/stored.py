@@ -17,7 +17,7 @@ from rwkv_train.tokenizers.base import TokenArray, TokenizerIdentity
 logger = logging.getLogger(__name__)
 
 FOREIGN_END_OF_DOCUMENT = 0
-"""End token of a pair without a sidecar: the World and the NeoX tokenizer both have 0."""
+"""End token of a pair without a sidecar where the caller knows none: the World and the NeoX tokenizer both have 0."""
 
 _SCAN_TOKENS = 1 << 20  # looked at at once
 _MAX_SCANNED_TOKENS = 1 << 30  # a few seconds
@@ -71,10 +71,16 @@ class Corpus:
             return {UNKNOWN_DOMAIN: self.tokens.n_tokens}
         return {domain.name: domain.n_tokens for domain in self.sidecar.domains}
 
-    def token_document(self, index: int) -> TokenDocument:
-        """Return a document; its tokens are a view of the file."""
+    def token_document(self, index: int, end_of_document: int = FOREIGN_END_OF_DOCUMENT) -> TokenDocument:
+        """Return a document; its tokens are a view of the file.
+
+        Args:
+            index: of the document.
+            end_of_document: the end token of the tokenizer, for a pair whose sidecar does not tell.
+        """
         tokens = self.tokens.document(index)
-        end_token = self.sidecar.end_of_document if self.sidecar else FOREIGN_END_OF_DOCUMENT
+        # Another token at the end is text: GPT-2's 0 is "!".
+        end_token = self.sidecar.end_of_document if self.sidecar else end_of_document
         if len(tokens) and tokens[-1] == end_token:
             tokens = tokens[:-1]
         if self.documents is None:
@@ -82,9 +88,9 @@ class Corpus:
         record = self.documents[index]
         return TokenDocument(tokens, self.domains[record["domain"]], int(record["n_bytes"]))
 
-    def token_documents(self) -> Iterator[TokenDocument]:
-        """Yield the documents in the order on disk."""
-        return (self.token_document(index) for index in range(self.tokens.n_documents))
+    def token_documents(self, end_of_document: int = FOREIGN_END_OF_DOCUMENT) -> Iterator[TokenDocument]:
+        """Yield the documents in the order on disk; ``end_of_document`` as in :meth:`token_document`."""
+        return (self.token_document(index, end_of_document) for index in range(self.tokens.n_documents))
 
     def require_tokenizer(self, identity: TokenizerIdentity) -> None:
         """Refuse a corpus of another tokenizer; warn if nothing tells which one made it."""

@@ -6,6 +6,8 @@ import struct
 import datasets
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from rwkv_train.data.binidx import TokenFileWriter
 from rwkv_train.data.corpus import read_documents
@@ -145,6 +147,32 @@ def test_a_pair_of_another_program_is_decoded_by_the_tokenizer_that_is_named(pre
         DataError, match=r"has no sidecar \(.*corpus\.v1\.json\).*: name it with --pair-tokenizer"
     ):
         open_source(str(prefix))
+
+
+@pytest.fixture
+def gpt2_like_file(tmp_path):
+    """Have 0 for "!" and the end of a document last, as the tokenizer of GPT-2 has."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet.remove("!")
+    vocab = {token: number for number, token in enumerate(["!", *alphabet])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_the_end_token_of_a_pair_is_that_of_the_named_tokenizer(gpt2_like_file, prefix):
+    texts = ["Stop!", "Go on", "!"]
+    tokenizer = tokenizers.Tokenizer.from_file(str(gpt2_like_file))
+    ids = [tokenizer.encode(text).ids for text in texts]
+    write_pair(prefix, [[*ids[0], 256], [*ids[1], 256], ids[2]])  # the last one without an end token
+
+    assert ids[2] == [0]
+    assert records(prefix, pair_tokenizer=str(gpt2_like_file)) == [
+        Document(text, "unknown") for text in texts
+    ]
 
 
 def test_another_tokenizer_than_that_of_the_sidecar_is_refused(prefix, inputs, byte_tokenizer):

@@ -70,6 +70,17 @@ def test_a_pair_without_end_tokens_keeps_all_its_tokens(tmp_path):
     assert document.tokens.tolist() == [7, 8]
 
 
+def test_the_end_token_of_a_pair_without_sidecar_is_the_one_that_is_told(tmp_path):
+    corpus = make_foreign(tmp_path / "foreign", [7, 0, 256])
+
+    assert [tokens.tolist() for tokens, *_ in corpus.token_documents(256)] == [[7, 0]]
+    assert corpus.token_document(0, 300).tokens.tolist() == [7, 0, 256]
+
+
+def test_a_sidecar_knows_the_end_token_better(corpus):
+    assert corpus.token_document(3, 256).tokens.tolist() == [byte + 1 for byte in b"Dear all,\r\n"]
+
+
 def test_another_tokenizer_is_refused(corpus):
     other = TokenizerIdentity("world", "ab" * 32)
 

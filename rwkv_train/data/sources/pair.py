@@ -52,9 +52,11 @@ class PairSource(Source):
                 f"{prefix} has no sidecar ({add_suffix(prefix, '.json')}) that tells which tokenizer made it: name it "
                 "with --pair-tokenizer"
             )
+        tokenizer = _tokenizer(name)
         if sidecar:
-            self._corpus.require_tokenizer(_tokenizer(name).identity)
+            self._corpus.require_tokenizer(tokenizer.identity)
         self._tokenizer = name
+        self._end_of_document = tokenizer.end_of_document
 
     def describe(self) -> SourceIdentity:
         """Return the prefix, and size and hash of the .bin file."""
@@ -71,7 +73,7 @@ class PairSource(Source):
         documents: list[PairDocument] = []
         n_bytes = 0
         for number in range(self._corpus.tokens.n_documents):
-            tokens, domain, _ = self._corpus.token_document(number)
+            tokens, domain, _ = self._corpus.token_document(number, self._end_of_document)
             documents.append(PairDocument(number, tokens[: _MAX_RECORD_TOKENS + 1], domain))
             start, end = self._corpus.tokens.document_span(number)
             n_bytes += (end - start) * tokens.itemsize
