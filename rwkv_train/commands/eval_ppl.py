@@ -226,7 +226,7 @@ def _one_for_each(tokenizers: list[str], n_checkpoints: int) -> Sequence[str | N
             f"--tokenizer is given {len(tokenizers)} times for {n_checkpoints} checkpoints; give it once for all, or "
             "once for each --checkpoint in their order"
         )
-    return tokenizers if len(tokenizers) > 1 else (tokenizers or [None]) * n_checkpoints
+    return tokenizers if len(tokenizers) > 1 else [tokenizers[0] if tokenizers else None] * n_checkpoints
 
 
 def _find_input(name: str, cache_dir: Path) -> str | Path:

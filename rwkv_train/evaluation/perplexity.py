@@ -113,7 +113,8 @@ def evaluate(
     """Score tokenized documents, several side by side.
 
     Memory does not grow with the number of documents, nor with the length of one beyond its tokens and losses.
-    Documents without tokens are passed over.
+    Documents without text are passed over. A text of which the tokenizer makes no token costs no nats, but its bytes
+    and words count: models with other tokenizers are scored on the same documents.
 
     Args:
         model: the model, on any device.
@@ -131,11 +132,9 @@ def evaluate(
     """
     require_mode(reading.mode, reading.window, has_prefix=reading.prefix_token is not None)
     report = Report()
-    texts = (text for text in texts if len(text.tokens))
-    for scored in _score(model, texts, reading):
-        text, losses = scored.text, scored.losses
-        assert losses is not None
-        n_unscored = 1 if reading.prefix_token is None else 0
+
+    def add(text: TokenizedText, losses: npt.NDArray[np.floating]) -> None:
+        n_unscored = 1 if reading.prefix_token is None and len(text.tokens) else 0
         totals = Totals(
             documents=1,
             tokens=len(text.tokens) - n_unscored,
@@ -146,6 +145,17 @@ def evaluate(
         report.add(text.domain, totals, losses, number=text.number, n_unscored=n_unscored)
         if on_document is not None:
             on_document(totals)
+
+    def with_tokens() -> Iterator[TokenizedText]:
+        for text in texts:
+            if len(text.tokens):
+                yield text
+            elif text.n_bytes:
+                add(text, np.zeros(0, np.float32))
+
+    for scored in _score(model, with_tokens(), reading):
+        assert scored.losses is not None
+        add(scored.text, scored.losses)
     return report
 
 

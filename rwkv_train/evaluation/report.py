@@ -91,14 +91,15 @@ class Report:
         Args:
             domain: of the document.
             totals: of the document.
-            losses: of its tokens in nats, ``[n]``, n at least 1.
+            losses: of its tokens in nats, ``[n]``; one without tokens has no place in the curves.
             number: its position in the data, by which it is drawn in the bootstrap.
             n_unscored: so many of its tokens, at its start, are not scored.
         """
         sums = self._domains.setdefault(domain, Sums())
         sums.totals += totals
         sums.replicates += np.outer([totals.nats, totals.tokens, totals.bytes], draws(number))
-        self.positions.add(losses, n_unscored)
+        if len(losses):
+            self.positions.add(losses, n_unscored)
 
     def merge(self, other: "Report") -> None:
         """Add the report of other documents."""

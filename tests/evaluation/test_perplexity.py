@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from rwkv_train.data.corpus import Document
 from rwkv_train.data.stored import TokenDocument
 from rwkv_train.errors import ConfigError, DataError
+from rwkv_train.evaluation.comparison import differences
 from rwkv_train.evaluation.modes import Mode
 from rwkv_train.evaluation.perplexity import Reading, evaluate_documents, evaluate_tokens
 from rwkv_train.models.registry import build_model
@@ -109,17 +110,39 @@ def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary_for_each_token(
         assert totals.token_ppl == totals.byte_ppl == pytest.approx(257, rel=1e-5)
 
 
-def test_bytes_and_words_are_those_of_the_text_and_not_tokens(model, counting_model):
-    class Words:
-        """Every word is token 3."""
+class Words:
+    """A tokenizer that strips white space: every word is token 3."""
 
-        end_of_document = 0
+    end_of_document = 0
 
-        def encode_arrays(self, texts):
-            return [np.full(len(text.split()), 3) for text in texts]
+    def encode_arrays(self, texts):
+        return [np.full(len(text.split()), 3) for text in texts]
 
+
+def test_bytes_and_words_are_those_of_the_text_and_not_tokens(counting_model):
     report = evaluate_documents(counting_model(), Words(), [Document("zwei Wörter", "d")])
     assert report.total[:4] == (1, 2, 12, 2)
+
+
+@pytest.mark.parametrize("prefix_token", [0, None])
+def test_a_text_without_tokens_counts_so_that_models_are_compared_on_the_same_documents(
+    counting_model, tokenizer, prefix_token
+):
+    documents = [Document(text, domain) for text, domain in [("ab cd", "d"), (" \n\t", "blank"), ("", "d")]]
+    reading, done = Reading(prefix_token=prefix_token), []
+    stripped = evaluate_documents(counting_model(), Words(), documents, reading, on_document=done.append)
+    # Both words are token 3 and cost 3 * (1 + what stands before); the first one is not scored without a prefix.
+    nats, n_scored = (3 * 1 + 3 * 4, 2) if prefix_token == 0 else (3 * 4, 1)
+    assert stripped.domains["blank"].totals == (1, 0, 3, 2, 0)
+    assert stripped.total == (2, n_scored, 8, 4, nats)
+    assert sorted(totals.bytes for totals in done) == [3, 5]
+    assert stripped.positions.curve(1).documents == 1
+
+    by_bytes = evaluate_documents(counting_model(), tokenizer, documents, reading)
+    compared = differences(stripped, by_bytes, same_tokenizer=False)
+    more_bits = (by_bytes.total.nats - nats) / (8 * math.log(2))
+    assert compared[None].bits_per_byte.value == pytest.approx(more_bits)
+    assert compared["blank"].bits_per_byte is None
 
 
 def test_data_without_text_is_refused(model, tokenizer):
@@ -166,7 +189,8 @@ def test_a_stream_knows_all_that_came_before(counting_model, batch_size, chunk_l
     expected = sum(
         token * (1 + sum(stream[:position])) for position, token in enumerate(stream) if token != 100
     )
-    assert report.total == (3, 6, 6, 0, expected)
+    # The document without tokens is not in the stream; its two bytes count.
+    assert report.total == (4, 6, 8, 0, expected)
 
 
 def test_a_stream_of_one_document_is_the_document(model, documents):
