@@ -268,8 +268,10 @@ def _print_summary(summary: "PreparedSummary") -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from rwkv_train.data.sources.base import show_path
+
     sidecar = summary.sidecar
-    table = Table(title=Text(str(summary.prefix)), title_justify="left")
+    table = Table(title=Text(show_path(summary.prefix)), title_justify="left")
     table.add_column("domain")
     for name in ("documents", "tokens", "bytes", "words"):
         table.add_column(name, justify="right")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import resource
 from pathlib import Path
@@ -50,6 +51,34 @@ def test_totals_count_documents_tokens_and_utf8_bytes(inputs, byte_tokenizer, tm
     assert sidecar.n_bytes == code + prose + 11
     assert sidecar.n_tokens == sidecar.n_bytes + 4
     assert sidecar.max_token == max("日本".encode()) + 1
+
+
+def test_names_that_are_not_utf8_are_told_with_their_bytes(byte_tokenizer, tmp_path):
+    lines, text = (
+        Path(os.fsdecode(os.fsencode(tmp_path / "in") + name)) for name in (b"n\xff.jsonl", b"d\xfe")
+    )
+    (text / os.fsdecode(b"e\xfd")).mkdir(parents=True)
+    lines.write_bytes(b'{"text": "one"}\n')
+    (text / os.fsdecode(b"e\xfd") / "a.txt").write_bytes(b"two")
+    (text / os.fsdecode(b"\xfc.txt")).write_bytes(b"three")
+    single = tmp_path / os.fsdecode(b"s\xfb.txt")
+    single.write_bytes(b"four")
+
+    ((_, sidecar),) = prepare_data([lines, text, single], byte_tokenizer, tmp_path / os.fsdecode(b"out\xfa"))
+
+    assert [domain.name for domain in sidecar.domains] == ["unknown", r"e\xfd", r"ind\xfe", r"s\xfb"]
+    assert [source.path for source in sidecar.sources] == [
+        rf"{tmp_path}/{name}" for name in (r"inn\xff.jsonl", r"ind\xfe", r"s\xfb.txt")
+    ]
+
+
+def test_a_bad_record_of_a_file_whose_name_is_not_utf8_is_counted(byte_tokenizer, tmp_path):
+    lines = tmp_path / os.fsdecode(b"n\xff.jsonl")
+    lines.write_bytes(b'{"text": "one"}\n{}\n')
+
+    ((_, sidecar),) = prepare_data([lines], byte_tokenizer, tmp_path / "out", PrepareOptions(skip_bad=True))
+
+    assert sidecar.preparation.first_bad == (rf'{tmp_path}/n\xff.jsonl, line 2: the object has no "text"',)
 
 
 def test_the_sidecar_names_tokenizer_and_sources(inputs, byte_tokenizer, tmp_path):

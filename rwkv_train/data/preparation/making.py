@@ -76,7 +76,10 @@ def make_parts(
         temporary = folder / part
         totals = write_part(work.documents, order, work.journal.domains, temporary)
         sidecar = _describe(totals, None if part == "all" else part, chosen, work.journal, tokenizer, options)
-        add_suffix(temporary, ".json").write_text(sidecar.to_json(), encoding="utf-8")
+        # A path of the options or of the tokenizer's file may not be UTF-8; JSON's escape gives back the same path.
+        add_suffix(temporary, ".json").write_text(
+            sidecar.to_json(), encoding="utf-8", errors="backslashreplace"
+        )
         made[temporary] = prefix
     return {"chosen": options.choosing(), "moves": moves_of_parts(work.documents, made)}
 

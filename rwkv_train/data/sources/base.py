@@ -1,6 +1,7 @@
 """What a source of text is: a name, blocks of raw records in a fixed order, and documents in each block."""
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -24,6 +25,7 @@ __all__ = [
     "SourceOptions",
     "cannot_read",
     "hash_file",
+    "show_path",
 ]
 
 UNKNOWN_DOMAIN = "unknown"
@@ -140,15 +142,15 @@ class FileSource(Source):
     def __init__(self, path: Path, options: SourceOptions) -> None:
         self.path = path
         self.options = options
-        self.name = str(path)
+        self.name = show_path(path)
         try:
             self.n_bytes = path.stat().st_size
         except OSError as error:
             raise cannot_read(path, error) from error
         if not path.is_file():
-            raise DataError(f"cannot read {path}: it is neither a file nor a folder")
+            raise DataError(f"cannot read {self.name}: it is neither a file nor a folder")
         if self.n_bytes == 0:
-            raise DataError(f"{path} is empty")
+            raise DataError(f"{self.name} is empty")
 
     def describe(self) -> SourceIdentity:
         """Return path, size and hash."""
@@ -169,7 +171,15 @@ def hash_file(path: Path) -> str:
         raise cannot_read(path, error) from error
 
 
+def show_path(path: Path | str) -> str:
+    """Return the name of a file as valid Unicode: a byte that is not UTF-8 becomes a backslash, x and its hex.
+
+    A name may hold any byte, while errors, domains and the sidecar are UTF-8.
+    """
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def cannot_read(path: Path, error: OSError | RuntimeError) -> DataError:
     """Make the error for a file that the system does not give."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return DataError(f"cannot read {path}: {reason}")
+    return DataError(f"cannot read {show_path(path)}: {reason}")

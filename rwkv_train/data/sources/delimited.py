@@ -11,6 +11,7 @@ from rwkv_train.data.sources.base import (
     Block,
     FileSource,
     SourceOptions,
+    show_path,
 )
 from rwkv_train.data.sources.lines import cut_lines
 from rwkv_train.data.sources.rows import Row, RowBlock, require_columns
@@ -37,7 +38,7 @@ class DelimitedSource(FileSource):
     def _cut(self) -> Iterator[Block]:
         assert self.n_bytes is not None
         reader = _Reader(self.path, self.options)
-        where = f"{self.path}, line"
+        where = f"{self.name}, line"
         rows: list[Row | BadRecord] = []
         n_raw, n_bytes = 0, 0
         for row in reader.rows():
@@ -46,7 +47,7 @@ class DelimitedSource(FileSource):
                 yield RowBlock(where, tuple(rows), self.options, reader.n_stored - n_bytes)
                 rows, n_raw, n_bytes = [], reader.n_raw, reader.n_stored
         if reader.n_rows == 0:
-            raise DataError(f"{self.path} holds no documents")
+            raise DataError(f"{self.name} holds no documents")
         yield RowBlock(where, tuple(rows), self.options, self.n_bytes - n_bytes)
 
 
@@ -59,10 +60,11 @@ class _Reader:
         self.n_raw = 0  # bytes of the lines that were given to the parser
         self.n_stored = 0  # bytes of the file that were read for them
         self._path = path
+        self._name = show_path(path)
         delimiter = "\t" if ".tsv" in map(str.lower, path.suffixes) else ","
         self._reader = csv.reader(self._lines(), delimiter=delimiter, strict=True)
         header = self._read_header()
-        domain_column = require_columns(str(path), header, options)
+        domain_column = require_columns(self._name, header, options)
         self._n_fields = len(header)
         self._text = header.index(options.text_column)
         self._domain = None if domain_column is None else header.index(domain_column)
@@ -81,15 +83,15 @@ class _Reader:
         while fields == []:
             fields = self._next()
         if fields is None:
-            raise DataError(f"{self._path} holds no documents")
+            raise DataError(f"{self._name} holds no documents")
         if isinstance(fields, BadRecord):
             raise DataError(str(fields))
         if any("\0" in field for field in fields):
-            raise DataError(f"{self._path}: the header holds NUL bytes: it is damaged, or not UTF-8")
+            raise DataError(f"{self._name}: the header holds NUL bytes: it is damaged, or not UTF-8")
         return fields
 
     def _row(self, fields: list[str] | BadRecord, number: int) -> Row | BadRecord:
-        where = f"{self._path}, line {number}"
+        where = f"{self._name}, line {number}"
         if isinstance(fields, BadRecord):
             return fields
         if len(fields) != self._n_fields:
@@ -106,10 +108,10 @@ class _Reader:
         except csv.Error as error:
             if "unexpected end" in str(error) or "field limit" in str(error):
                 raise DataError(
-                    f"{self._path}, line {number}: a quote is opened here and not closed: the file is cut off, or the "
+                    f"{self._name}, line {number}: a quote is opened here and not closed: the file is cut off, or the "
                     f"quote is no quote; {self.n_rows} whole rows come before that"
                 ) from error
-            return BadRecord(f"{self._path}, line {number}", f"not to be cut into fields: {error}")
+            return BadRecord(f"{self._name}, line {number}", f"not to be cut into fields: {error}")
 
     def _lines(self) -> Iterator[str]:
         for lines in cut_lines(self._path):

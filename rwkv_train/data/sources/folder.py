@@ -16,6 +16,7 @@ from rwkv_train.data.sources.base import (
     SourceOptions,
     cannot_read,
     hash_file,
+    show_path,
 )
 from rwkv_train.data.sources.formats import FORMATS, SUFFIXES, format_of
 from rwkv_train.data.sources.hub import HUB_PREFIX
@@ -41,7 +42,7 @@ class FolderSource(Source):
     def __init__(self, path: Path, options: SourceOptions) -> None:
         self.path = path
         self.options = options
-        self.name = str(path)
+        self.name = show_path(path)
         self._files: list[tuple[Path, int]] = []  # below the folder, and the size
         left_out: Counter[str] = Counter()
         try:
@@ -49,7 +50,7 @@ class FolderSource(Source):
                 if not (path / file).is_file():  # a link to a folder or to nothing, a pipe, ...
                     left_out["not a file"] += 1
                 elif options.format is None and not file.name.lower().endswith(SUFFIXES):
-                    left_out[file.suffix or "without ending"] += 1
+                    left_out[show_path(file.suffix) or "without ending"] += 1
                 else:
                     self._files.append((file, (path / file).stat().st_size))
         except OSError as error:
@@ -58,11 +59,11 @@ class FolderSource(Source):
         if not self._files:
             found = f"only files of other kinds ({kinds})" if kinds else "no files"
             raise DataError(
-                f"the folder {path} holds {found}; wanted files that end in {', '.join(SUFFIXES)}, or {HUB_PREFIX} "
-                "before the name of a dataset's folder"
+                f"the folder {self.name} holds {found}; wanted files that end in {', '.join(SUFFIXES)}, or "
+                f"{HUB_PREFIX} before the name of a dataset's folder"
             )
         if kinds:
-            logger.warning("%s: left out what is of other kinds: %s", path, kinds)
+            logger.warning("%s: left out what is of other kinds: %s", self.name, kinds)
         self.uses = frozenset() if all(self._is_text(file) for file, _ in self._files) else COLUMN_OPTIONS
         self.n_bytes = sum(n_bytes for _, n_bytes in self._files)
 
@@ -95,7 +96,7 @@ class FolderSource(Source):
         return format_of(file, self.options.format) is FORMATS["text"]
 
     def _domain(self, file: Path) -> str:
-        return file.parts[0] if len(file.parts) > 1 else self.path.resolve().name
+        return show_path(file.parts[0] if len(file.parts) > 1 else self.path.resolve().name)
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from rwkv_train.data.sources.base import FileSource, SourceOptions
+from rwkv_train.data.sources.base import FileSource, SourceOptions, show_path
 from rwkv_train.data.sources.delimited import DelimitedSource
 from rwkv_train.data.sources.json_lines import JsonLinesSource
 from rwkv_train.data.sources.parquet import ParquetSource
@@ -53,6 +53,6 @@ def format_of(path: Path, name: str | None) -> Format:
         if path.name.lower().endswith(known.suffixes):
             return known
     raise DataError(
-        f"{path}: cannot tell the format; wanted a name that ends in {', '.join(SUFFIXES)}, or the name of the "
-        f"format: {', '.join(FORMATS)}"
+        f"{show_path(path)}: cannot tell the format; wanted a name that ends in {', '.join(SUFFIXES)}, or the name of "
+        f"the format: {', '.join(FORMATS)}"
     )

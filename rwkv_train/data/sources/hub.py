@@ -14,6 +14,7 @@ from rwkv_train.data.sources.base import (
     Source,
     SourceIdentity,
     SourceOptions,
+    show_path,
 )
 from rwkv_train.data.sources.rows import Row, RowBlock
 from rwkv_train.errors import DataError
@@ -50,7 +51,7 @@ class HubSource(Source):
             domain_column=options.domain_column,
         )
         self._dataset = open_text_dataset(spec, streaming=options.dataset_streaming)
-        self.name = HUB_PREFIX + show(spec)
+        self.name = HUB_PREFIX + show_path(show(spec))
         self.n_bytes = None
         self._identity: SourceIdentity | None = None
 

@@ -10,6 +10,7 @@ from rwkv_train.data.sources.base import (
     Document,
     FileSource,
     SourceOptions,
+    show_path,
 )
 from rwkv_train.data.sources.lines import Lines, cut_lines
 from rwkv_train.data.sources.values import decode, domain_of_field, domain_of_meta, text_of
@@ -25,7 +26,7 @@ class JsonLinesSource(FileSource):
             has_records = has_records or not (lines.data.isspace() or not lines.data)
             yield JsonLinesBlock(lines, self.options)
         if not has_records:
-            raise DataError(f"{self.path} holds no documents")
+            raise DataError(f"{self.name} holds no documents")
 
 
 class JsonLinesBlock(NamedTuple):
@@ -46,7 +47,7 @@ class JsonLinesBlock(NamedTuple):
                 try:
                     yield _parse(line, self.options)
                 except DataError as error:
-                    yield BadRecord(f"{self.lines.path}, line {number}", str(error))
+                    yield BadRecord(f"{show_path(self.lines.path)}, line {number}", str(error))
 
 
 def _parse(line: bytes, options: SourceOptions) -> Document:

@@ -8,7 +8,7 @@ from typing import BinaryIO, NamedTuple
 
 import zstandard
 
-from rwkv_train.data.sources.base import BLOCK_BYTES, MAX_RECORD_BYTES, cannot_read
+from rwkv_train.data.sources.base import BLOCK_BYTES, MAX_RECORD_BYTES, cannot_read, show_path
 from rwkv_train.errors import DataError
 
 _PIECE_BYTES = 1 << 20
@@ -65,7 +65,7 @@ def _cut(path: Path, file: BinaryIO) -> Iterator[Lines]:
             n_held += len(piece) - end
             if n_held > MAX_RECORD_BYTES:
                 raise DataError(
-                    f"{path} has a line of more than {MAX_RECORD_BYTES} bytes: is it of this format?"
+                    f"{show_path(path)} has a line of more than {MAX_RECORD_BYTES} bytes: is it of this format?"
                 )
     except DataError as error:
         damage = error
@@ -92,9 +92,11 @@ def _pieces(path: Path, file: BinaryIO) -> Iterator[bytes]:
         yield first.removeprefix(_BYTE_ORDER_MARK)
         yield from pieces
     except EOFError as error:
-        raise DataError(f"{path} is cut off: its last gzip member is not complete") from error
+        raise DataError(f"{show_path(path)} is cut off: its last gzip member is not complete") from error
     except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"{path} is damaged or not compressed as its name says: {error}") from error
+        raise DataError(
+            f"{show_path(path)} is damaged or not compressed as its name says: {error}"
+        ) from error
 
 
 def _plain_pieces(_path: Path, file: BinaryIO) -> Iterator[bytes]:
@@ -123,4 +125,4 @@ def _zstd_pieces(path: Path, file: BinaryIO) -> Iterator[bytes]:
             if frame.eof:
                 frame = decompressor.decompressobj()
     if is_inside_frame:
-        raise DataError(f"{path} is cut off: its last zstd frame is not complete")
+        raise DataError(f"{show_path(path)} is cut off: its last zstd frame is not complete")

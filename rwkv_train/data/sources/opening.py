@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rwkv_train.data.binidx import add_suffix
-from rwkv_train.data.sources.base import Source, SourceOptions, cannot_read
+from rwkv_train.data.sources.base import Source, SourceOptions, cannot_read, show_path
 from rwkv_train.data.sources.folder import FolderSource
 from rwkv_train.data.sources.formats import PAIR, format_of
 from rwkv_train.data.sources.hub import HUB_PREFIX, HubSource
@@ -60,7 +60,7 @@ def open_source(name: str, options: SourceOptions | None = None) -> Source:
         return FolderSource(path, options)
     if not is_there:
         raise DataError(
-            f"cannot read {path}: No such file or directory; wanted a file, a folder, the prefix of a .bin/.idx pair, "
-            "or hf:NAME"
+            f"cannot read {show_path(path)}: No such file or directory; wanted a file, a folder, the prefix of a "
+            ".bin/.idx pair, or hf:NAME"
         )
     return format_of(path, options.format).open(path, options)

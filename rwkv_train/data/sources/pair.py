@@ -16,6 +16,7 @@ from rwkv_train.data.sources.base import (
     SourceIdentity,
     SourceOptions,
     hash_file,
+    show_path,
 )
 from rwkv_train.data.sources.values import decode
 from rwkv_train.data.stored import load_corpus
@@ -43,7 +44,7 @@ class PairSource(Source):
     def __init__(self, path: Path, options: SourceOptions) -> None:
         prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
         self._corpus = load_corpus(prefix)
-        self.name = str(prefix)
+        self.name = show_path(prefix)
         self.n_bytes = self._corpus.tokens.tokens.nbytes
         sidecar = self._corpus.sidecar
         name = options.pair_tokenizer or (sidecar.tokenizer.name if sidecar else None)

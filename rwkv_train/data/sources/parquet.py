@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet as pq
 
-from rwkv_train.data.sources.base import BLOCK_BYTES, Block, FileSource, SourceOptions
+from rwkv_train.data.sources.base import BLOCK_BYTES, Block, FileSource, SourceOptions, show_path
 from rwkv_train.data.sources.rows import Row, RowBlock, require_columns
 from rwkv_train.errors import DataError
 
@@ -56,11 +56,11 @@ class ParquetSource(FileSource):
             # A row's share of the file: the whole file when all rows are read.
             share = self.n_bytes * n_rows // max(n_total, n_rows) - n_bytes
             n_bytes += share
-            yield RowBlock(f"{self.path}, row", rows, self.options, share)
+            yield RowBlock(f"{self.name}, row", rows, self.options, share)
         if n_rows == 0:
-            raise DataError(f"{self.path} holds no documents")
+            raise DataError(f"{self.name} holds no documents")
         if n_rows != n_total:
-            raise DataError(f"{self.path} is damaged: it tells of {n_total} rows and holds {n_rows}")
+            raise DataError(f"{self.name} is damaged: it tells of {n_total} rows and holds {n_rows}")
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         columns = [name for name in (self.options.text_column, self._domain_column) if name is not None]
@@ -90,7 +90,7 @@ class ParquetSource(FileSource):
     def _require_type(self, field: pa.Field, option: str, is_right: Callable[[pa.DataType], bool]) -> None:
         if not is_right(field.type):
             raise DataError(
-                f"{self.path}: the column '{field.name}' is of type {field.type}, wanted string; choose another one "
+                f"{self.name}: the column '{field.name}' is of type {field.type}, wanted string; choose another one "
                 f"with {option}"
             )
 
@@ -103,7 +103,7 @@ def _guarded(path: Path, n_rows: int | None = None) -> Iterator[None]:
     except (pa.ArrowException, OSError) as error:
         before = "" if n_rows is None else f"; {n_rows} whole rows come before that"
         raise DataError(
-            f"{path} is damaged, cut off or no parquet file: {_one_line(error)}{before}"
+            f"{show_path(path)} is damaged, cut off or no parquet file: {_one_line(error)}{before}"
         ) from error
 
 

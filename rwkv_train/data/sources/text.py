@@ -12,6 +12,7 @@ from rwkv_train.data.sources.base import (
     Document,
     FileSource,
     cannot_read,
+    show_path,
 )
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -32,7 +33,7 @@ class TextSource(FileSource):
 
     def _cut(self) -> Iterator[Block]:
         assert self.n_bytes is not None
-        yield TextBlock((TextFile(self.path, self.path.stem, self.n_bytes),))
+        yield TextBlock((TextFile(self.path, show_path(self.path.stem), self.n_bytes),))
 
 
 class TextBlock(NamedTuple):
@@ -72,11 +73,14 @@ def _read(file: TextFile) -> Document | BadRecord:
         raise cannot_read(file.path, error) from error
     if len(data) > MAX_RECORD_BYTES:
         return BadRecord(
-            str(file.path), f"a text file is one document, of at most {MAX_RECORD_BYTES} bytes: divide it"
+            show_path(file.path),
+            f"a text file is one document, of at most {MAX_RECORD_BYTES} bytes: divide it",
         )
     data = data.removeprefix(_BYTE_ORDER_MARK)
     try:
         return Document(data.decode(), file.domain)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        return BadRecord(f"{file.path}, line {line}", f"not UTF-8 (byte 0x{data[error.start]:02x})")
+        return BadRecord(
+            f"{show_path(file.path)}, line {line}", f"not UTF-8 (byte 0x{data[error.start]:02x})"
+        )
