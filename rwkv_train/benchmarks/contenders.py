@@ -1,5 +1,6 @@
 """Who is measured at one size, and what one call of each gives and takes beside its time."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -87,7 +88,7 @@ def largest_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> f
     """Return the relative difference of that pair of tensors which differs most.
 
     Returns:
-        The norm of the difference over the norm of what was expected, computed in float32.
+        The norm of the difference over the norm of what was expected, computed in float32; NaN if any is NaN.
 
     Raises:
         ValueError: the shapes differ.
@@ -95,7 +96,10 @@ def largest_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> f
     for x, y in zip(found, expected, strict=True):
         if x.shape != y.shape:
             raise ValueError(f"a result has the shape {tuple(x.shape)}, wanted {tuple(y.shape)}")
-    return max(_relative_difference(x, y) for x, y in zip(found, expected, strict=True))
+    differences = [_relative_difference(x, y) for x, y in zip(found, expected, strict=True)]
+    return max(
+        differences, key=lambda difference: (math.isnan(difference), difference)
+    )  # max() skips a later NaN
 
 
 def _relative_difference(found: Tensor, expected: Tensor) -> float:

@@ -149,6 +149,29 @@ def test_a_peer_that_fails_says_why_and_ends_nothing(change, sentence):
     assert {row["failed"] for row in rows if row["backend"] != "broken"} == {None}
 
 
+class LoseGradient(torch.autograd.Function):
+    """The identity, whose gradient is not a number."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * float("nan")
+
+
+@pytest.mark.parametrize("lost", range(6), ids=["r", "w", "k", "v", "a", "b"])
+def test_one_gradient_that_is_not_finite_is_a_failure(lost):
+    def function(*inputs):
+        changed = [LoseGradient.apply(x) if i == lost else x for i, x in enumerate(inputs)]
+        return wkv7(*changed, None, PLAIN, backend="reference")
+
+    forward, backward = bench([PLAIN_WKV7], peers=[Peer("peer", "wkv7", function)])[2:]
+    assert (forward["difference"], forward["failed"]) == (0, None)
+    assert (backward["difference"], backward["failed"]) == (None, "a result is not finite")
+
+
 def test_a_peer_without_a_backward_is_timed_forward():
     forward, backward = bench([PLAIN_WKV7], peers=[peer_of(torch.Tensor.detach)])[2:]
     assert forward["ms"] == 1000
