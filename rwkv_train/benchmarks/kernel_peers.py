@@ -60,10 +60,8 @@ def load_peer(given: str, ops: Sequence[str] | None) -> Peer:
         raise ConfigError(f"--peer {given} computes {op}, which is not measured; add --op {op}")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # foreign code may raise anything while it is imported
-        raise ConfigError(
-            f"--peer {given}: {module_name} cannot be imported: {_first_line(error)}"
-        ) from error
+    except (Exception, SystemExit) as error:  # foreign code may raise anything, or exit, while it is imported
+        raise ConfigError(f"--peer {given}: {module_name} cannot be imported: {first_line(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ConfigError(f"--peer {given}: {module_name} has no function {function_name}")
@@ -86,8 +84,8 @@ def importable_peers(device_type: str) -> tuple[list[Peer], str | None]:
     try:
         modules = {name: importlib.import_module(f"{FLA}.ops.{name}") for name in ("rwkv4", "rwkv6", "rwkv7")}
         return _fla_peers(modules), None
-    except Exception as error:  # noqa: BLE001 - it brings Triton and transformers along
-        return [], f"flash-linear-attention cannot be imported; it is left out: {_first_line(error)}"
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - it brings Triton and transformers along
+        return [], f"flash-linear-attention cannot be imported; it is left out: {first_line(error)}"
 
 
 def peer_versions() -> dict[str, str]:
@@ -99,12 +97,13 @@ def peer_versions() -> dict[str, str]:
     return found
 
 
+def first_line(error: BaseException) -> str:
+    """Return an error's class and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".split("\n", 1)[0]
+
+
 def _is_installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".split("\n", 1)[0]
 
 
 def _fla_peers(modules: Mapping[str, Any]) -> list[Peer]:

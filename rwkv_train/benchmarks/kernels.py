@@ -2,7 +2,8 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from rwkv_train.benchmarks.contenders import (
 )
 from rwkv_train.benchmarks.kernel_counts import PASSES, count_operations, minimum_bytes
 from rwkv_train.benchmarks.kernel_inputs import KernelInputs, make_inputs
-from rwkv_train.benchmarks.kernel_peers import Peer
+from rwkv_train.benchmarks.kernel_peers import Peer, first_line
 from rwkv_train.benchmarks.kernel_sizes import CPU_SIZES, NO_HEADS, KernelSize
 from rwkv_train.benchmarks.machine_limits import MachineLimits
 from rwkv_train.benchmarks.stopwatch import Stopwatch, cold_stopwatch
@@ -110,7 +111,7 @@ def bench_kernels(
         contenders = [backend_contender(size.op, name, inputs) for name in names]
         contenders += [peer_contender(peer, inputs) for peer in peers if peer.op == size.op]
         calls, seen = _warm_up(contenders, inputs, device)
-        seconds = _time_in_turns(calls, repeats, stopwatch)
+        seconds = _time_in_turns(contenders, calls, seen, repeats, stopwatch)
         for key, found in seen.items():
             name, kind = key
             row: Row = {
@@ -143,7 +144,7 @@ def _warm_up(
             key, call = (contender.name, kind), make_call(contender, kind, inputs)
             row: Row = {"peak_bytes": None, "difference": None, "failed": None}
             seen[key] = row
-            try:
+            with _failure_in(row, contender):
                 for _ in range(N_WARM_UP - 1):
                     call()
                 result, row["peak_bytes"] = look_at(call, device)
@@ -151,14 +152,20 @@ def _warm_up(
                     expected[kind] = result
                 if kind in expected:
                     row |= _compare(result, expected[kind])
-            except Exception as error:
-                # Foreign code may raise anything, and must not end the run; and memory may not suffice for all.
-                if contender.is_ours and not isinstance(error, torch.OutOfMemoryError):
-                    raise
-                row["failed"] = f"{type(error).__name__}: {error}".split("\n", 1)[0]
-            else:
                 calls[key] = call
     return calls, seen
+
+
+@contextmanager
+def _failure_in(row: Row, contender: Contender) -> Iterator[None]:
+    """Write into the row what went wrong, unless it is an error of ours."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        # Foreign code may raise anything, or exit, and must not end the run; and memory may not suffice for all.
+        if contender.is_ours and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        row["failed"] = first_line(error)
 
 
 def _compare(result: Sequence[Tensor], expected: Sequence[Tensor]) -> Row:
@@ -168,11 +175,25 @@ def _compare(result: Sequence[Tensor], expected: Sequence[Tensor]) -> Row:
     return {"difference": float(f"{difference:.3g}")}
 
 
-def _time_in_turns(calls: Mapping[Kind, Call], repeats: int, stopwatch: Stopwatch) -> dict[Kind, list[float]]:
+def _time_in_turns(
+    contenders: Sequence[Contender],
+    calls: Mapping[Kind, Call],
+    seen: Mapping[Kind, Row],
+    repeats: int,
+    stopwatch: Stopwatch,
+) -> dict[Kind, list[float]]:
+    """Return the seconds of each call that never fails; of one that does, the row says why."""
+    by_name = {contender.name: contender for contender in contenders}
     seconds: dict[Kind, list[float]] = {key: [] for key in calls}
     for _ in range(repeats):
-        for key, call in calls.items():
-            seconds[key].append(stopwatch(call))
+        for key in list(seconds):
+            taken = None
+            with _failure_in(seen[key], by_name[key[0]]):
+                taken = stopwatch(calls[key])
+            if taken is None:
+                del seconds[key]
+            else:
+                seconds[key].append(taken)
     return seconds
 
 

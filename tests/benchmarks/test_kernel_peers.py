@@ -27,6 +27,7 @@ twice_is_not = 3
 @pytest.fixture
 def plug_in(tmp_path, monkeypatch):
     (tmp_path / "plug_in_of_a_test.py").write_text(PLUG_IN)
+    (tmp_path / "exiting_plug_in_of_a_test.py").write_text("raise SystemExit('no chip')\n")
     (tmp_path / "broken_plug_in_of_a_test.py").write_text("import no_such_module_anywhere\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield "plug_in_of_a_test"
@@ -58,8 +59,21 @@ def test_a_plug_in_is_called_what_its_function_is_called(plug_in, prefix, ops):
         ("wkv7=plug_in_of_a_test:twice_is_not", None, "has no function twice_is_not"),
         ("wkv7=no_plug_in:twice", None, "No module named 'no_plug_in'"),
         ("wkv7=broken_plug_in_of_a_test:twice", None, "No module named 'no_such_module_anywhere'"),
+        ("wkv7=exiting_plug_in_of_a_test:twice", None, "cannot be imported: SystemExit: no chip"),
     ],
-    ids=["form", "no name", "no op", "two ops", "op", "other op", "function", "number", "module", "broken"],
+    ids=[
+        "form",
+        "no name",
+        "no op",
+        "two ops",
+        "op",
+        "other op",
+        "function",
+        "number",
+        "module",
+        "broken",
+        "exiting",
+    ],
 )
 def test_a_plug_in_that_is_not_there_is_refused(plug_in, given, ops, sentence):
     with pytest.raises(ConfigError, match=sentence):

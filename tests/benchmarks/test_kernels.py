@@ -172,6 +172,31 @@ def test_one_gradient_that_is_not_finite_is_a_failure(lost):
     assert (backward["difference"], backward["failed"]) == (None, "a result is not finite")
 
 
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+@pytest.mark.parametrize("when", [0, N_WARM_UP, N_WARM_UP + 2], ids=["warm-up", "first turn", "last turn"])
+def test_a_peer_that_fails_at_some_call_has_no_time_and_ends_nothing(error, when):
+    calls = itertools.count()
+
+    def fail_once(y):
+        if torch.is_grad_enabled() or next(calls) != when:
+            return y
+        raise error("enough")
+
+    rows = bench([PLAIN_WKV7], repeats=3, peers=[peer_of(fail_once, "broken"), peer_of(name="whole")])
+    broken = next(row for row in rows if row["backend"] == "broken")
+    assert (broken["pass"], broken["ms"], broken["failed"]) == ("forward", None, f"{error.__name__}: enough")
+    others = [row for row in rows if row is not broken]
+    assert [(row["ms"], row["failed"]) for row in others] == [(1000, None)] * 5
+
+
+def test_an_error_of_ours_in_a_turn_is_none_of_a_peer():
+    def watch(call):
+        raise ValueError("ours")
+
+    with pytest.raises(ValueError, match="ours"):
+        bench_kernels([PLAIN_WKV7], ("reference",), 1, stopwatch=watch)
+
+
 def test_a_peer_without_a_backward_is_timed_forward():
     forward, backward = bench([PLAIN_WKV7], peers=[peer_of(torch.Tensor.detach)])[2:]
     assert forward["ms"] == 1000
