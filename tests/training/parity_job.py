@@ -1,7 +1,8 @@
 """Several runs one after the other in one process, a rank of torchrun's environment or alone; for test_parity.py.
 
-Called with a JSON file: a list of settings. Samples have holes: some targets are -100, so that micro-batches differ in
-their number of valid ones. Which samples a process read goes to ``out_dir/samples-STEP-RANK.json``, in order.
+Called with a JSON file: a list of settings, each with what the run goes on from. Samples have holes: some targets are
+-100, so that micro-batches differ in their number of valid ones. Which samples a process read goes to
+``out_dir/samples-STEP-RANK.json``, in order.
 """
 
 import json
@@ -41,7 +42,7 @@ class SamplesWithHoles(CorpusSamples):
 
 
 def main(path):
-    runs = [check_tree(tree) for tree in json.loads(Path(path).read_text())]
+    runs = [(check_tree(tree), resume) for tree, resume in json.loads(Path(path).read_text())]
     opened = []
 
     def open_samples(corpus, config):
@@ -50,15 +51,15 @@ def main(path):
 
     corpora.CorpusSamples = open_samples
     run.plot_run = lambda out_dir: None  # a picture takes as long as a run
-    with join_processes(runs[0].trainer, backend="gloo", always=True) as processes:
+    with join_processes(runs[0][0].trainer, backend="gloo", always=True) as processes:
 
         @contextmanager
         def joined(settings, **options):
             yield processes
 
         run.join_processes = joined
-        for config in runs:
-            summary = run.run_pretraining(config)
+        for config, resume in runs:
+            summary = run.run_pretraining(config, resume)
             notes = summary.out_dir / f"samples-{summary.n_steps}-{processes.rank}.json"
             notes.write_text(json.dumps(opened[-1].reads))
 

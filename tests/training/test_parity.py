@@ -69,12 +69,19 @@ class Runs:
                 "devices": devices,
                 **trainer,
             },
+            "checkpoint": {"every_n_steps": 2},
         }
 
-    def train(self, world_size, trees):
-        """Run ``trees`` one after the other in ``world_size`` processes."""
+    def train(self, world_size, trees, resume=()):
+        """Run ``trees`` one after the other in ``world_size`` processes.
+
+        ``resume`` says of some names which path a run goes on from; the others go on from their own checkpoints.
+        """
         path = self.folder / "job.json"
-        path.write_text(json.dumps(trees))
+        starts = dict(resume)
+        path.write_text(
+            json.dumps([[tree, starts.get(Path(tree["trainer"]["out_dir"]).name, "auto")] for tree in trees])
+        )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -106,9 +113,13 @@ class Runs:
         with (self.folder / name / "metrics.csv").open(newline="") as file:
             return [float(row[column]) for row in csv.DictReader(file)]
 
+    def path(self, name, step=4):
+        """Return where a run leaves the checkpoint of a step."""
+        return self.folder / name / f"checkpoints/step-{step:08d}"
+
     def checkpoint(self, name, step=4):
         """Return everything that a checkpoint holds."""
-        return load_training_checkpoint(self.folder / name / f"checkpoints/step-{step:08d}")
+        return load_training_checkpoint(self.path(name, step))
 
     def samples(self, name, n_steps, rank=0):
         """Return the numbers of the samples that a process read on its way to step ``n_steps``."""
@@ -121,14 +132,15 @@ def runs(corpus, tmp_path_factory):
     made = Runs(tmp_path_factory.mktemp("parity"), corpus)
     strategies = [name for name in STRATEGIES if HAS_DEEPSPEED or "deepspeed" not in name]
     bf16 = {"precision": "bf16-params"}
-    trees = {1: [], 2: [], 3: []}
+    trees = {1: [], 2: []}
+    half_way = {}
 
     for name in strategies:
         trees[2].append(made.tree(f"2-{name}", 2, strategy=name))
         cheap = {"strategy": name, "grad_checkpointing": True, **bf16}
         trees[2].append(made.tree(f"2-{name}-bf16", 2, **cheap))
-        trees[2].append(made.tree(f"2-{name}-bf16-resumed", 2, max_steps=2, **cheap))
         trees[2].append(made.tree(f"2-{name}-bf16-resumed", 2, **cheap))
+        half_way[f"2-{name}-bf16-resumed"] = str(made.path(f"2-{name}-bf16", 2))
         trees[1].append(made.tree(f"1-{name}", strategy=name))
         trees[1].append(made.tree(f"1-{name}-autocast", strategy=name, precision="bf16-autocast"))
     trees[1] += [
@@ -140,7 +152,7 @@ def runs(corpus, tmp_path_factory):
     ]
     chain = CHAIN if HAS_DEEPSPEED else []
     links = [made.tree("chain", devices, strategy=name, max_steps=end) for name, devices, end in chain]
-    made.train(2, trees[2] + links[:1])
+    made.train(2, trees[2] + links[:1], half_way)
     made.train(1, trees[1] + links[1:2])
     if links:
         made.train(3, links[2:3])
