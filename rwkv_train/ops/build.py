@@ -5,6 +5,7 @@ change of any of them builds anew, a second process finds the first one's work, 
 machines of several kinds holds one library for each.
 """
 
+import ctypes
 import errno
 import functools
 import hashlib
@@ -13,6 +14,7 @@ import logging
 import os
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -85,6 +87,7 @@ def build_library(
     cache_folder: Path | None = None,
     compilers: Sequence[str] = COMPILERS,
     flags: Sequence[str] = FLAGS,
+    anew: bool = False,
 ) -> Path:
     """Compile a C++ source into a shared library, unless that has been done before.
 
@@ -98,6 +101,7 @@ def build_library(
         cache_folder: where libraries are kept; :func:`default_cache_folder` if ``None``.
         compilers: commands to look for, the first one found is taken.
         flags: the compiler's flags.
+        anew: build even what is there.
 
     Raises:
         BackendError: there is no compiler or no ninja, the folder cannot be written, the disk is full, or the source
@@ -108,12 +112,12 @@ def build_library(
     library = (cache_folder or default_cache_folder()) / f"{name}-{digest}.so"
     rule = f"rule library\n  command = {quote(compiler)} {' '.join(flags)} $in -o $out\n"
     rules = f"{rule}build library.so: library {escape(source)}\n"
-    build_once(library, Recipe(name, compiler, rules))
+    build_once(library, Recipe(name, compiler, rules), anew=anew)
     return library
 
 
 def build_once(library: Path, recipe: Recipe, *, anew: bool = False) -> None:
-    """Make a library unless it is there, under a lock that outlives no builder.
+    """Make a library unless it is there and whole, under a lock that outlives no builder.
 
     Args:
         library: the file; its folder is made where it is missing.
@@ -128,7 +132,7 @@ def build_once(library: Path, recipe: Recipe, *, anew: bool = False) -> None:
 
         def is_done() -> bool:
             now = _identity(library)
-            return now is not None and not (anew and now == before)
+            return now is not None and not (anew and now == before) and not is_cut_short(library)
 
         if is_done():
             return
@@ -138,6 +142,40 @@ def build_once(library: Path, recipe: Recipe, *, anew: bool = False) -> None:
                 _build(recipe, library, folder)
     except OSError as error:
         raise BackendError(_disk_problem(recipe.name, library.parent, error)) from error
+
+
+def load_library(library: Path) -> ctypes.CDLL:
+    """Load a library that was built.
+
+    Raises:
+        OSError: it cannot be loaded; the text says why.
+    """
+    # Asked first: the loader maps what the header promises, and to touch what is not there is a bus error, which
+    # ends the process.
+    if is_cut_short(library):
+        raise OSError(f"{library} is damaged: its end is missing")
+    return ctypes.CDLL(str(library))
+
+
+def is_cut_short(library: Path) -> bool:
+    """Tell whether a library ends before its table of sections, which the linker writes last.
+
+    That is known of 64-bit ELF, the format of Linux; any other file is taken for whole, and the loader refuses it.
+    """
+    try:
+        with library.open("rb") as file:
+            header = file.read(64)
+            n_bytes = os.fstat(file.fileno()).st_size
+    except OSError:
+        return False
+    if header[:5] != b"\x7fELF\x02":
+        return False
+    if len(header) < 64:
+        return True
+    order = "<" if header[5] == 1 else ">"
+    (start,) = struct.unpack_from(f"{order}Q", header, 0x28)  # e_shoff
+    entry_bytes, n_entries = struct.unpack_from(f"{order}HH", header, 0x3A)  # e_shentsize, e_shnum
+    return bool(start + n_entries * entry_bytes > n_bytes)
 
 
 def fingerprint(*parts: bytes, sources: Sequence[Path]) -> str:

@@ -1,6 +1,8 @@
 """What the C++ backends of all operators share: finding the source, building it, calling it."""
 
 import ctypes
+import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +12,9 @@ from torch import Tensor
 from rwkv_train.assets import find_asset_folder
 from rwkv_train.errors import BackendError
 from rwkv_train.ops.backends import Problem
-from rwkv_train.ops.build import build_library
+from rwkv_train.ops.build import build_library, load_library
+
+logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,20 +29,29 @@ def refuses_cpp(problem: Problem) -> str | None:
 
 
 def load_cpp_library(op: str, cache_folder: Path | None = None) -> ctypes.CDLL:
-    """Load the C++ backend of an operator, built on first use.
+    """Load the C++ backend of an operator, built on first use, and built anew if it is damaged.
 
     Raises:
-        BackendError: it cannot be built on this machine, or what was built cannot be loaded.
+        BackendError: it cannot be built on this machine, or what it builds cannot be loaded.
     """
     folder = find_asset_folder("cuda")
     source = folder / op / f"{op}_cpu.cpp"
     headers = sorted((folder / "common").glob("*.h"))
-    library = build_library(f"{op}_cpu", source, headers, cache_folder=cache_folder)
+    build = functools.partial(build_library, f"{op}_cpu", source, headers, cache_folder=cache_folder)
+    library = build()
     try:
-        return ctypes.CDLL(str(library))
+        return load_library(library)
+    except OSError as error:
+        damage = f"the kernel {library} cannot be loaded ({error})"
+    logger.warning("%s; it is built anew", damage)
+    try:
+        return load_library(build(anew=True))
+    except BackendError as error:
+        raise BackendError(f"{damage}, nor built anew: {error}") from error
     except OSError as error:
         raise BackendError(
-            f"the kernel {library} cannot be loaded ({error}); delete it to build it anew"
+            f"the kernel {library} was built and cannot be loaded ({error}); see whether the C++ compiler (g++ or "
+            "clang++) is that of this system"
         ) from error
 
 

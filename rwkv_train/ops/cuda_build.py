@@ -15,12 +15,21 @@ import logging
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from rwkv_train.assets import find_asset_folder
 from rwkv_train.errors import BackendError
-from rwkv_train.ops.build import Recipe, build_once, default_cache_folder, escape, fingerprint, quote
+from rwkv_train.ops.build import (
+    Recipe,
+    build_once,
+    default_cache_folder,
+    escape,
+    fingerprint,
+    load_library,
+    quote,
+)
 from rwkv_train.ops.cuda_driver import Chip, Driver, Version, ask_driver
 from rwkv_train.ops.cuda_toolkit import (
     OLDEST_ARCHITECTURE,
@@ -193,7 +202,7 @@ def load_cuda_library(
             why_not = built.why_not(source, driver) if built else "its name is none of ours"
             if why_not is None:
                 try:
-                    return ctypes.CDLL(str(library))
+                    return load_library(library)
                 except OSError as error:
                     why_not = f"it cannot be loaded ({error})"
                     logger.warning("the kernel %s is passed over: %s", library, why_not)
@@ -211,7 +220,9 @@ def load_cuda_library(
             build_cuda_library, op, architectures, cache_folder=cache_folder, source_folder=source_folder
         )
         library = build(toolkit=toolkit)
-        if library in passed_over:  # it is there and damaged
+        if library in passed_over:  # it was there and damaged
+            with suppress(OSError):  # what has no end was built anew just now, other damage is still there
+                return load_library(library)
             library = build(toolkit=toolkit, anew=True)
         return _load_built(library)
     except BackendError as error:
@@ -267,7 +278,7 @@ def _toolkit_for(driver: Driver) -> Toolkit:
 
 def _load_built(library: Path) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(str(library))
+        return load_library(library)
     except OSError as error:
         raise BackendError(
             f"the kernel {library} was built and cannot be loaded ({error}); see whether the C++ compiler of nvcc "

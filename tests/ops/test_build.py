@@ -14,8 +14,8 @@ import pytest
 
 from rwkv_train.assets import find_asset_folder
 from rwkv_train.errors import BackendError
-from rwkv_train.ops import build
-from rwkv_train.ops.build import FLAGS, build_library, default_cache_folder, find_ninja
+from rwkv_train.ops import build, cpp
+from rwkv_train.ops.build import FLAGS, build_library, default_cache_folder, find_ninja, load_library
 from rwkv_train.ops.cpp import load_cpp_library
 from tests.campaigns.disk import SmallDisk, can_mount
 
@@ -151,12 +151,45 @@ def test_a_cache_folder_that_cannot_be_written_is_named(project):
         project.build(cache_folder=in_a_file)
 
 
-def test_a_library_that_cannot_be_loaded_is_named_with_the_fix(tmp_path):
+def cut(library, n_bytes):
+    """Shorten a library. In a new file: this process may have mapped the old one, and would fall over it."""
+    content = library.read_bytes()
+    library.unlink()
+    library.write_bytes(content[:n_bytes] if n_bytes else b"cut short")
+
+
+@pytest.mark.parametrize("n_bytes", [0, 40, 4096, -1], ids=["no library", "header", "page", "last byte"])
+def test_a_damaged_library_is_built_anew(tmp_path, caplog, n_bytes):
     cuda = find_asset_folder("cuda")
     headers = sorted((cuda / "common").glob("*.h"))
     library = build_library("wkv4_cpu", cuda / "wkv4" / "wkv4_cpu.cpp", headers, cache_folder=tmp_path)
-    library.write_bytes(b"cut short")
-    with pytest.raises(BackendError, match=f"{library} cannot be loaded .*delete it to build it anew"):
+    cut(library, n_bytes)
+    caplog.clear()
+    assert load_cpp_library("wkv4", tmp_path).rwkv_wkv4_forward
+    assert caplog.text.count("building the kernel") == 1
+
+
+@pytest.mark.parametrize("n_bytes", [40, 4096, -1])
+def test_a_library_without_its_end_is_an_error_not_the_end_of_the_process(project, n_bytes):
+    library = project.build()
+    cut(library, n_bytes)
+    with pytest.raises(OSError, match="is damaged: its end is missing"):
+        load_library(library)
+
+
+def test_a_damaged_library_that_cannot_be_built_anew_is_named_with_the_fix(tmp_path, monkeypatch):
+    damaged = tmp_path / "wkv4_cpu.so"
+    damaged.write_bytes(b"cut short")
+
+    def build_nothing(*arguments, anew=False, **options):
+        if anew:
+            raise BackendError("no C++ compiler was found; install g++")
+        return damaged
+
+    monkeypatch.setattr(cpp, "build_library", build_nothing)
+    with pytest.raises(
+        BackendError, match=rf"{damaged} cannot be loaded .*, nor built anew: .*; install g\+\+"
+    ):
         load_cpp_library("wkv4", tmp_path)
 
 

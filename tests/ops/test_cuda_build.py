@@ -380,6 +380,22 @@ def test_a_damaged_library_is_built_anew(workshop, caplog):
     assert workshop.n_builds() == 2
 
 
+def test_a_library_without_its_end_is_built_anew_once(workshop, caplog):
+    library = workshop.build("sm_90")
+    library.write_bytes(library.read_bytes()[:4096])
+    assert workshop.load().answer() == 42
+    assert "is passed over: it cannot be loaded" in caplog.text
+    assert workshop.n_builds() == 2
+
+
+def test_a_library_without_its_end_is_refused_where_nothing_can_be_built(workshop):
+    library = workshop.build("sm_90")
+    library.write_bytes(library.read_bytes()[:4096])
+    workshop.remove_nvcc()
+    with pytest.raises(BackendError, match=f"install .*passed over: {library}: .* is damaged"):
+        workshop.load()
+
+
 def test_a_driver_too_old_for_the_compiler_is_said_before_anything_is_built(workshop):
     with pytest.raises(BackendError) as raised:
         workshop.load(cuda=(12, 4))
