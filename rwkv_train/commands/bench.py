@@ -1,8 +1,8 @@
 """``rwkv-train bench``: measure what takes time on this machine, from recurrences to the preparation of data."""
 
 import importlib.util
-import json
 import os
+import tempfile
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from rwkv_train.commands.bench_kernels import (
     write_roofline,
 )
 from rwkv_train.commands.inference import Device, find_device
+from rwkv_train.commands.results import require_writable, write_json
 from rwkv_train.commands.tables import print_table
 from rwkv_train.errors import ConfigError
 
@@ -128,6 +129,8 @@ def bench(
         if given and what not in subjects:
             raise ConfigError(f"{option} is for {' and '.join(subjects)}, not for {what.value}")
     require_picture(plot_file)
+    _prepare_target(json_file, "--json")
+    _prepare_target(plot_file, "--plot")
     place = find_device(device)
     environment = describe_environment(place) | {"load_before": round(os.getloadavg()[0], 2)}
     title = what.value
@@ -152,7 +155,7 @@ def bench(
     print_table(_table(title, rows))
     content = {"environment": environment} | (measured if what is What.KERNELS else {"results": rows})
     if json_file is not None:
-        _write(json_file, content)
+        write_json(json_file, content)
         typer.echo(f"wrote {json_file}")
     if plot_file is not None:
         write_roofline(plot_file, content, environment["device"])
@@ -270,6 +273,27 @@ def _cell(value: Any) -> str:
     return f"{value:,.2f}" if isinstance(value, float) else str(value)
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _prepare_target(path: Path | None, option: str) -> None:
+    """Make the folder of a result before the long work, and find out whether a file can be made in it.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    from rwkv_train.checkpoints.io import resolve_target
+
+    if path is None:
+        return
+    if path.exists() and not path.is_file():  # a device such as /dev/stdout, which is written to; or a folder
+        require_writable(path, option)
+        return
+    target = resolve_target(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        require_writable(target, option)
+        # To root every folder looks writable, also where no file can be made, as in /proc.
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {path} cannot be written: {error.strerror}; give a file in a folder that can be"
+        ) from error

@@ -1,12 +1,12 @@
 """The part of ``rwkv-train bench`` that times recurrences: its options, its table and its picture."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rwkv_train.commands.inference import DtypeName
+from rwkv_train.commands.results import write_whole
 from rwkv_train.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,20 +53,15 @@ _PICTURES = (".png", ".svg")
 
 
 def require_picture(path: Path | None) -> None:
-    """Find out before the long work whether a picture can be written.
+    """Refuse a picture of a kind that cannot be drawn.
 
     Raises:
-        ConfigError: the file has another ending, or cannot be written.
+        ConfigError: the file has another ending.
     """
-    if path is None:
-        return
-    if path.suffix not in _PICTURES:
+    if path is not None and path.suffix not in _PICTURES:
         raise ConfigError(
             f"--plot {path} must end in {' or '.join(_PICTURES)}, which says the kind of picture"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"--plot {path} cannot be written; give a file in a folder that can be")
 
 
 def measure_kernels(
@@ -178,7 +173,7 @@ def write_roofline(path: Path, measured: "Mapping[str, Any]", machine: str) -> N
         matmul_operations_per_second=measured["limits"]["matmul_gop_per_second"] * 1e9,
     )
     title = f"{machine}, {measured['limits']['matmul_dtype']}"
-    path.write_bytes(draw_roofline(measured["results"], limits, title, path.suffix[1:]))
+    write_whole(path, draw_roofline(measured["results"], limits, title, path.suffix[1:]))
 
 
 def _scaled(value: float | None, factor: float) -> float | None:

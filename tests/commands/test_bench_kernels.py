@@ -1,6 +1,7 @@
 """``rwkv-train bench kernels`` with its options, in this process."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -100,3 +101,48 @@ def test_what_is_not_there_is_refused_in_one_line_before_anything_is_measured(
     assert (code, out) == (2, "")
     assert sentence in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "folder.png",
+        "file/new/roofs.png",
+        "file/roofs.png",
+        "loop.png",
+        "/proc/roofs.png",
+        "/proc/new/roofs.png",
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_in_one_line_before_anything_is_measured(
+    bench, monkeypatch, tmp_path, option, place
+):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    monkeypatch.setattr(machine_limits, "measure_limits", lambda *_: pytest.fail("measured"))
+    code, out, err = bench("kernels", *SMALL, option, str(tmp_path / place))
+    assert (code, out) == (2, "")
+    assert f"{place} cannot be written" in err
+    assert err.count("\n") == 1
+
+
+def test_a_link_to_a_file_of_results_stays_one(bench, tmp_path):
+    link, path = tmp_path / "link.json", tmp_path / "kernels.json"
+    link.symlink_to(path)
+    path.write_text("old")
+    code, _, err = bench("kernels", *SMALL, "--op", "wkv4", "--backend", "cpp", "--json", str(link))
+    assert code == 0, err
+    assert link.is_symlink()
+    assert json.loads(path.read_text())["results"]
+
+
+def test_results_go_into_a_pipe(bench):
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as results:
+        with os.fdopen(writer, "w"):
+            arguments = ("--op", "wkv4", "--backend", "cpp", "--json", f"/dev/fd/{writer}")
+            code, _, err = bench("kernels", *SMALL, *arguments)
+        assert code == 0, err
+        assert json.load(results)["results"]
