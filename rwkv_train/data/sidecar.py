@@ -4,8 +4,8 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple, TypeVar, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ from numpy.lib import format as npy
 
 from rwkv_train.errors import DataError
 from rwkv_train.tokenizers.base import TokenizerIdentity
+
+_T = TypeVar("_T")
 
 FORMAT = "rwkv-train-corpus/2"
 """Name of the format, in the JSON file."""
@@ -119,12 +121,15 @@ class Sidecar(NamedTuple):
             found = fields.pop("format")
             if found not in READABLE_FORMATS:
                 raise DataError(f"{where} has the format '{found}', wanted '{FORMAT}'")
-            fields["tokenizer"] = TokenizerIdentity(**fields["tokenizer"])
-            fields["domains"] = tuple(DomainTotals(**domain) for domain in fields["domains"])
-            fields["sources"] = tuple(Source(**source) for source in fields["sources"])
+            _require_types(cls, fields)
+            fields["tokenizer"] = _record(TokenizerIdentity, fields["tokenizer"])
+            fields["domains"] = tuple(_record(DomainTotals, domain) for domain in fields["domains"])
+            fields["sources"] = tuple(_record(Source, source) for source in fields["sources"])
             fields["preparation"] = _preparation(**fields.get("preparation", {}))
-            return cls(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            sidecar = cls(**fields)
+            _require_sums(sidecar)
+            return sidecar
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(
                 f"{where} is not the sidecar of a prepared corpus ({error}); prepare the corpus again, or "
                 "move the file away to use the .bin/.idx pair without it"
@@ -132,7 +137,55 @@ class Sidecar(NamedTuple):
 
 
 def _preparation(*, first_bad: Sequence[str] = (), **fields: Any) -> Preparation:
-    return Preparation(first_bad=tuple(first_bad), **fields)
+    return _record(Preparation, {"first_bad": tuple(first_bad), **fields})
+
+
+def _record(kind: type[_T], fields: Mapping[str, Any]) -> _T:
+    _require_types(kind, fields)
+    return kind(**fields)
+
+
+def _require_types(kind: type, fields: Mapping[str, Any]) -> None:
+    """Refuse a value that is not of its field's type: it would be noticed where the corpus is used, or never."""
+    for name, hint in get_type_hints(kind).items():
+        if name in fields and hint in _WANTED:
+            is_right, wanted = _WANTED[hint]
+            if not is_right(fields[name]):
+                raise ValueError(f"{name} must be {wanted}, found {fields[name]!r:.40}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+_WANTED: Mapping[Any, tuple[Callable[[Any], bool], str]] = {
+    int: (_is_count, "a whole number from 0 on"),
+    int | None: (lambda value: value is None or _is_count(value), "a whole number from 0 on, or null"),
+    str: (_is_text, "a string"),
+    str | None: (lambda value: value is None or _is_text(value), "a string or null"),
+    tuple[str, ...]: (lambda value: all(map(_is_text, value)), "a list of strings"),
+    Mapping[str, int]: (
+        lambda value: isinstance(value, dict) and all(map(_is_count, value.values())),
+        "an object of whole numbers",
+    ),
+    Mapping[str, Any]: (lambda value: isinstance(value, dict), "an object"),
+}
+"""What a field of each type may hold, and how that is called."""
+
+
+def _require_sums(sidecar: Sidecar) -> None:
+    domains = sidecar.domains
+    if len({domain.name for domain in domains}) != len(domains):
+        raise ValueError("two domains have the same name")
+    for name in ("n_documents", "n_tokens", "n_bytes", "n_words"):
+        total, parts = getattr(sidecar, name), [getattr(domain, name) for domain in domains]
+        is_known = None not in (total, *parts)
+        if is_known and sum(parts) != total:
+            raise ValueError(f"{name} is {total}, and {sum(parts)} over all domains")
 
 
 class DomainCounter:

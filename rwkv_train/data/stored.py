@@ -22,6 +22,7 @@ FOREIGN_END_OF_DOCUMENT = 0
 _SCAN_TOKENS = 1 << 20  # looked at at once
 _MAX_SCANNED_TOKENS = 1 << 30  # a few seconds
 _MAX_CHECKED_DOCUMENTS = 1 << 16
+_SUMMED_DOCUMENTS = 1 << 20  # at once
 
 
 class TokenDocument(NamedTuple):
@@ -51,7 +52,7 @@ class Corpus:
         self.documents = documents
 
     def __reduce__(self) -> tuple[Callable[[Path], "Corpus"], tuple[Path]]:
-        return (load_corpus, (self.prefix,))
+        return (_load, (self.prefix,))
 
     @property
     def prefix(self) -> Path:
@@ -180,6 +181,14 @@ def load_corpus(prefix: Path) -> Corpus:
     Raises:
         DataError: a file is missing, damaged, or not of the same corpus as the others.
     """
+    corpus = _load(prefix)
+    if corpus.sidecar is not None and corpus.documents is not None:
+        _require_totals(prefix, corpus.sidecar, corpus.documents)
+    return corpus
+
+
+def _load(prefix: Path) -> Corpus:
+    """Open a corpus without a look at its documents, as a process does whose parent has looked."""
     tokens = TokenFile.open(prefix)
     path = add_suffix(prefix, ".json")
     if not path.exists():
@@ -194,6 +203,38 @@ def load_corpus(prefix: Path) -> Corpus:
             f".docs.npy {len(documents)} documents; prepare it again"
         )
     return Corpus(tokens, sidecar, documents)
+
+
+def _require_totals(prefix: Path, sidecar: Sidecar, documents: npt.NDArray[np.void]) -> None:
+    """Hold the documents against the totals of their domains."""
+    path, told_by = add_suffix(prefix, ".docs.npy"), add_suffix(prefix, ".json")
+    has_words = "n_words" in (documents.dtype.names or ())
+    columns = ["n_bytes", "n_words"] if has_words else ["n_bytes"]
+    sums = np.zeros((len(sidecar.domains), 1 + len(columns)), np.int64)
+    for start in range(0, len(documents), _SUMMED_DOCUMENTS):
+        chunk = documents[start : start + _SUMMED_DOCUMENTS]
+        numbers = chunk["domain"].astype(np.int64)
+        if len(wrong := numbers[numbers >= len(sums)]):
+            raise DataError(
+                f"{path} has a document of domain number {wrong[0]}, but {told_by} tells of {len(sums)} domains: one "
+                "of the two is damaged or of another corpus; prepare it again"
+            )
+        np.add.at(sums[:, 0], numbers, 1)
+        for place, column in enumerate(columns, start=1):
+            if chunk[column].min() < 0:
+                raise DataError(
+                    f"{path} has a document of {chunk[column].min()} {column[2:]}: it is damaged; prepare the corpus "
+                    "again"
+                )
+            np.add.at(sums[:, place], numbers, chunk[column])
+    for domain, found in zip(sidecar.domains, sums.tolist(), strict=True):
+        told = [domain.n_documents, domain.n_bytes, domain.n_words][: len(found)]
+        for what, wanted, count in zip(("documents", "bytes", "words"), told, found, strict=False):
+            if wanted is not None and wanted != count:
+                raise DataError(
+                    f"{path} has {count} {what} of the domain '{domain.name}', but {told_by} tells of {wanted}: one "
+                    "of the two is damaged or of another corpus; prepare it again"
+                )
 
 
 def _read(path: Path) -> bytes:

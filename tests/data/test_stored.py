@@ -169,6 +169,66 @@ def test_a_damaged_sidecar_is_refused(content, sentence, corpus):
 
 
 @pytest.mark.parametrize(
+    ("places", "value", "sentence"),
+    [
+        (["max_token"], "x", "max_token must be a whole number from 0 on, found 'x'"),
+        (["end_of_document"], None, "end_of_document must be a whole number from 0 on, found None"),
+        (["n_tokens"], "a", "n_tokens must be a whole number"),
+        (["n_bytes"], -1, "n_bytes must be a whole number from 0 on, found -1"),
+        (["vocab_size"], True, "vocab_size must be a whole number from 0 on, found True"),
+        (["n_words"], 1.5, "n_words must be a whole number from 0 on, or null, found 1.5"),
+        (["dtype"], 2, "dtype must be a string, found 2"),
+        (["tokenizer", "name"], 5, "name must be a string, found 5"),
+        (["domains", 0, "name"], 5, "name must be a string, found 5"),
+        (["domains", 0, "name"], "prose", "two domains have the same name"),
+        (["domains", 0, "n_bytes"], -29, "n_bytes must be a whole number"),
+        (["domains", 0, "n_tokens"], 30, "n_tokens is 61, and 60 over all domains"),
+        (["domains"], [], "n_documents is 4, and 0 over all domains"),
+        (["domains"], None, "not iterable"),
+        (["sources", 0, "path"], None, "path must be a string, found None"),
+        (["preparation", "first_bad"], [1], "first_bad must be a list of strings"),
+        (["preparation", "n_duplicates"], {"a": "b"}, "n_duplicates must be an object of whole numbers"),
+        (["preparation"], [], "must be a mapping, not list"),
+    ],
+)
+def test_a_sidecar_with_a_value_that_cannot_be_is_refused_by_the_name_of_the_value(
+    places, value, sentence, corpus
+):
+    path = corpus.prefix.parent / "out.json"
+    told = inner = json.loads(path.read_text())
+    for place in places[:-1]:
+        inner = inner[place]
+    inner[places[-1]] = value
+    path.write_text(json.dumps(told))
+
+    with pytest.raises(
+        DataError, match=rf"out\.json is not the sidecar .*{sentence}.*; prepare the corpus again"
+    ):
+        load_corpus(corpus.prefix)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "sentence"),
+    [
+        ("domain", 3, r"has a document of domain number 3, but .*out\.json tells of 3 domains"),
+        ("domain", 1, r"has 1 documents of the domain 'code', but .*out\.json tells of 2"),
+        ("n_bytes", -23, "has a document of -23 bytes"),
+        ("n_bytes", 24, r"has 30 bytes of the domain 'code', but .*out\.json tells of 29"),
+        ("n_words", 9, r"has 10 words of the domain 'code', but .*out\.json tells of 6"),
+    ],
+)
+def test_a_document_table_that_does_not_add_up_is_refused(column, value, sentence, corpus, monkeypatch):
+    monkeypatch.setattr("rwkv_train.data.stored._SUMMED_DOCUMENTS", 2)
+    path = corpus.prefix.parent / "out.docs.npy"
+    table = np.load(path)
+    table[column][0] = value
+    np.save(path, table)
+
+    with pytest.raises(DataError, match=rf"out\.docs\.npy {sentence}.*prepare"):
+        load_corpus(corpus.prefix)
+
+
+@pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
         ("n_tokens", 60, "tells of 60 tokens of uint16 in 4 documents, .bin and .idx hold 61 tokens"),
@@ -178,7 +238,10 @@ def test_a_damaged_sidecar_is_refused(content, sentence, corpus):
 )
 def test_a_sidecar_of_another_corpus_is_refused(field, value, sentence, corpus):
     path = corpus.prefix.parent / "out.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    told = json.loads(path.read_text()) | {field: value}
+    if field != "dtype":  # of its own it adds up
+        told["domains"][0][field] -= 1
+    path.write_text(json.dumps(told))
 
     with pytest.raises(DataError, match=sentence):
         load_corpus(corpus.prefix)
