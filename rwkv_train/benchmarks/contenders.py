@@ -84,6 +84,24 @@ def look_at(call: Call, device: torch.device) -> Look:
     return Look(result, torch.cuda.max_memory_allocated(device) - before)
 
 
+def keep_values(inputs: KernelInputs) -> list[Tensor]:
+    """Return copies of all tensors that a peer can get hold of."""
+    return [x.detach().clone() for x in _within_reach(inputs)]
+
+
+def restore_values(inputs: KernelInputs, kept: Sequence[Tensor]) -> bool:
+    """Undo what a peer did to the inputs that all share; return whether it did anything.
+
+    Values are compared, not the counts of changes that torch keeps: those miss what a kernel writes on its own.
+    """
+    changed = [
+        (x, old) for x, old in zip(_within_reach(inputs), kept, strict=True) if not torch.equal(x, old)
+    ]
+    for x, old in changed:
+        x.data = old
+    return bool(changed)
+
+
 def largest_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the relative difference of that pair of tensors which differs most.
 
@@ -106,3 +124,8 @@ def _relative_difference(found: Tensor, expected: Tensor) -> float:
     error = float(torch.linalg.vector_norm(found.float() - expected.float()))
     norm = float(torch.linalg.vector_norm(expected, dtype=torch.float32))
     return error / norm if norm else error  # of one token, the decay has no gradient
+
+
+def _within_reach(inputs: KernelInputs) -> list[Tensor]:
+    cu_seqlens = inputs.context.cu_seqlens
+    return [*inputs.tensors, inputs.dy, *([] if cu_seqlens is None else [cu_seqlens])]

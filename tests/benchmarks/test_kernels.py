@@ -197,6 +197,50 @@ def test_an_error_of_ours_in_a_turn_is_none_of_a_peer():
         bench_kernels([PLAIN_WKV7], ("reference",), 1, stopwatch=watch)
 
 
+def double_inputs(r, *_):
+    with torch.no_grad():
+        r.mul_(2)
+
+
+def write_past_autograd(r, w, k, v, *_):
+    v.data.zero_()  # counted nowhere, like the writes of a kernel
+
+
+def shrink_inputs(r, *_):
+    r.data = r.data[:, :1]
+
+
+def move_starts(*inputs, cu_seqlens):
+    cu_seqlens[1] += 1
+
+
+def change_and_raise(r, *_):
+    double_inputs(r)
+    raise ValueError("enough")
+
+
+@pytest.mark.parametrize(
+    ("size", "change"),
+    [
+        (PLAIN_WKV7, double_inputs),
+        (PLAIN_WKV7, write_past_autograd),
+        (PLAIN_WKV7, shrink_inputs),
+        (PLAIN_WKV7, change_and_raise),
+        (PACKED_WKV7, move_starts),
+    ],
+    ids=["in place", "uncounted", "shape", "error", "starts"],
+)
+def test_a_peer_that_changes_its_inputs_is_not_timed_and_others_get_them_unchanged(size, change):
+    def function(*inputs, **options):
+        change(*inputs, **options)
+        return inputs[3] * 1, None
+
+    rows = bench([size], ("reference",), peers=[Peer("broken", "wkv7", function), peer_of(name="whole")])
+    broken = [row for row in rows if row["backend"] == "broken"]
+    assert [(row["ms"], row["failed"]) for row in broken] == [(None, "it changes its inputs")] * 2
+    assert [row["difference"] for row in rows if row["backend"] == "whole"] == [0, 0]
+
+
 def test_a_peer_without_a_backward_is_timed_forward():
     forward, backward = bench([PLAIN_WKV7], peers=[peer_of(torch.Tensor.detach)])[2:]
     assert forward["ms"] == 1000
