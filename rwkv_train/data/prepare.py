@@ -64,8 +64,8 @@ def prepare_data(
 
     Raises:
         ConfigError: the options make no sense.
-        DataError: an input or a record cannot be used, the output exists or cannot be written, nothing is left of the
-            documents, or the unfinished work belongs to other inputs or settings.
+        DataError: an input or a record cannot be used, the output exists, is an input or cannot be written, nothing
+            is left of the documents, or the unfinished work belongs to other inputs or settings.
         LostProcessError: a worker was killed.
     """
     options = options or PrepareOptions()
@@ -78,6 +78,7 @@ def prepare_data(
     n_workers = workers or suitable_workers([source.n_bytes for source in sources])
     progress = progress or Silence()
     prefixes = prefixes_of(output_prefix, options)
+    _refuse_inputs_as_output(sources, prefixes.values())
     reading = _reading(inputs, sources, tokenizer, options)
     dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<").str
     with open_work_folder(output_prefix, reading, dtype, overwrite=overwrite) as work:
@@ -114,6 +115,31 @@ def _refuse_existing(prefixes: Iterable[Path], *, overwrite: bool) -> None:
     for path in (add_suffix(prefix, suffix) for prefix in prefixes for suffix in SUFFIXES):
         if path.exists() and not overwrite:
             raise DataError(f"{path} exists already; choose another output or ask for overwriting")
+
+
+def _refuse_inputs_as_output(sources: Sequence[Source], prefixes: Iterable[Path]) -> None:
+    """Refuse to replace what is read: it would be gone, and the same command could not be given again."""
+    written = {
+        _identify(path): path
+        for prefix in prefixes
+        for path in (add_suffix(prefix, suffix) for suffix in SUFFIXES)
+        if path.exists()
+    }
+    if not written:  # no input is among files that are not there
+        return
+    for source in sources:
+        for file in source.files():
+            if file.exists() and (output := written.get(_identify(file))):
+                raise DataError(
+                    f"the output {output} is a file of the input {source.name}, which would be replaced; choose "
+                    "another --output"
+                )
+
+
+def _identify(path: Path) -> tuple[int, int]:
+    """Return what is the same for a file under any of its names."""
+    facts = path.stat()
+    return facts.st_dev, facts.st_ino
 
 
 def _summary(prefix: Path) -> PreparedSummary:

@@ -251,3 +251,49 @@ def test_the_document_table_counts_words_as_the_regular_expression_does(inputs, 
     texts = ["def f(x):\n    return x\n", "Ein schöner Tag.", "日本", "Dear all,\r\n"]
     expected = [len(re.split(r"\s+", text)) for text in texts]
     assert np.load(tmp_path / "out.docs.npy")["n_words"].tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["out.json", "link.jsonl"])
+def test_an_input_is_not_replaced_by_the_output(name, byte_tokenizer, tmp_path):
+    (tmp_path / "out.json").write_bytes(b'{"text": "one"}\n')
+    (tmp_path / "link.jsonl").symlink_to("out.json")
+    options = PrepareOptions(SourceOptions(format="jsonl"))
+
+    with pytest.raises(
+        DataError, match=r"the output .*out\.json is a file of the input .*; choose another --output"
+    ):
+        prepare_data([tmp_path / name], byte_tokenizer, tmp_path / "out", options, overwrite=True)
+
+    assert (tmp_path / "out.json").read_bytes() == b'{"text": "one"}\n'
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_a_pair_is_not_replaced_by_what_is_made_of_it(inputs, byte_tokenizer, tmp_path):
+    prepare_data(inputs, byte_tokenizer, tmp_path / "out")
+    before = (tmp_path / "out.bin").read_bytes()
+
+    with pytest.raises(DataError, match=r"out\.bin is a file of the input .*out, which would be replaced"):
+        prepare_data([tmp_path / "out"], byte_tokenizer, tmp_path / "out", overwrite=True)
+
+    assert (tmp_path / "out.bin").read_bytes() == before
+
+
+def test_a_folder_in_the_place_of_the_unfinished_work_is_not_emptied(inputs, byte_tokenizer, tmp_path):
+    folder = tmp_path / "out.unfinished"
+    folder.mkdir()
+    (folder / "novel.txt").write_text("mine")
+
+    with pytest.raises(
+        DataError, match=r"out\.unfinished .* holds 'novel\.txt' and no journal\.json.*move it away"
+    ):
+        prepare_data(inputs, byte_tokenizer, tmp_path / "out", overwrite=True)
+
+    assert [path.name for path in folder.iterdir()] == ["novel.txt"]
+
+
+def test_an_empty_folder_in_the_place_of_the_unfinished_work_will_do(inputs, byte_tokenizer, tmp_path):
+    (tmp_path / "out.unfinished").mkdir()
+
+    prepare_data(inputs, byte_tokenizer, tmp_path / "out")
+
+    assert written(tmp_path / "out") == FILES

@@ -33,6 +33,7 @@ MAX_DOMAINS = 1 << 16
 """More of them are most likely no domains: addresses, numbers of documents."""
 
 _JOURNAL, _LOCK = "journal.json", ".lock"
+_JOURNAL_BEING_WRITTEN = f"{_JOURNAL}.new"
 
 
 class WorkFolder:
@@ -115,7 +116,7 @@ class WorkFolder:
         for growing in self._files.values():
             growing.flush()
             os.fsync(growing.fileno())
-        new = self.path / f"{_JOURNAL}.new"
+        new = self.path / _JOURNAL_BEING_WRITTEN
         with new.open("w", encoding="utf-8") as file:
             file.write(self.journal.to_json())
             file.flush()
@@ -155,6 +156,7 @@ def open_work_folder(prefix: Path, reading: Json, dtype: str, *, overwrite: bool
     path = add_suffix(prefix, SUFFIX)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        _refuse_other_folder(path)
         lock = FileLock(path / _LOCK, blocking=False)
         with lock:
             journal = _read_journal(path, reading, dtype, overwrite=overwrite)
@@ -178,6 +180,21 @@ def open_work_folder(prefix: Path, reading: Json, dtype: str, *, overwrite: bool
             f"cannot write {error.filename or path}: {error.strerror or error}; what is done is kept, and the same "
             "command goes on from there"
         ) from error
+
+
+def _refuse_other_folder(path: Path) -> None:
+    """Refuse a folder that no preparation made: what lies in it would be removed at the end.
+
+    A preparation saves its journal first and removes it last, so that without one there is nothing but the lock, or a
+    journal that was not written to its end.
+    """
+    ours = {_LOCK, _JOURNAL_BEING_WRITTEN}
+    found = sorted(entry.name for entry in path.iterdir())
+    if _JOURNAL not in found and (others := [name for name in found if name not in ours]):
+        raise DataError(
+            f"{path} is needed for the unfinished work, but it holds {others[0]!r} and no {_JOURNAL}: it is not of a "
+            "preparation; move it away, or choose another --output"
+        )
 
 
 def _read_journal(path: Path, reading: Json, dtype: str, *, overwrite: bool) -> Journal:
