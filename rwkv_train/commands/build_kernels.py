@@ -1,6 +1,7 @@
 """``rwkv-train build-kernels``: compile the CUDA kernels ahead of time, also for another machine."""
 
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Annotated
@@ -61,11 +62,23 @@ def build_kernels(
         arch = list(ARCHITECTURES)
     toolkit = find_toolkit()  # once, and before threads that would each complain
 
+    cancel = threading.Event()
+
     def build(name: str) -> tuple[Path, float]:
         began = time.perf_counter()
-        library = build_cuda_library(name, arch, cache_folder=cache_folder, toolkit=toolkit, anew=anew)
+        library = build_cuda_library(
+            name, arch, cache_folder=cache_folder, toolkit=toolkit, anew=anew, cancel=cancel
+        )
         return library, time.perf_counter() - began
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+    try:
         for library, seconds in pool.map(build, op or known):
             typer.echo(f"{library} ({seconds:.1f} s, {library.stat().st_size / 1e6:.1f} MB)")
+    except BaseException:
+        # Ctrl-C, SIGTERM, or one that failed. A pool's threads are waited for, at the latest when Python ends, so
+        # they must end by themselves.
+        cancel.set()
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -19,13 +19,14 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from rwkv_train.errors import BackendError
-from rwkv_train.ops.build_lock import hold_lock
+from rwkv_train.ops.build_lock import hold_lock, raise_if_cancelled
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,10 @@ CACHE_VARIABLE = "RWKV_TRAIN_KERNELS"
 LIMIT_SECONDS = 1800.0
 """A compiler that takes longer hangs."""
 _REPORT_SECONDS = 10.0
+_LOOK_SECONDS = 0.2
+"""How often it is seen whether a build was cancelled."""
+_INTERRUPTED = "build stopped: interrupted by user"
+"""What ninja says last when Ctrl-C, which the terminal sends to it too, or another signal ends it."""
 _FULL_DISK = ("No space left on device", "Disk quota exceeded")
 _LITTLE_BYTES = 1_000_000
 """With less room than that, a compiler that fails lacked room, whatever it says (a linker just crashes)."""
@@ -116,16 +121,20 @@ def build_library(
     return library
 
 
-def build_once(library: Path, recipe: Recipe, *, anew: bool = False) -> None:
+def build_once(
+    library: Path, recipe: Recipe, *, anew: bool = False, cancel: threading.Event | None = None
+) -> None:
     """Make a library unless it is there and whole, under a lock that outlives no builder.
 
     Args:
         library: the file; its folder is made where it is missing.
         recipe: how to make it.
         anew: make it even if it is there, because what is there cannot be loaded.
+        cancel: ends the build within a second or so when it is set.
 
     Raises:
         BackendError: the folder cannot be written, the disk is full, or the sources do not compile.
+        BuildCancelledError: ``cancel`` was set.
     """
     try:
         before = _identity(library)
@@ -137,9 +146,10 @@ def build_once(library: Path, recipe: Recipe, *, anew: bool = False) -> None:
         if is_done():
             return
         library.parent.mkdir(parents=True, exist_ok=True)
-        with hold_lock(library.with_suffix(".lock"), f"the kernel '{recipe.name}'", is_done) as folder:
+        lock = library.with_suffix(".lock")
+        with hold_lock(lock, f"the kernel '{recipe.name}'", is_done, cancel=cancel) as folder:
             if folder is not None:
-                _build(recipe, library, folder)
+                _build(recipe, library, folder, cancel)
     except OSError as error:
         raise BackendError(_disk_problem(recipe.name, library.parent, error)) from error
 
@@ -221,7 +231,7 @@ def first_error(output: str) -> str:
     return next((line for line in lines if "error" in line), lines[-1] if lines else "it says nothing")
 
 
-def _build(recipe: Recipe, library: Path, folder: Path) -> None:
+def _build(recipe: Recipe, library: Path, folder: Path, cancel: threading.Event | None) -> None:
     # A warning only so that it is seen without any set-up of logging: the program is about to stand still.
     logger.warning(
         "building the kernel '%s' for this machine with %s (once, some seconds) -> %s",
@@ -230,7 +240,10 @@ def _build(recipe: Recipe, library: Path, folder: Path) -> None:
         library,
     )
     (folder / "build.ninja").write_text(recipe.rules)
-    returncode, output = _run_ninja(recipe.name, folder)
+    returncode, output = _run_ninja(recipe.name, folder, cancel)
+    raise_if_cancelled(cancel)
+    if returncode != 0 and _INTERRUPTED in output:
+        raise BackendError(f"building the kernel '{recipe.name}' was interrupted; start it again")
     unfinished = folder / "library.so"
     if returncode != 0 or not unfinished.is_file():
         raise BackendError(_compiler_problem(recipe, library, output))
@@ -239,7 +252,7 @@ def _build(recipe: Recipe, library: Path, folder: Path) -> None:
     unfinished.replace(library)  # on one disk, so all at once
 
 
-def _run_ninja(name: str, folder: Path) -> tuple[int, str]:
+def _run_ninja(name: str, folder: Path, cancel: threading.Event | None) -> tuple[int, str]:
     """Return the exit code and all output; say every few seconds that it is still at work."""
     process = subprocess.Popen(
         [find_ninja(), "-C", folder],
@@ -251,12 +264,17 @@ def _run_ninja(name: str, folder: Path) -> tuple[int, str]:
         env={**os.environ, "LC_ALL": "C"},  # so that the word "error" is English
     )
     began = time.monotonic()
+    next_report = _REPORT_SECONDS
     try:
         while True:
             try:
-                output, _ = process.communicate(timeout=_REPORT_SECONDS)
+                output, _ = process.communicate(timeout=_LOOK_SECONDS)
             except subprocess.TimeoutExpired:
+                raise_if_cancelled(cancel)
                 seconds = time.monotonic() - began
+                if seconds < next_report:
+                    continue
+                next_report += _REPORT_SECONDS
                 logger.warning("still building the kernel '%s' (%.0f s)", name, seconds)
                 if seconds > LIMIT_SECONDS:
                     raise BackendError(

@@ -82,6 +82,16 @@ class Holder(NamedTuple):
         return f"process {self.pid} on {self.host}"
 
 
+class BuildCancelledError(Exception):
+    """Whoever wanted a library wants it no more."""
+
+
+def raise_if_cancelled(cancel: threading.Event | None) -> None:
+    """Raise BuildCancelledError once ``cancel`` is set."""
+    if cancel is not None and cancel.is_set():
+        raise BuildCancelledError
+
+
 @contextmanager
 def hold_lock(
     lock: Path,
@@ -90,6 +100,7 @@ def hold_lock(
     *,
     stale_seconds: float = STALE_SECONDS,
     patience_seconds: float = PATIENCE_SECONDS,
+    cancel: threading.Event | None = None,
 ) -> Iterator[Path | None]:
     """Hold a lock while the block runs; wait until it is free, stale, or not needed any more.
 
@@ -99,15 +110,17 @@ def hold_lock(
         is_done: whether what the lock is for has been done meanwhile.
         stale_seconds: age from which on a lock that nobody touches is taken over.
         patience_seconds: how long to wait for a holder that lives.
+        cancel: ends the waiting when it is set.
 
     Yields:
         An empty folder beside the lock to work in, which goes with it; ``None`` if there is nothing left to do.
 
     Raises:
         OSError: the folder cannot be written.
+        BuildCancelledError: ``cancel`` was set while we waited.
     """
     holder = Holder.this_process()
-    is_ours = _wait(lock, holder, what, is_done, stale_seconds, patience_seconds)
+    is_ours = _wait(lock, holder, what, is_done, stale_seconds, patience_seconds, cancel)
     folder = holder.work_folder(lock)
     ended = threading.Event()
     try:
@@ -132,10 +145,12 @@ def _wait(
     is_done: Callable[[], bool],
     stale_seconds: float,
     patience_seconds: float,
+    cancel: threading.Event | None,
 ) -> bool:
     """Return whether we hold the lock; if not, the work is done or our patience is over."""
     began = time.monotonic()
     next_report = _FIRST_REPORT_SECONDS
+    raise_if_cancelled(cancel)  # before the lock is taken: what is cancelled begins nothing
     while not _try_to_take(lock, holder):
         if is_done():
             return False
@@ -167,7 +182,12 @@ def _wait(
             logger.warning("waiting for %s to make %s (%.0f s; lock %s)", who, what, waited, lock)
             next_report = waited + _REPORT_SECONDS
         # Not in step with others that wait: two that find the same stale lock might remove each other's new one.
-        time.sleep(random.uniform(0.1, 0.3) if waited < 10 else random.uniform(0.5, 1.5))
+        pause = random.uniform(0.1, 0.3) if waited < 10 else random.uniform(0.5, 1.5)
+        if cancel is None:
+            time.sleep(pause)
+        else:
+            cancel.wait(pause)
+            raise_if_cancelled(cancel)
     return True
 
 

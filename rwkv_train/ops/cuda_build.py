@@ -14,6 +14,7 @@ import functools
 import logging
 import platform
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -141,6 +142,7 @@ def build_cuda_library(
     toolkit: Toolkit | None = None,
     driver: Driver | None = None,
     anew: bool = False,
+    cancel: threading.Event | None = None,
 ) -> Path:
     """Compile the CUDA backend of an operator, unless that has been done before.
 
@@ -152,6 +154,7 @@ def build_cuda_library(
         toolkit: the compiler; the one that :func:`find_toolkit` finds if ``None``.
         driver: what the driver says, if ``architectures`` is ``None``; it is asked if ``None``.
         anew: build even what is there.
+        cancel: ends the build, and waiting for another one's, when it is set.
 
     Returns:
         The library.
@@ -159,6 +162,7 @@ def build_cuda_library(
     Raises:
         BackendError: there is no compiler, it is too old or too new for a chip, a chip is too old for the kernels,
             there is no chip to build for, the disk is full or cannot be written, or the sources do not compile.
+        BuildCancelledError: ``cancel`` was set.
     """
     source = find_source(op, source_folder)
     toolkit = toolkit or find_toolkit()
@@ -168,7 +172,7 @@ def build_cuda_library(
     architectures = tuple(sorted(set(architectures), key=_chips_before_ptx))
     built = Built(op, source.hash, platform.machine(), toolkit.version, architectures)
     library = (cache_folder or default_cache_folder()) / built.file_name
-    build_once(library, _recipe(source, toolkit, architectures), anew=anew)
+    build_once(library, _recipe(source, toolkit, architectures), anew=anew, cancel=cancel)
     return library
 
 

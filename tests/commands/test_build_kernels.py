@@ -1,13 +1,20 @@
 """The command that builds kernels ahead of time, with a compiler that only pretends."""
 
+import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from rwkv_train.commands import app, main
 from rwkv_train.ops import cuda_toolkit
-from rwkv_train.ops.cuda_build import ARCHITECTURES, Built
+from rwkv_train.ops.build_lock import Holder
+from rwkv_train.ops.cuda_build import ARCHITECTURES, Built, find_source
 
 NVCC = """#!/bin/sh
 case "$1" in
@@ -101,3 +108,81 @@ def test_without_nvcc_it_says_where_it_looked(nvcc, folder, monkeypatch, capsys,
         main()
     assert left.value.code == 2
     assert "nvcc, the CUDA compiler, was not found (looked in CUDA_HOME=" in capsys.readouterr().err
+
+
+# --- being stopped
+
+
+def start(folder):
+    """The command in a process and a group of its own, as a shell starts it."""
+    program = "from rwkv_train.commands import main; main()"
+    words = [
+        "build-kernels",
+        "--arch",
+        "sm_90",
+        "--op",
+        "wkv7",
+        "--op",
+        "wkv6",
+        "--cache-folder",
+        str(folder),
+    ]
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *words],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(happened):
+    until = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def end(process, number):
+    """Send Ctrl-C as a terminal does, to the whole group, any other signal to the one process."""
+    began = time.monotonic()
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert time.monotonic() - began < 20, said
+    assert "Traceback" not in said
+    return process.returncode
+
+
+by_signal = pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
+)
+
+
+@by_signal
+def test_a_signal_ends_it_and_its_compilers_at_once_and_nothing_is_left(nvcc, folder, tmp_path, number, code):
+    begun = tmp_path / "begun"
+    nvcc.write_text(NVCC.replace("while", f"echo $$ >> {begun}; sleep 300\nwhile", 1))
+    process = start(folder)
+    wait_until(lambda: begun.exists() and len(begun.read_text().split()) == 2)
+    assert end(process, number) == code
+    assert list(folder.iterdir()) == []
+    # An ended one may still be listed until its new parent has noticed.
+    wait_until(lambda: not any(Path(f"/proc/{pid}/cwd").exists() for pid in begun.read_text().split()))
+
+
+@by_signal
+def test_a_signal_ends_it_while_it_waits_for_another_builder(folder, number, code):
+    folder.mkdir()
+    for op in ("wkv6", "wkv7"):
+        source = find_source(op)
+        built = Built(op, source.hash, os.uname().machine, "13.0.88", ("sm_90",))
+        lock = (folder / built.file_name).with_suffix(".lock")
+        lock.write_text(json.dumps(Holder.this_process()._asdict()))  # it lives
+    process = start(folder)
+    line = process.stderr.readline()
+    assert "waiting for process" in line
+    assert end(process, number) == code
+    assert {path.suffix for path in folder.iterdir()} == {".lock"}

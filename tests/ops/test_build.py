@@ -341,6 +341,15 @@ def test_a_compiler_that_hangs_is_not_waited_for_for_ever(project, monkeypatch, 
     assert list(project.cache.iterdir()) == []
 
 
+def test_an_interrupted_build_is_no_mistake_of_the_source(project, tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-dM*) exit 0 ;; esac\nkill -INT $PPID; sleep 1\n')
+    compiler.chmod(0o755)
+    with pytest.raises(BackendError, match="building the kernel 'answer' was interrupted; start it again"):
+        project.build(compilers=[str(compiler)])
+    assert list(project.cache.iterdir()) == []
+
+
 def test_ninja_is_found_beside_the_interpreter_when_not_on_the_path(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert shutil.which("ninja") is None
