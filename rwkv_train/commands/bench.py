@@ -16,6 +16,7 @@ from rwkv_train.commands.bench_kernels import (
     Peers,
     PlotFile,
     Sizes,
+    kernel_failures,
     kernel_table,
     measure_kernels,
     require_picture,
@@ -153,6 +154,9 @@ def bench(
         backends = backend or (["torch", "cpp"] if place.type == "cpu" else ["torch"])
         rows = _measure_training(backends, repeats, place)
     print_table(_table(title, rows))
+    if what is What.KERNELS:
+        for line in kernel_failures(measured):
+            typer.echo(line)
     content = {"environment": environment} | (measured if what is What.KERNELS else {"results": rows})
     if json_file is not None:
         write_json(json_file, content)

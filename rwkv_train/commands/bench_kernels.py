@@ -131,8 +131,6 @@ def measure_kernels(
 
 def kernel_table(measured: "Mapping[str, Any]") -> tuple[str, list[dict[str, Any]]]:
     """Return the title and the rows of the table on a terminal, which leaves out what only a program wants."""
-    from rwkv_train.benchmarks.kernel_sizes import KernelSize
-
     limits, rows = measured["limits"], measured["results"]
     title = (
         f"kernels, {rows[0]['dtype']} on {rows[0]['device']}; here a copy moves "
@@ -142,7 +140,7 @@ def kernel_table(measured: "Mapping[str, Any]") -> tuple[str, list[dict[str, Any
     columns = [
         {
             "op": row["op"],
-            "size": KernelSize(*(row[field] for field in KernelSize._fields)).label,
+            "size": _label(row),
             "backend": row["backend"],
             "pass": row["pass"],
             "ms": row["ms"],
@@ -151,12 +149,22 @@ def kernel_table(measured: "Mapping[str, Any]") -> tuple[str, list[dict[str, Any
             "% of matmul": _scaled(row["of_matmul"], 100),
             "peak MB": _scaled(row["peak_bytes"], 1e-6),
             "difference": None if row["difference"] is None else f"{row['difference']:.1e}",
-            "failed": row["failed"],
         }
         for row in rows
     ]
-    empty = {name for name in ("peak MB", "failed") if all(row[name] is None for row in columns)}
-    return title, [{name: cell for name, cell in row.items() if name not in empty} for row in columns]
+    if all(row["peak MB"] is None for row in columns):
+        for row in columns:
+            del row["peak MB"]
+    return title, columns
+
+
+def kernel_failures(measured: "Mapping[str, Any]") -> list[str]:
+    """Return a line for each row that failed; in a column they would make the table wider than a terminal."""
+    return [
+        f"{row['op']} {_label(row)} {row['backend']} {row['pass']} failed: {row['failed']}"
+        for row in measured["results"]
+        if row["failed"] is not None
+    ]
 
 
 def write_roofline(path: Path, measured: "Mapping[str, Any]", machine: str) -> None:
@@ -174,6 +182,12 @@ def write_roofline(path: Path, measured: "Mapping[str, Any]", machine: str) -> N
     )
     title = f"{machine}, {measured['limits']['matmul_dtype']}"
     write_whole(path, draw_roofline(measured["results"], limits, title, path.suffix[1:]))
+
+
+def _label(row: "Mapping[str, Any]") -> str:
+    from rwkv_train.benchmarks.kernel_sizes import KernelSize
+
+    return KernelSize(*(row[field] for field in KernelSize._fields)).label
 
 
 def _scaled(value: float | None, factor: float) -> float | None:

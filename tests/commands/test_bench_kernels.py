@@ -58,11 +58,15 @@ def test_a_picture_is_written_into_a_new_folder(bench, tmp_path, name):
     assert f"wrote {path}" in out
 
 
-def test_the_table_says_what_failed(bench, tmp_path):
+def test_what_failed_is_said_below_the_table_which_stays_narrow(bench):
     arguments = ("--op", "wkv6", "--backend", "cpp", "--peer", "plug_in_for_bench:echo")
     code, out, err = bench("kernels", *SMALL, *arguments)
     assert code == 0, err
-    assert "missing 1 required positional argument" in out
+    *table, forward, backward = out.splitlines()
+    assert forward.startswith("wkv6 B1T9H2N8 echo forward failed: TypeError: ")
+    assert forward.endswith("missing 1 required positional argument: 'b'")
+    assert backward.startswith("wkv6 B1T9H2N8 echo forward+backward failed: TypeError: ")
+    assert max(map(len, table)) <= 120
 
 
 @pytest.mark.parametrize(
