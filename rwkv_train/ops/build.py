@@ -46,6 +46,8 @@ CACHE_VARIABLE = "RWKV_TRAIN_KERNELS"
 """Environment variable with the folder of built libraries: kernels are loaded where no setting of a run reaches."""
 LIMIT_SECONDS = 1800.0
 """A compiler that takes longer hangs."""
+_ANSWER_SECONDS = 30.0
+"""How long a compiler may take to name its macros; over a slow network disk it takes some seconds."""
 _REPORT_SECONDS = 10.0
 _LOOK_SECONDS = 0.2
 """How often it is seen whether a build was cancelled."""
@@ -351,9 +353,20 @@ def _find_compiler(compilers: tuple[str, ...]) -> Path:
 def _predefined_macros(compiler: Path) -> bytes:
     """Ask the compiler for its macros: they hold its version and the instruction sets of this machine."""
     command = [str(compiler), "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
-    done = subprocess.run(command, capture_output=True, check=False)
-    if done.returncode != 0:
-        raise BackendError(
-            f"the compiler {compiler} does not work: {first_error(done.stderr.decode(errors='replace'))}"
+    remedy = "install it anew, or put another one first on PATH"
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=_ANSWER_SECONDS
         )
+    except subprocess.TimeoutExpired as error:
+        raise BackendError(
+            f"the compiler {compiler} did not answer within {_ANSWER_SECONDS:.0f} s; {remedy}"
+        ) from error
+    except OSError as error:
+        raise BackendError(
+            f"the compiler {compiler} cannot be started ({error.strerror or error}); {remedy}"
+        ) from error
+    if done.returncode != 0:
+        said = first_error(done.stderr.decode(errors="replace"))
+        raise BackendError(f"the compiler {compiler} does not work: {said}; {remedy}")
     return done.stdout

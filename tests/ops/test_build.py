@@ -125,6 +125,23 @@ def test_a_compiler_that_does_not_work_is_named(project, tmp_path):
         project.build(compilers=(str(broken),))
 
 
+def test_a_compiler_that_cannot_be_started_is_named_with_the_fix(project, tmp_path):
+    no_program = tmp_path / "no-program"
+    no_program.write_bytes(bytes(100))
+    no_program.chmod(0o755)
+    with pytest.raises(BackendError, match=r"no-program cannot be started \(.*\); install it anew, or put"):
+        project.build(compilers=(str(no_program),))
+
+
+def test_a_compiler_that_does_not_answer_is_named_with_the_fix(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "_ANSWER_SECONDS", 0.3)
+    hangs = tmp_path / "hanging-compiler"
+    hangs.write_text("#!/bin/sh\nexec sleep 30\n")
+    hangs.chmod(0o755)
+    with pytest.raises(BackendError, match=r"hanging-compiler did not answer within .*; install it anew"):
+        project.build(compilers=(str(hangs),))
+
+
 def test_a_source_that_does_not_compile_is_one_sentence_and_a_log(project):
     project.header.write_text("constexpr int kNumber = no_such_name;\n")
     with pytest.raises(
