@@ -77,5 +77,5 @@ def eval_harness(
         num_fewshot=num_fewshot,
         limit=limit,
     )
-    write_json(json_file, results | {"checkpoint": checkpoint})
     typer.echo(format_results(results))
+    write_json(json_file, results | {"checkpoint": checkpoint})

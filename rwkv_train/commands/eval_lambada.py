@@ -85,8 +85,9 @@ def eval_lambada(
         "limit": limit,
         "dtype": dtype.value,
     }
-    write_json(json_file, report.to_json() | circumstances)
+    # First what cannot fail for want of room on a disk.
     _print_report(report, f"prefix: {prefix}, tokenizer: {identity.name}")
+    write_json(json_file, report.to_json() | circumstances)
 
 
 @contextmanager

@@ -26,11 +26,11 @@ from rwkv_train.commands.prepare_data import (
     TextColumn,
 )
 from rwkv_train.commands.results import JsonFile, require_writable, write_json, write_whole
-from rwkv_train.errors import ConfigError
+from rwkv_train.errors import ConfigError, RwkvTrainError
 from rwkv_train.evaluation.modes import Mode
 
 if TYPE_CHECKING:
-    from rwkv_train.evaluation.job import PrefixChoice
+    from rwkv_train.evaluation.job import Evaluation, PrefixChoice
     from rwkv_train.evaluation.totals import Totals
 
 CACHE_DIR = Path("~/.cache/rwkv-train")
@@ -173,33 +173,48 @@ def eval_ppl(
     places = find_devices(device, devices)
     for job in jobs[1:]:
         job.require_readable()  # not after the first one's long work
-    evaluations = []
-    for number, job in enumerate(jobs):
-        with _progress(f"[{number + 1}/{len(jobs)}] " if len(jobs) > 1 else "") as on_document:
-            evaluations.append(evaluate_checkpoint(job, places, on_document=on_document))
+    circumstances = {
+        "data": data,
+        "mode": mode.value,
+        "window": window,
+        "limit": limit,
+        "dtype": dtype.value,
+    }
+    evaluations: list[Evaluation] = []
 
-    results = results_of(jobs, evaluations)
-    write_json(
-        json_file,
-        {
-            "checkpoints": results,
-            "data": data,
-            "mode": mode.value,
-            "window": window,
-            "limit": limit,
-            "dtype": dtype.value,
-        },
-    )
+    def report() -> None:
+        results = results_of(jobs[: len(evaluations)], evaluations)
+        try:
+            print_scores(results, f"windows of {window} tokens" if window is not None else mode.value)
+            curves = curves_of(evaluations, min_length)
+            print_curves(curves, n_documents=results[0]["total"]["documents"])
+            if plot_file is not None:
+                from rwkv_train.evaluation.curve_plot import draw_curves
+
+                picture = draw_curves(dict(zip(_legend(results), curves, strict=True)), plot_file.suffix[1:])
+                write_whole(plot_file, picture)
+        finally:  # a curve that cannot be had, or a closed pipe, costs nothing else of the long work
+            write_json(json_file, {"checkpoints": results, **circumstances})
+
     try:
-        curves = curves_of(evaluations, min_length)
-        if plot_file is not None:
-            from rwkv_train.evaluation.curve_plot import draw_curves
+        for number, job in enumerate(jobs):
+            with _progress(f"[{number + 1}/{len(jobs)}] " if len(jobs) > 1 else "") as on_document:
+                evaluations.append(evaluate_checkpoint(job, places, on_document=on_document))
+    except BaseException:  # Ctrl-C too: the models that are done took long
+        if evaluations:
+            _report_the_done(report, [job.checkpoint for job in jobs], len(evaluations))
+        raise
+    report()
 
-            picture = draw_curves(dict(zip(_legend(results), curves, strict=True)), plot_file.suffix[1:])
-            write_whole(plot_file, picture)
-    finally:  # a curve that cannot be had costs nothing else of the long work
-        print_scores(results, f"windows of {window} tokens" if window is not None else mode.value)
-    print_curves(curves, n_documents=results[0]["total"]["documents"])
+
+def _report_the_done(report: Callable[[], None], checkpoints: list[str], n_done: int) -> None:
+    """Report all models before the one that has just failed, whose error is what ends the command."""
+    name = f"[{n_done + 1}] {checkpoints[n_done]}"
+    typer.echo(f"{name} could not be scored to its end; the report is of those before it", err=True)
+    try:
+        report()
+    except (RwkvTrainError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
 
 
 def _require_picture(path: Path | None) -> None:

@@ -28,15 +28,18 @@ def require_writable(path: Path | None, option: str = "--json") -> None:
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
     """Write JSON; nothing where no file is named."""
     if path is not None:
-        write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        # Python's escapes of what is not UTF-8 in the names of files are JSON's too.
+        write_whole(path, text.encode(errors="backslashreplace"))
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a whole file or nothing; a device such as /dev/stdout is written to, not replaced."""
-    from rwkv_train.checkpoints.io import new_file, resolve_target
+    from rwkv_train.checkpoints.io import new_file, os_errors_as_sentences, resolve_target
 
     if path.exists() and not path.is_file():
-        path.write_bytes(content)
+        with os_errors_as_sentences(path, "written"):
+            path.write_bytes(content)
         return
     with new_file(resolve_target(path), len(content)) as new:
         new.write_bytes(content)

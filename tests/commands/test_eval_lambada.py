@@ -1,6 +1,7 @@
 import inspect
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +94,13 @@ def test_what_cannot_be_scored_or_written_is_refused(checkpoint, data, tmp_path)
     assert "--limit is 0" in error_of(ConfigError, *rest, data, "--limit", 0)
     missing_folder = tmp_path / "missing" / "out.json"
     assert "cannot be written" in error_of(ConfigError, *rest, data, "--json", missing_folder)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_the_table_is_printed_though_the_file_cannot_be_written(checkpoint, data):
+    result = run("--checkpoint", checkpoint, "--data", data, "--json", "/dev/full")
+    assert "/dev/full" in str(result.exception)
+    assert "prefix: end-of-document, tokenizer: bytes" in result.stdout
 
 
 def test_the_defaults_are_those_of_the_library():

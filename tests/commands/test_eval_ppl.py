@@ -1,6 +1,7 @@
 import inspect
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -278,6 +279,40 @@ def _shown(result, difference):
         *(f"{x:.4f}" for x in (total["bits_per_byte"], *total["bits_per_byte_interval"])),
         *(f"{x:+.4f}" for x in signed),
     ]
+
+
+def test_where_a_later_model_fails_those_before_it_are_reported(weights, checkpoint, other, data, tmp_path):
+    tensors = dict(weights.tensors)
+    tensors["ln_out.bias"] = torch.full_like(tensors["ln_out.bias"], math.nan)
+    damaged = write_weights(tmp_path / "nan", weights._replace(tensors=tensors), "safetensors")
+    names = [checkpoint, other, damaged, checkpoint]
+    options = [option for name in names for option in ("--checkpoint", name)]
+    result = run(*options, *data, "--json", tmp_path / "out.json")
+    assert isinstance(result.exception, CheckpointError)
+    assert "is nan, not finite" in str(result.exception)
+    assert f"[3] {damaged} could not be scored" in result.stderr
+    assert "[2]" in rows_of(result.stdout)
+    written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["checkpoints"]
+    assert [each["checkpoint"] for each in written] == [checkpoint, other]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_tables_are_printed_though_no_file_can_be_written(checkpoint, data, tmp_path):
+    for name in ("/dev/full", tmp_path / ("n" * 250)):
+        result = run("--checkpoint", checkpoint, *data, "--json", name, "--plot", tmp_path / "curve.svg")
+        assert isinstance(result.exception, CheckpointError), result.exception
+        assert str(name) in str(result.exception)
+        assert len(rows_of(result.stdout)["total"]) == 2
+        assert (tmp_path / "curve.svg").exists()
+
+
+def test_a_name_that_is_not_utf_8_is_written_as_json_writes_it(checkpoint, tmp_path):
+    file = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    file.write_text("abc")
+    result = run("--checkpoint", checkpoint, "--data", file, "--json", tmp_path / "out.json")
+    assert result.exit_code == 0, result.exception
+    content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert content["data"] == [str(file)]
 
 
 def test_two_processes_find_what_one_finds(checkpoint, data, tmp_path):
