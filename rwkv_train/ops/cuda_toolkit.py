@@ -209,7 +209,9 @@ def _ask_nvcc(path: str) -> Toolkit:
 
 def _run(path: str, option: str) -> str:
     try:
-        done = subprocess.run([path, option], capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            [path, option], capture_output=True, text=True, errors="replace", check=False, timeout=60
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BackendError(f"{path} does not work ({error}); install the CUDA toolkit anew") from error
     if done.returncode != 0:

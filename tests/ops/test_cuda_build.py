@@ -303,6 +303,7 @@ def test_an_nvcc_too_old_for_the_sources_is_refused(workshop):
     ("script", "sentence"),
     [
         ("echo 'libstdc++.so.6: cannot open shared object file' >&2; exit 127", r"does not work \(libstdc"),
+        ("printf 'kein L\\366schen' >&2; exit 1", r"does not work \(kein L\ufffdschen\)"),  # Latin-1
         ("echo hello", "does not say its version"),
     ],
 )
