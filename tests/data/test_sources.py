@@ -7,6 +7,7 @@ import os
 
 import pyarrow as pa
 import pytest
+from datasets import Dataset
 from pyarrow import parquet as pq
 
 from rwkv_train.data.corpus import read_documents
@@ -217,3 +218,13 @@ def test_an_option_that_changes_nothing_is_refused(options, name, tmp_path):
 
     with pytest.raises(ConfigError, match=f"{name} changes nothing for .*; leave it out"):
         list(read_documents([tmp_path], options=SourceOptions(**options)))
+
+
+def test_a_format_changes_nothing_for_a_dataset_and_something_for_a_file_beside_it(tmp_path):
+    Dataset.from_dict({"text": ["x"]}).save_to_disk(tmp_path / "d")
+    (tmp_path / "a.data").write_text('{"text": "y"}')
+    inputs, options = [f"hf:{tmp_path / 'd'}", tmp_path / "a.data"], SourceOptions(format="jsonl")
+
+    with pytest.raises(ConfigError, match=r"--format changes nothing for hf:.*; leave it out"):
+        list(read_documents(inputs[:1], options=options))
+    assert [document.text for document in read_documents(inputs, options=options)] == ["x", "y"]

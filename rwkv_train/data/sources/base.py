@@ -137,7 +137,7 @@ class FileSource(Source):
         DataError: there is no such file, or it is empty.
     """
 
-    uses = COLUMN_OPTIONS
+    uses = COLUMN_OPTIONS | {"format"}
 
     def __init__(self, path: Path, options: SourceOptions) -> None:
         self.path = path

@@ -64,7 +64,8 @@ class FolderSource(Source):
             )
         if kinds:
             logger.warning("%s: left out what is of other kinds: %s", self.name, kinds)
-        self.uses = frozenset() if all(self._is_text(file) for file, _ in self._files) else COLUMN_OPTIONS
+        has_columns = not all(self._is_text(file) for file, _ in self._files)
+        self.uses = frozenset({"format"}) | (COLUMN_OPTIONS if has_columns else frozenset())
         self.n_bytes = sum(n_bytes for _, n_bytes in self._files)
 
     def describe(self) -> SourceIdentity:

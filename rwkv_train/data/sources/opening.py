@@ -25,8 +25,7 @@ def open_sources(names: Sequence[str | Path], options: SourceOptions | None = No
     sources = [open_source(str(name), options) for name in names]
     defaults = SourceOptions()
     for field, value in options._asdict().items():
-        is_chosen = field != "format" and value != getattr(defaults, field)
-        if is_chosen and not any(field in source.uses for source in sources):
+        if value != getattr(defaults, field) and not any(field in source.uses for source in sources):
             option = _COMMAND_OPTIONS.get(field, "--" + field.replace("_", "-"))
             raise ConfigError(f"{option} changes nothing for {', '.join(map(str, names))}; leave it out")
     return sources

@@ -39,7 +39,7 @@ class PairSource(Source):
         DataError: a file is missing or damaged, or the tokenizer is not known or another one.
     """
 
-    uses = frozenset({"pair_tokenizer"})
+    uses = frozenset({"format", "pair_tokenizer"})
 
     def __init__(self, path: Path, options: SourceOptions) -> None:
         prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path

@@ -29,7 +29,7 @@ class TextFile(NamedTuple):
 class TextSource(FileSource):
     """A ``.txt`` or ``.md`` file; its domain is the file's name without the ending."""
 
-    uses = frozenset[str]()
+    uses = frozenset({"format"})
 
     def _cut(self) -> Iterator[Block]:
         assert self.n_bytes is not None
