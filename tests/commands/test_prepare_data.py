@@ -173,3 +173,10 @@ def test_tokenizer_and_output_must_be_named(run, text):
     result = run("--input", text)
 
     assert result.exit_code == 2
+
+
+def test_the_help_names_the_extra_that_near_duplicates_need(run):
+    result = run("--help")
+
+    assert "rwkv-train[dedup]" in result.stdout
+    assert "\\[" not in result.stdout
