@@ -84,6 +84,11 @@ def look_at(call: Call, device: torch.device) -> Look:
     return Look(result, torch.cuda.max_memory_allocated(device) - before)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether a call failed for want of memory; torch's CPU allocator has no class of its own for that."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def keep_values(inputs: KernelInputs) -> list[Tensor]:
     """Return copies of all tensors that a peer can get hold of."""
     return [x.detach().clone() for x in _within_reach(inputs)]

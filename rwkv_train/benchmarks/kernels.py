@@ -12,6 +12,7 @@ from rwkv_train.benchmarks.contenders import (
     Call,
     Contender,
     backend_contender,
+    is_out_of_memory,
     keep_values,
     largest_difference,
     look_at,
@@ -170,7 +171,7 @@ def _failure_in(row: Row, contender: Contender) -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         # Foreign code may raise anything, or exit, and must not end the run; and memory may not suffice for all.
-        if contender.is_ours and not isinstance(error, torch.OutOfMemoryError):
+        if contender.is_ours and not is_out_of_memory(error):
             raise
         row["failed"] = first_line(error)
 

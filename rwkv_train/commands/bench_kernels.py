@@ -78,9 +78,10 @@ def measure_kernels(
     All of JSON's types.
 
     Raises:
-        ConfigError: an option names what is not there.
+        ConfigError: an option names what is not there, or a size does not fit into memory.
         BackendError: a backend cannot run a size.
     """
+    from rwkv_train.benchmarks.contenders import is_out_of_memory
     from rwkv_train.benchmarks.kernel_peers import importable_peers, load_peer, peer_versions
     from rwkv_train.benchmarks.kernel_sizes import choose_sizes
     from rwkv_train.benchmarks.kernels import (
@@ -106,16 +107,23 @@ def measure_kernels(
     limits = measure_limits(device, of_values, stopwatch)
     rows = []
     for size in chosen:
-        rows += bench_kernels(
-            [size],
-            names,
-            repeats,
-            device=device,
-            dtype=of_values,
-            peers=[*known, *given],
-            limits=limits,
-            stopwatch=stopwatch,
-        )
+        try:
+            rows += bench_kernels(
+                [size],
+                names,
+                repeats,
+                device=device,
+                dtype=of_values,
+                peers=[*known, *given],
+                limits=limits,
+                stopwatch=stopwatch,
+            )
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ConfigError(
+                f"{size.op} {size.label} does not fit into memory; give a smaller --size"
+            ) from error
         typer.echo(f"{size.op} {size.label}: done", err=True)
     return {
         "limits": {

@@ -189,6 +189,18 @@ def test_a_peer_that_fails_at_some_call_has_no_time_and_ends_nothing(error, when
     assert [(row["ms"], row["failed"]) for row in others] == [(1000, None)] * 5
 
 
+def test_ours_without_memory_has_no_time_and_ends_nothing():
+    def watch(call):
+        if next(calls) == 0:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        return 1.0
+
+    calls = itertools.count()
+    forward, backward = bench_kernels([PLAIN_WKV7], ("reference",), 2, stopwatch=watch)
+    assert (forward["ms"], backward["ms"]) == (None, 1000)
+    assert "can't allocate memory" in forward["failed"]
+
+
 def test_an_error_of_ours_in_a_turn_is_none_of_a_peer():
     def watch(call):
         raise ValueError("ours")

@@ -107,6 +107,13 @@ def test_what_is_not_there_is_refused_in_one_line_before_anything_is_measured(
     assert err.count("\n") == 1
 
 
+def test_a_size_that_does_not_fit_into_memory_is_named(bench):
+    # 820 TB each: more than a process can address.
+    code, out, err = bench("kernels", *SMALL, "--op", "wkv6", "--size", "B1000000T100000H32N64")
+    assert (code, out) == (2, "")
+    assert "wkv6 B1000000T100000H32N64 does not fit into memory; give a smaller --size" in err
+
+
 @pytest.mark.parametrize("option", ["--json", "--plot"])
 @pytest.mark.parametrize(
     "place",
