@@ -106,7 +106,7 @@ Duplicates = Annotated[
         "--dedup",
         rich_help_panel=_CHOOSE,
         help="Of documents with the same text, or nearly the same (80 % of the 5-word windows), keep the first. "
-        r"minhash needs rwkv-train\[dedup].",  # unescaped, brackets are markup,
+        r"minhash needs rwkv-train\[dedup].",  # not escaped, brackets are markup
     ),
 ]
 ValidFraction = Annotated[

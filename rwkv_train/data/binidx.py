@@ -36,7 +36,10 @@ from rwkv_train.errors import DataError
 from rwkv_train.tokenizers.base import TokenArray
 
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-"""Types of token ids by their code. 6 and 7 are floating point, and programs disagree which is which."""
+"""Types of token ids by their code."""
+
+_FLOATING_POINT = (6, 7)
+"""Codes of other types; programs disagree which is which."""
 
 _MAGIC = b"MMIDIDX\0\0"
 _VERSION = 1
@@ -136,7 +139,11 @@ class TokenFile:
             raise DataError(f"{path} has version {version} of the format, wanted {_VERSION}")
         if code not in DTYPES:
             known = ", ".join(f"{code} ({np.dtype(name).name})" for code, name in DTYPES.items())
-            raise DataError(f"{path} has tokens of type code {code}, wanted one of {known}")
+            told = "floating point, and token ids are integers" if code in _FLOATING_POINT else "not known"
+            raise DataError(
+                f"{path} has tokens of type code {code}, which is {told}: wanted one of {known}; write the pair again "
+                "with such a type"
+            )
         if n_starts == 0:
             raise DataError(f"{path} is damaged: its table of documents is empty")
         return code, n_sequences, n_starts
