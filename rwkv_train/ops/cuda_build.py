@@ -160,14 +160,16 @@ def build_cuda_library(
         The library.
 
     Raises:
-        BackendError: there is no compiler, it is too old or too new for a chip, a chip is too old for the kernels,
-            there is no chip to build for, the disk is full or cannot be written, or the sources do not compile.
+        BackendError: there is no compiler, it is too old or too new for a chip, too new for the driver that is to run
+            what it builds, a chip is too old for the kernels, there is no chip to build for, the disk is full or cannot be written, or the sources do not compile.
         BuildCancelledError: ``cancel`` was set.
     """
     source = find_source(op, source_folder)
     toolkit = toolkit or find_toolkit()
     if architectures is None:
-        architectures = _architectures_of(driver or ask_driver())
+        driver = driver or ask_driver()
+        architectures = _architectures_of(driver)
+        _check_driver(toolkit, driver)
     check_architectures(toolkit, architectures)
     architectures = tuple(sorted(set(architectures), key=_chips_before_ptx))
     built = Built(op, source.hash, platform.machine(), toolkit.version, architectures)
@@ -272,12 +274,17 @@ def _usable(driver: Driver) -> list[Chip]:
 def _toolkit_for(driver: Driver) -> Toolkit:
     """Find a compiler whose work the driver runs."""
     toolkit = find_toolkit()
+    _check_driver(toolkit, driver)
+    return toolkit
+
+
+def _check_driver(toolkit: Toolkit, driver: Driver) -> None:
+    """Refuse a compiler whose work the driver does not run."""
     if driver.cuda and (refusal := why_driver_refuses(toolkit.cuda, driver.cuda, needs_ptx=False)):
         raise BackendError(
             f"what {toolkit} builds does not run here: {refusal}; update the driver, or install the toolkit of CUDA "
             f"{driver.cuda[0]} and set CUDA_HOME to its folder"
         )
-    return toolkit
 
 
 def _load_built(library: Path) -> ctypes.CDLL:

@@ -407,6 +407,12 @@ def test_a_driver_too_old_for_the_compiler_is_said_before_anything_is_built(work
     assert workshop.n_builds() == 0
 
 
+def test_building_for_this_machine_is_refused_too_if_its_driver_is_too_old(workshop):
+    with pytest.raises(BackendError, match=r"does not run here: CUDA 13\.0 needs a driver of CUDA 13"):
+        workshop.build(driver=driver_of(H100, cuda=(12, 4)))
+    assert workshop.build("sm_90", driver=driver_of(H100, cuda=(12, 4))).is_file()  # for another machine
+
+
 def test_a_driver_too_old_for_one_library_takes_another_one(workshop):
     workshop.build("sm_90")
     workshop.write_nvcc("12.8.93")
