@@ -183,8 +183,8 @@ class RwkvTrainLM(LM):  # type: ignore[misc]  # the harness has no types
 
     def _prompt(self, number: int, context: str, gen_kwargs: Mapping[str, Any]) -> Prompt:
         wanted = parse_gen_kwargs(gen_kwargs)
-        tokens = prefix_tokens(self._prefix, self._text_tokenizer, is_alone=not context)
-        tokens += self._text_tokenizer.encode(context)
+        tokens = self._text_tokenizer.encode(context)
+        tokens = prefix_tokens(self._prefix, self._text_tokenizer, is_alone=not tokens) + tokens
         return Prompt(tokens, wanted.settings, wanted.max_tokens, wanted.stop, seed=self._seed + number)
 
     def _scores(

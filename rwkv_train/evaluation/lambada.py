@@ -93,14 +93,13 @@ def evaluate_lambada(
     passages = [_split(text, number) for number, text in enumerate(texts, start=1)]
     if not passages:
         raise DataError("there is nothing to score: the data holds no passage")
-    before = prefix_tokens(prefix, tokenizer, is_alone=False)
     n_targets = np.zeros(len(passages), dtype=np.int64)
 
     def sequences() -> Iterator[Sequence]:
         for index, (context, word) in enumerate(passages):
-            target = tokenizer.encode(word)
+            before, target = tokenizer.encode(context), tokenizer.encode(word)
             n_targets[index] = len(target)
-            yield continuation(before + tokenizer.encode(context), target)
+            yield continuation(prefix_tokens(prefix, tokenizer, is_alone=not before) + before, target)
 
     nats = np.zeros(len(passages))
     is_right = np.zeros(len(passages), dtype=np.bool_)
@@ -116,6 +115,7 @@ def evaluate_lambada(
 
 def continuation(before: list[int], target: list[int]) -> Sequence:
     """Return the sequence that scores ``target`` after ``before``, of one token at least, which is not scored."""
+    assert before
     tokens = np.array([*before, *target], dtype=np.int64)
     targets = tokens[1:].copy()
     targets[: len(before) - 1] = NO_TARGET

@@ -26,8 +26,11 @@ def prefix_tokens(prefix: Prefix, tokenizer: "Tokenizer", *, is_alone: bool) -> 
     Args:
         prefix: the convention.
         tokenizer: the model's.
-        is_alone: whether no text follows before what is measured; then there is one token at least.
+        is_alone: whether no token follows before what is measured; then there is one token at least.
     """
-    if prefix is Prefix.NEWLINE:
-        return tokenizer.encode("\n")
-    return [tokenizer.end_of_document] if is_alone or prefix is Prefix.END_OF_DOCUMENT else []
+    if prefix is Prefix.END_OF_DOCUMENT:
+        return [tokenizer.end_of_document]
+    tokens = (
+        tokenizer.encode("\n") if prefix is Prefix.NEWLINE else []
+    )  # none too where white space is stripped
+    return tokens or ([tokenizer.end_of_document] if is_alone else [])

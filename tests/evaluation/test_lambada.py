@@ -66,6 +66,24 @@ def test_a_word_counts_as_right_where_each_of_its_tokens_is_the_likeliest(counti
     assert report.accuracy == 2 / 5
 
 
+class WithoutBlanks:
+    """A tokenizer that strips white space; the others are one more than their byte."""
+
+    end_of_document = 0
+
+    def encode(self, text):
+        return [byte + 1 for byte in text.strip().encode()]
+
+
+@pytest.mark.parametrize("prefix", Prefix)
+def test_every_token_of_a_word_is_scored_after_a_context_without_tokens(counting_model, prefix):
+    report = evaluate_lambada(NextByte(counting_model()), WithoutBlanks(), ["\t ab"], prefix=prefix)
+    # By hand: of 257 logits one is 1, the others 0. After token 0 it is not that of a, after a it is that of b.
+    log_sum = math.log(256 + math.e)
+    assert report.nats == pytest.approx(log_sum + (log_sum - 1))
+    assert report.tokens == 2
+
+
 def test_a_model_that_knows_nothing_guesses_each_token_of_the_word_alike(model, tokenizer):
     empty_head = build_model(model.config, wkv_backend="reference")
     report = evaluate_lambada(empty_head, tokenizer, ["a bc", "some de"])
