@@ -230,7 +230,11 @@ def escape(path: Path) -> str:
 def first_error(output: str) -> str:
     """Return the line of a compiler's output that says what is wrong."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line), lines[-1] if lines else "it says nothing")
+    # Of nvcc's own lines, the last ones of a failure, many say "fatal" alone; ninja's own is the last of all.
+    for word in ("error", "fatal"):
+        if found := next((line for line in lines if word in line), None):
+            return found
+    return lines[-1] if lines else "it says nothing"
 
 
 def _build(recipe: Recipe, library: Path, folder: Path, cancel: threading.Event | None) -> None:
@@ -304,17 +308,17 @@ def _compiler_problem(recipe: Recipe, library: Path, output: str) -> str:
             f"the kernel '{recipe.name}' cannot be built because the disk of {' or '.join(full or where)} is full; "
             f"free some space, or name other folders in {CACHE_VARIABLE} (for kernels) and TMPDIR (for the compiler)"
         )
-    if known := recipe.explain(output):
-        return f"the kernel '{recipe.name}' cannot be built: {known}"
     log = library.with_suffix(".log")
     try:
         log.write_text(output)
         kept = f"the whole output is in {log}"
     except OSError as error:
         kept = f"the whole output could not be kept ({error})"
-    return (
-        f"the kernel '{recipe.name}' does not compile with {recipe.compiler}: {first_error(output)}; {kept}"
-    )
+    said = first_error(output)
+    if known := recipe.explain(output):
+        # What to do comes last, and what the compiler said stays beside it: it may have another reason.
+        return f"the kernel '{recipe.name}' cannot be built ({said}; {kept}): {known}"
+    return f"the kernel '{recipe.name}' does not compile with {recipe.compiler}: {said}; {kept}"
 
 
 def _disk_problem(name: str, folder: Path, error: OSError) -> str:

@@ -161,7 +161,8 @@ def build_cuda_library(
 
     Raises:
         BackendError: there is no compiler, it is too old or too new for a chip, too new for the driver that is to run
-            what it builds, a chip is too old for the kernels, there is no chip to build for, the disk is full or cannot be written, or the sources do not compile.
+            what it builds, a chip is too old for the kernels, there is no chip to build for, the disk is full or
+            cannot be written, or the sources do not compile.
         BuildCancelledError: ``cancel`` was set.
     """
     source = find_source(op, source_folder)

@@ -166,7 +166,8 @@ def explain_nvcc(output: str) -> str | None:
             f"this nvcc takes {compiler} up to version {found[2]}; install {compiler}-{found[2]} and name it in "
             f"NVCC_CCBIN (NVCC_CCBIN={compiler}-{found[2]}), or install a newer CUDA toolkit"
         )
-    if "Failed to preprocess host compiler properties" in output or "host compiler" in output.lower():
+    # Only as nvcc says it: a source's or a folder's name may hold the words too.
+    if re.search(r"^nvcc (fatal|error)\s*:.*host compiler", output, re.IGNORECASE | re.MULTILINE):
         return (
             "nvcc cannot work with the C++ compiler here; install g++, for example with 'apt install g++', or name "
             "another one in NVCC_CCBIN"

@@ -243,6 +243,26 @@ def test_known_failures_of_nvcc_say_what_to_do(workshop, message, sentence):
     assert not list(workshop.cache.glob("*.so"))
 
 
+def test_a_broken_host_compiler_keeps_its_own_words_and_a_log(workshop):
+    """The two lines that nvcc 13.0 gives for one."""
+    workshop.fail_with(
+        "g++: fatal error: cannot execute 'cc1plus'\nnvcc fatal   : Failed to preprocess host compiler properties."
+    )
+    with pytest.raises(BackendError) as raised:
+        workshop.build("sm_90")
+    (log,) = workshop.cache.glob("*.log")
+    assert (
+        f"cannot be built (g++: fatal error: cannot execute 'cc1plus'; the whole output is in {log}): "
+        in str(raised.value)
+    )
+    assert str(raised.value).endswith("or name another one in NVCC_CCBIN")
+    assert "Failed to preprocess" in log.read_text()
+
+
+def test_the_words_host_compiler_in_a_source_are_no_failure_of_it():
+    assert explain_nvcc("/host compiler/toy.cu(3): error: expected a ';' of the host compiler") is None
+
+
 def test_any_other_failure_of_nvcc_is_its_own_sentence_and_a_log(workshop):
     workshop.fail_with('toy.cu(3): error: identifier "x" is undefined')
     with pytest.raises(BackendError, match=r"'toy_cuda' does not compile with .*nvcc: .* is undefined"):
