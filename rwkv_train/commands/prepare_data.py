@@ -291,6 +291,8 @@ def _print_left_out(summary: "PreparedSummary") -> None:
     sidecar, preparation = summary.sidecar, summary.sidecar.preparation
     if sidecar.n_skipped_empty:
         typer.echo(f"skipped, because without text: {sidecar.n_skipped_empty:,} documents")
+    if n_files := sum(source.n_without_records for source in sidecar.sources):
+        typer.echo(f"passed over, because without records: {n_files:,} files")
     if preparation.n_skipped_bad:
         typer.echo(f"skipped, because they cannot be used: {preparation.n_skipped_bad:,} records; the first:")
         for record in preparation.first_bad:

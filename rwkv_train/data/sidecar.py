@@ -48,6 +48,8 @@ class Source(NamedTuple):
     path: str
     n_bytes: int
     sha256: str
+    n_without_records: int = 0
+    """Files of a folder that were passed over, because they hold no records."""
 
 
 class Preparation(NamedTuple):
@@ -100,7 +102,7 @@ class Sidecar(NamedTuple):
         fields = self._asdict() | {
             "tokenizer": self.tokenizer._asdict(),
             "domains": [domain._asdict() for domain in self.domains],
-            "sources": [source._asdict() for source in self.sources],
+            "sources": [_source_fields(source) for source in self.sources],
             "preparation": self.preparation._asdict(),
         }
         return json.dumps({"format": FORMAT, **fields}, indent=2, ensure_ascii=False) + "\n"
@@ -134,6 +136,13 @@ class Sidecar(NamedTuple):
                 f"{where} is not the sidecar of a prepared corpus ({error}); prepare the corpus again, or "
                 "move the file away to use the .bin/.idx pair without it"
             ) from error
+
+
+def _source_fields(source: Source) -> Mapping[str, Any]:
+    fields = source._asdict()
+    if not source.n_without_records:  # readers of before do not know it
+        del fields["n_without_records"]
+    return fields
 
 
 def _preparation(*, first_bad: Sequence[str] = (), **fields: Any) -> Preparation:

@@ -180,3 +180,14 @@ def test_the_help_names_the_extra_that_near_duplicates_need(run):
 
     assert "rwkv-train[dedup]" in result.stdout
     assert "\\[" not in result.stdout
+
+
+def test_files_without_records_are_counted(run, text, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    text.rename(folder / "a.jsonl")
+    (folder / "b.jsonl").touch()
+
+    result = run("--input", folder, "--tokenizer", "bytes", "--output", tmp_path / "out")
+
+    assert "passed over, because without records: 1 files" in result.stdout

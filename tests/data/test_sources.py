@@ -11,6 +11,7 @@ from datasets import Dataset
 from pyarrow import parquet as pq
 
 from rwkv_train.data.corpus import read_documents
+from rwkv_train.data.prepare import prepare_data
 from rwkv_train.data.sources.base import Document, SourceOptions
 from rwkv_train.data.sources.opening import open_source
 from rwkv_train.errors import ConfigError, DataError
@@ -228,3 +229,48 @@ def test_a_format_changes_nothing_for_a_dataset_and_something_for_a_file_beside_
     with pytest.raises(ConfigError, match=r"--format changes nothing for hf:.*; leave it out"):
         list(read_documents(inputs[:1], options=options))
     assert [document.text for document in read_documents(inputs, options=options)] == ["x", "y"]
+
+
+def test_files_of_a_folder_without_records_are_passed_over_and_counted(tmp_path, byte_tokenizer, caplog):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, data in {
+        "a.csv": b"text\nfirst\n",
+        "b.csv": b"text\n",
+        "c.csv": b"",
+        "d.jsonl": b"",
+        "e.jsonl": b" \n\n",
+        "f.tsv": b"\n\n",
+        "z.jsonl": b'{"text": "last"}\n',
+    }.items():
+        (folder / name).write_bytes(data)
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "g.parquet")
+    source = open_source(str(folder))
+    blocks = list(source.blocks())
+    ((_, sidecar),) = prepare_data([folder], byte_tokenizer, tmp_path / "out")
+
+    assert [record.text for block in blocks for record in block.records()] == ["first", "last"]
+    assert sum(block.n_bytes for block in blocks) == sum(file.stat().st_size for file in folder.iterdir())
+    assert sidecar.n_documents == 2
+    assert sidecar.sources[0].n_without_records == 6
+    assert "passed over files without records: 6, the first is b.csv" in caplog.text
+
+
+def test_a_folder_of_files_without_records_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    (tmp_path / "b.csv").write_bytes(b"text\n")
+
+    with pytest.raises(DataError, match="holds no documents: no file has records"):
+        list(read_documents([tmp_path]))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "sentence"),
+    [("z.csv", b"body\nx\n", "z.csv has no column 'text'"), ("z.parquet", b"PAR1", "z.parquet is damaged")],
+)
+def test_a_file_of_a_folder_that_cannot_be_used_is_refused_at_the_start(name, data, sentence, tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"text\nfirst\n")
+    (tmp_path / name).write_bytes(data)
+
+    with pytest.raises(DataError, match=sentence):
+        open_source(str(tmp_path))

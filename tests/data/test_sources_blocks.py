@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet as pq
 
 from rwkv_train.data.sources import lines as lines_module
-from rwkv_train.data.sources.base import BadRecord
+from rwkv_train.data.sources.base import BadRecord, SourceIdentity
 from rwkv_train.data.sources.opening import open_source
 from tests.data.reading import records, table, write_csv, zstd
 
@@ -103,7 +103,7 @@ def test_a_source_is_described_by_its_hash(tmp_path):
 
     # The test vector of FIPS 180-2.
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert open_source(str(path)).describe() == (str(path), 3, digest)
+    assert open_source(str(path)).describe() == SourceIdentity(str(path), 3, digest)
 
 
 def test_the_hash_of_a_folder_tells_of_names_and_contents(tmp_path):

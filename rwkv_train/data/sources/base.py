@@ -20,6 +20,7 @@ __all__ = [
     "Block",
     "Document",
     "FileSource",
+    "NoDocumentsError",
     "Source",
     "SourceIdentity",
     "SourceOptions",
@@ -57,6 +58,10 @@ class BadRecord(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.why}"
+
+
+class NoDocumentsError(DataError):
+    """A file is as it should be, and has no records: alone it is refused, in a folder passed over."""
 
 
 class SourceOptions(NamedTuple):
@@ -150,7 +155,7 @@ class FileSource(Source):
         if not path.is_file():
             raise DataError(f"cannot read {self.name}: it is neither a file nor a folder")
         if self.n_bytes == 0:
-            raise DataError(f"{self.name} is empty")
+            raise NoDocumentsError(f"{self.name} is empty")
 
     def describe(self) -> SourceIdentity:
         """Return path, size and hash."""

@@ -10,6 +10,7 @@ from rwkv_train.data.sources.base import (
     BadRecord,
     Block,
     FileSource,
+    NoDocumentsError,
     SourceOptions,
     show_path,
 )
@@ -47,7 +48,7 @@ class DelimitedSource(FileSource):
                 yield RowBlock(where, tuple(rows), self.options, reader.n_stored - n_bytes)
                 rows, n_raw, n_bytes = [], reader.n_raw, reader.n_stored
         if reader.n_rows == 0:
-            raise DataError(f"{self.name} holds no documents")
+            raise NoDocumentsError(f"{self.name} holds no documents")
         yield RowBlock(where, tuple(rows), self.options, self.n_bytes - n_bytes)
 
 
@@ -83,7 +84,7 @@ class _Reader:
         while fields == []:
             fields = self._next()
         if fields is None:
-            raise DataError(f"{self._name} holds no documents")
+            raise NoDocumentsError(f"{self._name} holds no documents")
         if isinstance(fields, BadRecord):
             raise DataError(str(fields))
         if any("\0" in field for field in fields):

@@ -9,6 +9,7 @@ from rwkv_train.data.sources.base import (
     Block,
     Document,
     FileSource,
+    NoDocumentsError,
     SourceOptions,
     show_path,
 )
@@ -26,7 +27,7 @@ class JsonLinesSource(FileSource):
             has_records = has_records or not (lines.data.isspace() or not lines.data)
             yield JsonLinesBlock(lines, self.options)
         if not has_records:
-            raise DataError(f"{self.name} holds no documents")
+            raise NoDocumentsError(f"{self.name} holds no documents")
 
 
 class JsonLinesBlock(NamedTuple):

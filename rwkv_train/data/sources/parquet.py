@@ -8,7 +8,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet as pq
 
-from rwkv_train.data.sources.base import BLOCK_BYTES, Block, FileSource, SourceOptions, show_path
+from rwkv_train.data.sources.base import (
+    BLOCK_BYTES,
+    Block,
+    FileSource,
+    NoDocumentsError,
+    SourceOptions,
+    show_path,
+)
 from rwkv_train.data.sources.rows import Row, RowBlock, require_columns
 from rwkv_train.errors import DataError
 
@@ -58,7 +65,7 @@ class ParquetSource(FileSource):
             n_bytes += share
             yield RowBlock(f"{self.name}, row", rows, self.options, share)
         if n_rows == 0:
-            raise DataError(f"{self.name} holds no documents")
+            raise NoDocumentsError(f"{self.name} holds no documents")
         if n_rows != n_total:
             raise DataError(f"{self.name} is damaged: it tells of {n_total} rows and holds {n_rows}")
 
