@@ -21,7 +21,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -237,6 +237,18 @@ def first_error(output: str) -> str:
     return lines[-1] if lines else "it says nothing"
 
 
+def temporary_folder_problem(environment: Mapping[str, str] | None = None) -> str | None:
+    """Say why compilers cannot write where ``TMPDIR`` says, or ``None``.
+
+    To be asked once one has failed: not all of them mind, and what they say of it names no cause.
+    """
+    folder = (os.environ if environment is None else environment).get("TMPDIR")
+    if not folder or (Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        return None
+    why = "cannot be written" if Path(folder).is_dir() else "is no folder"
+    return f"TMPDIR={folder}, where compilers put what they need for a moment, {why}; name another one, or unset it"
+
+
 def _build(recipe: Recipe, library: Path, folder: Path, cancel: threading.Event | None) -> None:
     # A warning only so that it is seen without any set-up of logging: the program is about to stand still.
     logger.warning(
@@ -315,7 +327,7 @@ def _compiler_problem(recipe: Recipe, library: Path, output: str) -> str:
     except OSError as error:
         kept = f"the whole output could not be kept ({error})"
     said = first_error(output)
-    if known := recipe.explain(output):
+    if known := temporary_folder_problem() or recipe.explain(output):
         # What to do comes last, and what the compiler said stays beside it: it may have another reason.
         return f"the kernel '{recipe.name}' cannot be built ({said}; {kept}): {known}"
     return f"the kernel '{recipe.name}' does not compile with {recipe.compiler}: {said}; {kept}"
@@ -372,5 +384,7 @@ def _predefined_macros(compiler: Path) -> bytes:
         ) from error
     if done.returncode != 0:
         said = first_error(done.stderr.decode(errors="replace"))
+        if problem := temporary_folder_problem():
+            raise BackendError(f"the compiler {compiler} fails ({said}): {problem}")
         raise BackendError(f"the compiler {compiler} does not work: {said}; {remedy}")
     return done.stdout

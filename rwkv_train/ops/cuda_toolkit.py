@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rwkv_train.errors import BackendError
+from rwkv_train.ops.build import temporary_folder_problem
 from rwkv_train.ops.cuda_driver import Version
 
 USUAL_PLACE = Path("/usr/local/cuda")
@@ -217,6 +218,8 @@ def _run(path: str, option: str) -> str:
         raise BackendError(f"{path} does not work ({error}); install the CUDA toolkit anew") from error
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip().partition("\n")[0]
+        if problem := temporary_folder_problem():
+            raise BackendError(f"{path} fails ({said}): {problem}")
         raise BackendError(f"{path} does not work ({said}); install the CUDA toolkit anew")
     return done.stdout
 

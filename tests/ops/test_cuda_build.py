@@ -333,6 +333,22 @@ def test_an_nvcc_that_does_not_work_is_named(workshop, script, sentence):
         workshop.build("sm_90")
 
 
+def test_a_folder_for_temporary_files_that_is_none_is_named_not_the_compiler(workshop, monkeypatch, tmp_path):
+    """What nvcc 13.0 says then; its --version works."""
+    say = "echo \"nvcc fatal   : Could not open output file '$TMPDIR/tmpxft_1'\"; exit 1"
+    named = rf"TMPDIR={tmp_path}/none, .* is no folder; name another one, or unset it"
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    workshop.write_nvcc(before=say)
+    with pytest.raises(BackendError, match=rf"'toy_cuda' cannot be built \(nvcc fatal .*\): {named}"):
+        workshop.build("sm_90")
+    workshop.nvcc.write_text(
+        workshop.nvcc.read_text().replace("--list-gpu-code)", f"--list-gpu-code) {say};")
+    )
+    cuda_toolkit._ask_nvcc.cache_clear()
+    with pytest.raises(BackendError, match=rf"nvcc fails \(nvcc fatal .*\): {named}"):
+        workshop.build("sm_90")
+
+
 def test_the_host_compiler_is_the_one_that_is_named_else_the_first_one_on_the_path(tmp_path):
     for name in ("clang++", "mine"):
         (tmp_path / name).write_text("#!/bin/sh\n")
