@@ -97,8 +97,8 @@ class CorpusSamples:
         # A large foreign corpus was looked at in parts only; on a GPU a wrong id would crash the device.
         if window.max() >= config.model.vocab_size or window.min() < 0:
             raise DataError(
-                f"{self._prefix}: near token {start} there is an id outside of the model's 0 to "
-                f"{config.model.vocab_size - 1}; is this another tokenizer's corpus?"
+                f"{self._prefix}.bin: near token {start} there is an id outside of the model's 0 to "
+                f"{config.model.vocab_size - 1}; is this another tokenizer's corpus, or was the file changed?"
             )
         tokens = torch.from_numpy(window)
         return tokens[:-1], tokens[1:]

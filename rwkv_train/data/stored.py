@@ -78,8 +78,12 @@ class Corpus:
         Args:
             index: of the document.
             end_of_document: the end token of the tokenizer, for a pair whose sidecar does not tell.
+
+        Raises:
+            DataError: the document has an id that the corpus did not have when it was prepared.
         """
         tokens = self.tokens.document(index)
+        self._require_prepared(index, tokens)
         # Another token at the end is text: GPT-2's 0 is "!".
         end_token = self.sidecar.end_of_document if self.sidecar else end_of_document
         if len(tokens) and tokens[-1] == end_token:
@@ -151,6 +155,19 @@ class Corpus:
             raise DataError(
                 f"{self.prefix} has {self.tokens.n_tokens} tokens, one sample needs {ctx_len + 1} "
                 f"(ctx_len {ctx_len} and the token after it): take more text or a smaller ctx_len"
+            )
+
+    def _require_prepared(self, index: int, tokens: TokenArray) -> None:
+        """Refuse a changed file by its name, which a model or a tokenizer that meets the id does not know."""
+        if self.sidecar is None or len(tokens) == 0:
+            return
+        lowest, highest = int(tokens.min()), int(tokens.max())
+        if lowest < 0 or highest > self.sidecar.max_token:
+            wrong = lowest if lowest < 0 else highest
+            raise DataError(
+                f"{add_suffix(self.prefix, '.bin')}: document {index} has the token id {wrong}, but "
+                f"{add_suffix(self.prefix, '.json')} tells of ids up to {self.sidecar.max_token}: the file was changed "
+                "or damaged after it was prepared; prepare it again"
             )
 
     def _scan(self, vocab_size: int) -> tuple[int, int]:

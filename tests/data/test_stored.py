@@ -111,6 +111,20 @@ def test_ids_beyond_the_vocabulary_are_refused(corpus):
         corpus.require_vocab(highest)
 
 
+def test_an_id_that_came_after_the_preparation_is_refused_with_the_file(corpus):
+    path = corpus.prefix.parent / "out.bin"
+    data = bytearray(path.read_bytes())
+    data[:2] = struct.pack("<H", 60_000)
+    path.write_bytes(data)
+    changed = load_corpus(corpus.prefix)
+
+    with pytest.raises(
+        DataError, match=r"out\.bin: document 0 has the token id 60000, .* ids up to 231: .*again"
+    ):
+        changed.token_document(0)
+    assert changed.token_document(1).domain == "prose"
+
+
 @pytest.mark.parametrize("place", [0, 4_999, 9_999])
 def test_a_foreign_pair_is_searched_for_ids_beyond_the_vocabulary(place, tmp_path, monkeypatch):
     monkeypatch.setattr("rwkv_train.data.stored._SCAN_TOKENS", 100)
