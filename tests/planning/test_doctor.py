@@ -10,7 +10,7 @@ import pytest
 
 from rwkv_train.errors import BackendError
 from rwkv_train.ops.cuda_driver import Chip, Driver, ask_driver
-from rwkv_train.ops.cuda_toolkit import find_toolkit
+from rwkv_train.ops.cuda_toolkit import find_toolkit, host_compiler
 from rwkv_train.planning.doctor.backends import judge_backends
 from rwkv_train.planning.doctor.examine import judge
 from rwkv_train.planning.doctor.machine import find_cache_folder, find_memory, find_processor
@@ -227,7 +227,11 @@ def write_nvcc(home, release):
 def test_an_nvcc_whose_work_the_driver_does_not_run_is_noticed(tmp_path, driver_cuda, status):
     path = write_nvcc(tmp_path, "13.0")
     driver = Driver(driver_cuda, (), None)
-    found = find_cuda_compiler(lambda: find_toolkit({"CUDA_HOME": str(tmp_path)}), driver, has_chips=True)
+
+    def find():
+        return find_toolkit({"CUDA_HOME": str(tmp_path)})
+
+    found = find_cuda_compiler(find, lambda: "/bin/true", driver, has_chips=True)
     assert found.status == status
     assert found.facts == {"path": path, "version": "13.0.88", "architectures": ["sm_80", "sm_90"]}
     if status == "warning":
@@ -235,12 +239,32 @@ def test_an_nvcc_whose_work_the_driver_does_not_run_is_noticed(tmp_path, driver_
         assert "580" in found.found
 
 
+def test_an_nvcc_whose_c_compiler_is_missing_or_broken_is_noticed(tmp_path):
+    write_nvcc(tmp_path / "toolkit", "13.0")
+    broken = write_program(tmp_path / "broken-g++", "echo 'libz.so: cannot open' >&2", "exit 127")
+
+    def found(given):
+        return find_cuda_compiler(
+            lambda: find_toolkit({"CUDA_HOME": str(tmp_path / "toolkit")}),
+            lambda: host_compiler({"PATH": "/usr/bin:/bin", "NVCC_CCBIN": given}),
+            NO_DRIVER,
+            has_chips=True,
+        )
+
+    missing = found("none-such")
+    assert missing.status == "warning"
+    assert "but NVCC_CCBIN=none-such: there is no such compiler" in missing.found
+    assert missing.remedy == "correct it, or unset it to use g++"
+    assert f"but its C++ compiler {broken} does not work (libz.so: cannot open)" in found(broken).found
+    must_have_remedy([found(broken)])
+
+
 def test_nvcc_is_missed_only_where_there_are_chips():
     def missing():
         raise BackendError("nvcc was not found; install the CUDA toolkit")
 
-    assert find_cuda_compiler(missing, NO_DRIVER, has_chips=False).status == "absent"
-    found = find_cuda_compiler(missing, NO_DRIVER, has_chips=True)
+    assert find_cuda_compiler(missing, host_compiler, NO_DRIVER, has_chips=False).status == "absent"
+    found = find_cuda_compiler(missing, host_compiler, NO_DRIVER, has_chips=True)
     assert (found.status, found.remedy) == ("warning", "install the CUDA toolkit")
 
 

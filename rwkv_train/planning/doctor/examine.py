@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import rwkv_train
 from rwkv_train.ops.build import COMPILERS, default_cache_folder, find_ninja
 from rwkv_train.ops.cuda_driver import Driver, ask_driver
-from rwkv_train.ops.cuda_toolkit import find_toolkit
+from rwkv_train.ops.cuda_toolkit import find_toolkit, host_compiler
 from rwkv_train.planning.doctor.backends import BackendRow, judge_backends, ops_without_backend
 from rwkv_train.planning.doctor.finding import Finding
 from rwkv_train.planning.doctor.judge import (
@@ -77,7 +77,7 @@ def examine(say: Callable[[str], None]) -> Report:
         *examine_machine(default_cache_folder, _PACKAGE, rwkv_train.__version__),
         judge_driver(driver, smi, n_on_bus),
         judge_chips(driver, smi),
-        find_cuda_compiler(find_toolkit, driver, has_chips=n_installed > 0),
+        find_cuda_compiler(find_toolkit, host_compiler, driver, has_chips=n_installed > 0),
         find_compiler(COMPILERS),
         find_ninja_program(find_ninja),
         find_requirements(requirements, installed_version),

@@ -66,11 +66,14 @@ def find_ninja_program(find: Callable[[], Path]) -> Finding:
     return Finding("ninja", "ok", f"{output} at {path}", facts=facts)
 
 
-def find_cuda_compiler(find: Callable[[], Toolkit], driver: Driver, *, has_chips: bool) -> Finding:
-    """Return the nvcc that builds CUDA kernels, and whether the driver runs what it makes.
+def find_cuda_compiler(
+    find: Callable[[], Toolkit], find_host: Callable[[], str], driver: Driver, *, has_chips: bool
+) -> Finding:
+    """Return the nvcc that builds CUDA kernels, whether it has a C++ compiler, and the driver runs what it makes.
 
     Args:
         find: returns it or raises ``BackendError``.
+        find_host: returns the path of the C++ compiler that it is to use, or raises ``BackendError``.
         driver: NVIDIA's driver.
         has_chips: whether this machine has NVIDIA chips; without one, nothing is built.
     """
@@ -89,6 +92,15 @@ def find_cuda_compiler(find: Callable[[], Toolkit], driver: Driver, *, has_chips
     if driver.cuda and refusal:
         remedy = f"update the driver, or install the toolkit of CUDA {driver.cuda[0]} and set CUDA_HOME to its folder"
         return Finding("nvcc", "warning", f"{found}, but {refusal}", remedy, facts)
+    try:
+        host = find_host()
+    except BackendError as error:
+        problem, remedy = split_remedy(str(error))
+        return Finding("nvcc", "warning", f"{found}, but {problem}", remedy, facts)
+    _, trouble = _ask(host)
+    if trouble is not None:
+        remedy = "install it anew, or name another one in NVCC_CCBIN"
+        return Finding("nvcc", "warning", f"{found}, but its C++ compiler {host} {trouble}", remedy, facts)
     return Finding("nvcc", "ok", found, facts=facts)
 
 
