@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness, by name, on a model of ours. Needs the extra ``rwkv-train[lm-eval]``."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,13 @@ def evaluate_tasks(
     if include_path is not None and not include_path.is_dir():
         raise ConfigError(f"there is no folder {include_path}; it should hold YAML files of tasks")
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    names = [name for asked in tasks for name in _find(asked, manager)]
+    names = dict.fromkeys(name for asked in tasks for name in _find(asked, manager))
     try:
         # It would ask git about the folder that the user happens to be in, and git may complain on stderr.
         with mock.patch.object(evaluator, "get_git_commit_hash", return_value=None):
             results = evaluator.simple_evaluate(
                 model=model,
-                tasks=names,
+                tasks=_build(names, manager),
                 task_manager=manager,
                 num_fewshot=num_fewshot,
                 limit=limit,
@@ -94,6 +94,32 @@ def format_results(results: Mapping[str, Any]) -> str:
     """Return the harness' own tables of tasks and of groups, in Markdown."""
     tables = [make_table(results, column) for column in ("results", "groups") if column in results]
     return "\n\n".join(table.strip() for table in tables)
+
+
+def _build(names: Iterable[str], manager: TaskManager) -> list[Any]:
+    """Build the harness' objects of tasks and groups, apart from the evaluation, whose mistakes are not the user's.
+
+    Raises:
+        ConfigError: the harness cannot make a task of what its YAML says, or two groups have a task in common.
+    """
+    built: list[Any] = []
+    name = ""
+    try:
+        for name in names:
+            loaded = manager.load([name])
+            # A group comes before the groups that it holds, and brings its tasks.
+            built += [*loaded["groups"].values()][:1] or loaded["tasks"].values()
+            for task in loaded["tasks"].values():
+                for metric, how in task.aggregation().items():
+                    if how is None:
+                        raise ValueError(f"the metric {metric} has an aggregation that there is not")
+        manager.load(built)  # refuses what is there twice
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"the harness cannot build the task {name}: {reason}; mend its YAML or leave it out"
+        ) from error
+    return built
 
 
 def _find(asked: str, manager: TaskManager) -> list[str]:

@@ -320,6 +320,48 @@ def test_a_task_of_the_user_that_is_wrong_gets_a_sentence(model, tokenizer, run,
 
 @ONE_VERSION
 @pytest.mark.parametrize(
+    ("mistake", "reason"),
+    [
+        ({"doc_to_txt": "x"}, "unexpected keyword argument 'doc_to_txt'"),
+        ({"test_split": "tset"}, "KeyError: 'tset'"),
+        ({"metric_list": [{"metric": "accuraci"}]}, "KeyError"),
+        ({"metric_list": [{"metric": "acc", "aggregation": "meen"}]}, "the metric acc has an aggregation"),
+        ({"output_type": "multiple"}, "invalid output_type 'multiple'"),
+        ("just text", "Expected YAML dict"),
+    ],
+    ids=str,
+)
+def test_a_task_that_the_harness_cannot_build_gets_a_sentence(
+    model, tokenizer, run, tmp_path, mistake, reason
+):
+    task = {"output_type": "multiple_choice", "doc_to_text": QUESTION, "metric_list": [{"metric": "acc"}]}
+    task |= {"doc_to_choice": "{{choices}}", "doc_to_target": "answer"}
+    lm = RwkvTrainLM(model, tokenizer)
+    if isinstance(mistake, dict):
+        with pytest.raises(ConfigError, match=f"cannot build the task mine: .*{reason}"):
+            run(lm, CHOICES, **task | mistake)
+        return
+    (tmp_path / "text.yaml").write_text(mistake)
+    with pytest.raises(ConfigError, match=rf"cannot build the task .*text\.yaml: .*{reason}"):
+        evaluate_tasks(lm, [str(tmp_path / "text.yaml")])
+
+
+@ONE_VERSION
+def test_groups_keep_their_rows_and_no_task_comes_twice(model, tokenizer, run, tmp_path):
+    lm = RwkvTrainLM(model, tokenizer)
+    rolling(run, lm)
+    group = {"task": ["mine"], "aggregate_metric_list": [{"metric": "bits_per_byte", "weight_by_size": True}]}
+    for name in ("one", "two"):
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(json.dumps({"group": name} | group))
+    found = evaluate_tasks(lm, ["one"], include_path=tmp_path / "tasks")
+    expected = found["results"]["mine"]["bits_per_byte,none"]
+    assert found["groups"]["one"]["bits_per_byte,none"] == pytest.approx(expected)
+    with pytest.raises(ConfigError, match="Duplicate task 'mine'"):
+        evaluate_tasks(lm, ["one", "two"], include_path=tmp_path / "tasks")
+
+
+@ONE_VERSION
+@pytest.mark.parametrize(
     "error", [ConnectionError("offline"), ModuleNotFoundError("No module named 'x'")], ids=str
 )
 def test_a_task_whose_data_or_package_is_missing_gets_a_sentence(model, tokenizer, run, error, monkeypatch):
