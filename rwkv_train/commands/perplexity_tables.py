@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 NONE = "-"
 DOMAIN_WIDTH = 24
 """Characters of a domain's name; files that are domains may have very long ones."""
+SHOWN_DOMAINS = 40
+"""Rows of a table, as prepare-data has; those with the most text."""
 
 _TOTAL = "total"
 
@@ -27,10 +29,19 @@ def print_scores(results: Sequence[Mapping[str, Any]], reading: str) -> None:
         reading: how the documents were read.
     """
     first = results[0]
+    shown = _largest(first["domains"])
+    n_more = len(first["domains"]) - len(shown)
+    more = (
+        f"\ndomains beyond the {SHOWN_DOMAINS} largest: {n_more:,}; they are in the total, and --json has all"
+        if n_more
+        else ""
+    )
     if len(results) == 1:
-        _print_counts(first["total"], first["domains"])
+        _print_counts(first["total"], shown)
         typer.echo()
-        _print_rates(first["total"], first["domains"])
+        _print_rates(first["total"], shown)
+        if more:
+            typer.echo(more)
         typer.echo(f"\ntokenizer: {first['tokenizer']['name']}; read: {reading}; {_prefix_line(first)}")
         return
     for number, result in enumerate(results, start=1):
@@ -38,7 +49,9 @@ def print_scores(results: Sequence[Mapping[str, Any]], reading: str) -> None:
         typer.echo(f"[{number}] {result['checkpoint']} (tokenizer: {name}; {_prefix_line(result)})")
     total = first["total"]
     typer.echo(f"{total['documents']:,} documents, {total['bytes']:,} bytes; read: {reading}\n")
-    _print_comparison(results)
+    _print_comparison(results, list(shown))
+    if more:
+        typer.echo(more)
     if tokenizers_differ(results):
         typer.echo("\nThe tokenizers differ: bits per byte compare, loss and perplexity of a token do not.")
 
@@ -75,6 +88,13 @@ def shorten(name: str, width: int) -> str:
     return name if len(name) <= width else f"{name[:start]}…{name[start + 1 - width :]}"
 
 
+def _largest(domains: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return the domains with the most bytes, in their order."""
+    by_size = sorted(domains, key=lambda name: domains[name]["bytes"], reverse=True)
+    kept = set(by_size[:SHOWN_DOMAINS])
+    return {name: row for name, row in domains.items() if name in kept}
+
+
 def _print_counts(total: Mapping[str, Any], domains: Mapping[str, Mapping[str, Any]]) -> None:
     """Print what was scored."""
     table = _table("domain", "documents", "tokens", "bytes", "words", "nats")
@@ -101,13 +121,12 @@ def _print_rates(total: Mapping[str, Any], domains: Mapping[str, Mapping[str, An
     print_table(table)
 
 
-def _print_comparison(results: Sequence[Mapping[str, Any]]) -> None:
+def _print_comparison(results: Sequence[Mapping[str, Any]], domains: Sequence[str]) -> None:
     """Print the models under each other, domain by domain, each with its difference to the first."""
     table = _table(
         "domain", "", "loss/token", "token ppl", "bits/byte", "95 % interval", "difference", "95 % interval"
     )
-    first = results[0]
-    for domain in [*first["domains"], None]:
+    for domain in [*domains, None]:
         for number, result in enumerate(results):
             row = result["total"] if domain is None else result["domains"][domain]
             compared = result["difference_to_first"]

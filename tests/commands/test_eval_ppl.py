@@ -465,6 +465,25 @@ def test_a_long_name_of_a_domain_leaves_the_table_its_width(checkpoint, tmp_path
     assert list(content["checkpoints"][0]["domains"]) == [name]
 
 
+def test_of_many_domains_the_largest_are_shown_and_all_written(checkpoint, tmp_path):
+    sizes = {f"d{number:02}": 2 if number % 2 else 3 for number in range(78)} | {"large": 50, "small": 1}
+    lines = [json.dumps({"text": "x" * n, "meta": {"pile_set_name": name}}) for name, n in sizes.items()]
+    (tmp_path / "many.jsonl").write_text("\n".join(lines))
+    arguments = ["--data", tmp_path / "many.jsonl", "--json", tmp_path / "out.json"]
+    for n_models in (1, 2):
+        result = run(*["--checkpoint", checkpoint] * n_models, *arguments)
+        assert result.exit_code == 0, result.exception
+        shown = {name for name in rows_of(result.stdout) if name in sizes}
+        assert shown == {name for name, n in sizes.items() if n >= 3}
+        assert len(shown) == 40
+        assert (
+            "\ndomains beyond the 40 largest: 40; they are in the total, and --json has all" in result.stdout
+        )
+        assert "80 documents" in result.stdout or rows_of(result.stdout)["total"][0][0] == "80"
+    content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert content["checkpoints"][0]["domains"].keys() == sizes.keys()
+
+
 def test_a_long_path_leaves_the_picture_its_room(checkpoint, data, tmp_path):
     folder = tmp_path / "_$x" / ("very" * 30) / "$y"
     shutil.copytree(checkpoint, folder)
