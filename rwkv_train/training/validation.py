@@ -177,7 +177,7 @@ def select_documents(corpus: Corpus, tokenizer: Tokenizer, n_tokens: int) -> lis
     share = min(1.0, n_tokens / corpus.tokens.n_tokens)
     missing = {domain: ceil(share * count) for domain, count in corpus.tokens_by_domain().items()}
     chosen = []
-    for document in corpus.token_documents():
+    for document in corpus.token_documents(tokenizer.end_of_document):
         left = missing[document.domain]
         if left > 0:
             chosen.append(document if len(document.tokens) <= left else _cut(document, tokenizer, left))

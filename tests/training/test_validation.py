@@ -1,5 +1,6 @@
 """The held-out loss during a run."""
 
+import json
 import math
 
 import numpy as np
@@ -51,6 +52,27 @@ def test_each_domain_is_scored_in_its_share(two_domains):
 def test_a_corpus_smaller_than_what_is_wanted_is_scored_whole(two_domains):
     chosen = select_documents(two_domains, load_tokenizer("bytes"), 10_000)
     assert [len(document.tokens) for document in chosen] == [98, 100, 98, 98]
+
+
+def test_the_end_token_of_a_pair_from_elsewhere_is_not_scored(tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    words = {"!": 0, "a": 1, "<|endoftext|>": 2}
+    tokenizer = {
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "!"},
+        "added_tokens": [
+            {"id": 2, "content": "<|endoftext|>", "special": True, "single_word": False, "lstrip": False}
+            | {"rstrip": False, "normalized": False}
+        ],
+    }
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", **tokenizer}))
+    with TokenFileWriter(tmp_path / "foreign", np.uint16) as writer:
+        writer.add_document(np.array([1, 0, 2], np.uint16))
+    corpus = load_corpus(tmp_path / "foreign")
+
+    (document,) = select_documents(corpus, load_tokenizer(str(folder / "tokenizer.json")), 100)
+
+    assert document.tokens.tolist() == [1, 0]
 
 
 def test_metrics_are_loss_and_bits_per_byte_of_all_text_and_of_each_domain():
