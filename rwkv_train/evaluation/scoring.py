@@ -173,11 +173,11 @@ def require_sizes(**sizes: int) -> None:
     """Refuse a size below 1.
 
     Raises:
-        ConfigError: with its name and the value.
+        ConfigError: with the value and its name, as the options of the command line have it.
     """
     for name, size in sizes.items():
         if size < 1:
-            raise ConfigError(f"{name} is {size}; it must be at least 1")
+            raise ConfigError(f"--{name.replace('_', '-')} is {size}; it must be at least 1")
 
 
 def require_vocab(sequences: Iterable[Sequence], vocab_size: int) -> Iterator[Sequence]:

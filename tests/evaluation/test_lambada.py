@@ -125,5 +125,5 @@ def test_a_passage_without_context_or_last_word_is_refused(counting_model, token
 def test_no_passages_and_sizes_below_one_are_refused(counting_model, tokenizer):
     with pytest.raises(DataError, match="holds no passage"):
         evaluate_lambada(counting_model(), tokenizer, [])
-    with pytest.raises(ConfigError, match="batch_size is 0"):
+    with pytest.raises(ConfigError, match="--batch-size is 0"):
         evaluate_lambada(counting_model(), tokenizer, ["a b"], batch_size=0)

@@ -196,5 +196,5 @@ def test_a_loss_that_is_not_finite_is_refused(model):
 
 @pytest.mark.parametrize("name", ["batch_size", "chunk_len"])
 def test_a_size_below_one_is_refused(model, name):
-    with pytest.raises(ConfigError, match=f"{name} is 0; it must be at least 1"):
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} is 0; it must be at least 1"):
         list(score_sequences(model, [], **{name: 0}))
