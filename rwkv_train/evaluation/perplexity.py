@@ -165,8 +165,20 @@ def require_scored(report: Report) -> None:
     Raises:
         DataError: no token was scored.
     """
-    if not report.total.tokens:
+    total = report.total
+    if total.tokens:
+        return
+    if not total.documents:
         raise DataError("there is nothing to score: the data holds no document with text")
+    if not report.positions.documents.any():
+        raise DataError(
+            f"there is nothing to score: of all {total.bytes} bytes of text the tokenizer makes no token; is it the "
+            "right one?"
+        )
+    raise DataError(
+        "there is nothing to score: no document has more than one token, and with --prefix-token none the first is "
+        "only read; leave that option out"
+    )
 
 
 class _Unfinished:

@@ -150,6 +150,13 @@ def test_data_without_text_is_refused(model, tokenizer):
         evaluate_documents(model, tokenizer, [Document("", "d")])
 
 
+def test_text_of_which_no_token_is_scored_is_refused_with_the_reason(counting_model, tokenizer):
+    with pytest.raises(DataError, match="of all 3 bytes of text the tokenizer makes no token"):
+        evaluate_documents(counting_model(), Words(), [Document("  ", "d"), Document("\n", "d")])
+    with pytest.raises(DataError, match="no document has more than one token, and with --prefix-token none"):
+        evaluate_documents(counting_model(), tokenizer, [Document("a", "d")], Reading(prefix_token=None))
+
+
 def test_a_process_without_documents_has_an_empty_report(model):
     report = evaluate_tokens(model, [])
     assert report.domains == {}
