@@ -19,7 +19,8 @@ HEAD_STEP = 8
 
 _NEEDS_OTHER_BUILD = {
     35: "the driver is too old for the CUDA that built it; update the driver, or build with an older nvcc",
-    209: "it was built for other GPUs; run 'rwkv-train build-kernels'",
+    209: "it was built for other GPUs; run 'rwkv-train build-kernels' (with an --arch for each GPU, where a Volta, "
+    "sm_70, is beside newer ones)",
     218: "its PTX does not fit this GPU; run 'rwkv-train build-kernels'",
     222: "the driver is too old for its PTX; update the driver, or run 'rwkv-train build-kernels'",
 }

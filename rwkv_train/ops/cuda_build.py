@@ -34,6 +34,7 @@ from rwkv_train.ops.build import (
 from rwkv_train.ops.cuda_driver import Chip, Driver, Version, ask_driver
 from rwkv_train.ops.cuda_toolkit import (
     OLDEST_ARCHITECTURE,
+    OLDEST_OF_CUDA_13,
     Toolkit,
     check_architectures,
     explain_nvcc,
@@ -261,15 +262,19 @@ def _architectures_of(driver: Driver) -> tuple[str, ...]:
     if not chips:
         names = ", ".join(f"{chip.name} ({chip.architecture})" for chip in driver.chips)
         raise BackendError(
-            f"{names}: too old, the kernels need sm_{OLDEST_ARCHITECTURE} (Turing) or later; such a chip runs the "
+            f"{names}: too old, the kernels need sm_{OLDEST_ARCHITECTURE} (Volta) or later; such a chip runs the "
             "backend 'torch'"
         )
     return tuple(sorted({chip.architecture for chip in chips}, key=number_of))
 
 
 def _usable(driver: Driver) -> list[Chip]:
-    """Return the chips that the kernels are for. An old one beside them (for a screen, say) is left alone."""
-    return [chip for chip in driver.chips if is_new_enough(chip.architecture)]
+    """Return the chips that the kernels are for. An old one beside them (for a screen, say) is left alone.
+
+    So is Volta beside newer ones: else a toolkit of CUDA 13, which dropped it, would serve none of them.
+    """
+    chips = [chip for chip in driver.chips if is_new_enough(chip.architecture)]
+    return [chip for chip in chips if number_of(chip.architecture) >= OLDEST_OF_CUDA_13] or chips
 
 
 def _toolkit_for(driver: Driver) -> Toolkit:

@@ -15,8 +15,10 @@ from rwkv_train.ops.build import temporary_folder_problem
 from rwkv_train.ops.cuda_driver import Version
 
 USUAL_PLACE = Path("/usr/local/cuda")
-OLDEST_ARCHITECTURE = 75
-"""Turing. Older chips lack what the kernels take for granted, and CUDA 13 has given them up."""
+OLDEST_ARCHITECTURE = 70
+"""Volta. Older chips lack what the kernels take for granted."""
+OLDEST_OF_CUDA_13 = 75
+"""Turing. CUDA 13 dropped what is older, so Volta takes a toolkit of CUDA 11 or 12."""
 OLDEST_CUDA: Version = (11, 8)
 HOST_COMPILERS = ("g++", "clang++")
 
@@ -122,7 +124,7 @@ def check_architectures(toolkit: Toolkit, architectures: Sequence[str]) -> None:
             raise BackendError(f"'{name}' is no architecture; one is written as in 'sm_90'")
         if not is_new_enough(name):
             raise BackendError(
-                f"{name} is too old: the kernels need sm_{OLDEST_ARCHITECTURE} (Turing) or later; such a chip runs "
+                f"{name} is too old: the kernels need sm_{OLDEST_ARCHITECTURE} (Volta) or later; such a chip runs "
                 "the backend 'torch'"
             )
         chip = name.replace("compute", "sm")
@@ -131,6 +133,8 @@ def check_architectures(toolkit: Toolkit, architectures: Sequence[str]) -> None:
         since = SINCE.get(chip, (0, 0))
         if toolkit.cuda < since:
             fix = f"it needs CUDA {_text(since)} or later; install that and set CUDA_HOME to its folder"
+        elif toolkit.cuda >= (13, 0) and number_of(chip) < OLDEST_OF_CUDA_13:
+            fix = "CUDA 13 dropped it (Volta); install the toolkit of CUDA 12 and set CUDA_HOME to its folder"
         elif known and number_of(chip) < number_of(known[0]):
             fix = "it has been given up there; install an older CUDA toolkit and set CUDA_HOME to its folder"
         else:

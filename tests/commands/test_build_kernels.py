@@ -84,7 +84,8 @@ def test_what_is_there_is_built_again_only_if_that_is_asked_for(folder):
     [
         (["--op", "wkv8"], "--op wkv8: there is no CUDA kernel of this name; choose from"),
         (["--arch", "all", "--arch", "sm_90"], "--arch all stands alone"),
-        (["--arch", "sm_70"], "sm_70 is too old: the kernels need sm_75"),
+        (["--arch", "sm_61"], "sm_61 is too old: the kernels need sm_70"),
+        (["--arch", "sm_70"], "does not compile for sm_70: CUDA 13 dropped it"),
         (["--arch", "sm_999"], "does not compile for sm_999"),
     ],
 )

@@ -27,7 +27,7 @@ ALL = pytest.mark.parametrize("backends", list(OPERATORS.values()), ids=list(OPE
         (ON_GPU, "cuda_exact"),
         (ON_GPU._replace(capability=None), "cuda_exact"),
         (ON_GPU._replace(capability=75, head_size=None), "cuda_exact"),
-        (ON_GPU._replace(capability=70), "torch"),
+        (ON_GPU._replace(capability=61), "torch"),
         (ON_GPU._replace(dtype=torch.float64), "torch"),
     ],
     ids=[
@@ -48,9 +48,9 @@ def test_auto_takes_the_fastest_backend_that_fits(backends, problem, expected):
 @ALL
 def test_the_reason_says_why_no_faster_backend_was_taken(backends):
     assert choose_backend(backends, ON_GPU, "auto").reason == "'cuda_exact' is the fastest backend"
-    assert choose_backend(backends, ON_GPU._replace(capability=70), "auto").reason == (
-        "'torch' is the fastest backend that can run here (not cuda_exact: it needs a GPU of sm_75 or later, "
-        "not sm_70; not cpp: it needs CPU tensors, not cuda)"
+    assert choose_backend(backends, ON_GPU._replace(capability=61), "auto").reason == (
+        "'torch' is the fastest backend that can run here (not cuda_exact: it needs a GPU of sm_70 or later, "
+        "not sm_61; not cpp: it needs CPU tensors, not cuda)"
     )
 
 

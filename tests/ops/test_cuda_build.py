@@ -31,6 +31,7 @@ from rwkv_train.ops.cuda_toolkit import (
 
 H100 = Chip("NVIDIA H100", "sm_90")
 V100 = Chip("Tesla V100", "sm_70")
+P100 = Chip("Tesla P100", "sm_60")
 CHECK = find_asset_folder("cuda") / "check.py"
 
 NVCC = """#!/bin/sh
@@ -177,7 +178,11 @@ def test_the_order_of_architectures_does_not_matter(workshop):
 @pytest.mark.parametrize(
     ("architecture", "sentence"),
     [
-        ("sm_70", r"sm_70 is too old: the kernels need sm_75 \(Turing\) or later.* backend 'torch'"),
+        ("sm_60", r"sm_60 is too old: the kernels need sm_70 \(Volta\) or later.* backend 'torch'"),
+        (
+            "sm_70",
+            r"does not compile for sm_70: CUDA 13 dropped it \(Volta\); install the toolkit of CUDA 12",
+        ),
         (
             "sm_100",
             r"does not compile for sm_100: it knows sm_75, sm_80, sm_90, sm_120; install a CUDA toolkit",
@@ -465,9 +470,24 @@ def test_a_compiler_that_does_not_know_the_chip_gives_way_to_what_another_one_bu
 
 
 def test_chips_too_old_for_the_kernels_are_refused_unless_there_is_a_newer_one(workshop):
-    with pytest.raises(BackendError, match=r"Tesla V100 \(sm_70\): too old, the kernels need sm_75"):
+    with pytest.raises(BackendError, match=r"Tesla P100 \(sm_60\): too old, the kernels need sm_70"):
+        workshop.load(P100)
+    assert workshop.load(P100, H100).answer() == 42
+
+
+def test_volta_is_built_for_where_the_compiler_still_knows_it(workshop):
+    with pytest.raises(BackendError, match=r"does not compile for sm_70: CUDA 13 dropped it"):
         workshop.load(V100)
-    assert workshop.load(V100, H100).answer() == 42
+    workshop.write_nvcc("12.8.93")
+    workshop.nvcc.write_text(workshop.nvcc.read_text().replace("'sm_75", "'sm_70\\nsm_75"))
+    library = workshop.load(V100, V100)
+    assert library.answer() == 42
+    assert Built.parse(Path(library._name).name).architectures == ("sm_70",)
+
+
+def test_volta_beside_a_newer_chip_does_not_keep_that_from_its_kernels(workshop):
+    library = workshop.load(V100, H100)
+    assert Built.parse(Path(library._name).name).architectures == ("sm_90",)
 
 
 @pytest.mark.parametrize(
