@@ -121,7 +121,7 @@ class PrepareTrial:
             found = finished_files(folder)
             problems += [f"{name} is not that of the undisturbed one" for name in self._wrong(found)]
             kills.append({**moment._asdict(), "exit_code": ended.code, "finished_files": len(found)})
-            if ended.code == 0:
+            if ended.code == 0 or _is_done(folder):  # a kill may come between its work and its end
                 break
         problems += self._end(folder)
         if not problems:
@@ -136,7 +136,7 @@ class PrepareTrial:
 
     def _end(self, folder: Path) -> list[str]:
         """Let the preparation end, unless it is done, and compare all that is there."""
-        if (folder / "out.unfinished").exists() or not (folder / "out-valid.idx").exists():
+        if not _is_done(folder):
             ended = self._start(folder, 2).wait()
             if ended.code:
                 return [f"the last start ended with exit code {ended.code}: {ended.log[-300:]}"]
@@ -202,6 +202,11 @@ def totals(rows: list[Row]) -> Row:
         "kills_among_the_moves": sum(0 < one["finished_files"] < len(NAMES) for _, one in kills),
         "as_promised": sum(row["outcome"] == AS_PROMISED for row in rows),
     }
+
+
+def _is_done(folder: Path) -> bool:
+    """Tell whether the files are in their places and nothing is left to do."""
+    return (folder / "out-valid.idx").exists() and not (folder / "out.unfinished").exists()
 
 
 def _kill_at(moment: Moment, kind: str, command: Command, folder: Path) -> bool:
