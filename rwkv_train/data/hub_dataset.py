@@ -152,7 +152,9 @@ def open_text_dataset(spec: DatasetConfig, *, streaming: bool) -> TextDataset:
         ) from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         # The library's own sentences name the configurations, splits or files that there are.
-        raise DataError(f"the dataset {show(spec)} cannot be opened: {_one_line(error)}") from error
+        # Of a file that it cannot convert they say nothing, but what they were raised from does.
+        cause = f" ({_one_line(error.__cause__)})" if error.__cause__ is not None else ""
+        raise DataError(f"the dataset {show(spec)} cannot be opened: {_one_line(error)}{cause}") from error
     return TextDataset(spec, dataset)
 
 

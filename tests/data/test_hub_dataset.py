@@ -156,3 +156,9 @@ def test_a_value_that_is_no_text_is_refused_with_its_row(tmp_path, value, found)
     row = list(dataset.rows())[1]
     with pytest.raises(DataError, match=f"row 1: 'text' must be a text, but {found}"):
         dataset.text_of(row)
+
+
+def test_a_file_that_the_library_cannot_convert_is_refused_with_its_reason(folder):
+    (folder / "part1.jsonl").write_text('{"text": "whole"}\n{"text": "cut\n')
+    with pytest.raises(DataError, match=r"cannot be opened: .*generating the dataset \(.*JSON.*\)"):
+        open_text_dataset(DatasetConfig(path=str(folder)), streaming=False)
