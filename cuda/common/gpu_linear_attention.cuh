@@ -22,7 +22,7 @@
 // 256 threads: what the blocks of a head have to add up goes to the workspace, and `add_parts_kernel` adds it in a
 // fixed order.
 //
-// Shared memory of a block, in KB: forward 9, 15, 28, backward 11, 39, 56 for kN = 32, 64, 128; RWKV-5 a little less in
+// Shared memory of a block, in KB: forward 9, 15, 28, backward 11, 40, 57 for kN = 32, 64, 128; RWKV-5 a little less in
 // the backward pass. Workspace: where N > 64, 3 T H N + S H N floats for every 32 rows of a head; RWKV-5 2 T H N and
 // 2 S H N.
 
