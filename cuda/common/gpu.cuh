@@ -27,9 +27,12 @@ constexpr int kFloat32 = 0;
 constexpr int kBFloat16 = 1;
 constexpr int kFloat16 = 2;
 
-// No block may ask for more shared memory: what sm_75, the smallest of the chips that we build for, gives a block. A
-// kernel that needs more (up to 99 KB, which all later ones have) stands beside a variant that does not.
+// No block of an exact kernel may ask for more shared memory: what sm_75, the smallest of the chips that we build for,
+// gives a block.
 constexpr size_t kMaxSharedBytes = 65536;
+// Nor one of a chunked kernel, which needs tensor cores: what every chip from sm_80 on gives a block, the consumer cards
+// among them (sm_86, sm_89, sm_120), which have least.
+constexpr size_t kMaxSharedBytesChunked = 101376;
 
 #if !defined(RWKV_EMULATED)
 
