@@ -18,7 +18,7 @@ template <int kColumns>
 struct Matrix {
   static_assert(kColumns % 16 == 0, "fragments are 16 wide");
   static constexpr int kStride = kColumns + 8;
-  static constexpr int size_of(int rows) { return rows * kStride; }  // in numbers of 2 bytes
+  static constexpr __host__ __device__ int size_of(int rows) { return rows * kStride; }  // in numbers of 2 bytes
 
   uint16_t* first;
 
