@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -30,6 +31,11 @@ class Signature(NamedTuple):
     form: str = ""
     """Ending of the names of the functions of one form of forward and backward, where a source has several; the names
     without an ending are those of the form that fits best."""
+    family: str = ""
+    """Ending of the name of the function that says ``checkpoint_tokens``, which several forms may share."""
+    checkpoint_dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None
+    """What the form reads and writes where it does not do so in float32; ``None`` for one that takes any dtype."""
 
     @property
     def value_index(self) -> int:
@@ -59,7 +65,7 @@ class Signature(NamedTuple):
 
     def check(self, library: ctypes.CDLL) -> None:
         """Assert that the library keeps a state as often as Python makes room for one."""
-        assert getattr(library, f"rwkv_{self.op}_checkpoint_tokens")() == self.checkpoint_tokens
+        assert getattr(library, f"rwkv_{self.op}_checkpoint_tokens{self.family}")() == self.checkpoint_tokens
 
 
 def addresses(*tensors: Tensor | None) -> list[int | None]:

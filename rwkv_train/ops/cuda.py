@@ -31,10 +31,8 @@ _OF_AN_EARLIER_KERNEL = frozenset({700, *range(710, 720)})
 
 
 class Platform(NamedTuple):
-    """Where the kernels of ``cuda/OP/OP.cu`` run. There is one, :data:`CUDA`; the tests have another, on the CPU."""
+    """Where the kernels of ``cuda/OP/`` run. There is one, :data:`CUDA`; the tests have another, on the CPU."""
 
-    backend: str
-    """What operators call it: ``{op}_{backend}`` is registered with PyTorch."""
     dispatch_key: str
     load_library: Callable[[str], ctypes.CDLL]
     """Name of an operator -> its library, built where needed."""
@@ -76,7 +74,6 @@ def raise_on_error(library: ctypes.CDLL, op: str, name: str, code: int) -> None:
 
 
 CUDA = Platform(
-    backend="cuda_exact",
     dispatch_key="CUDA",
     load_library=load_cuda_library,
     on_device=torch.cuda.device,

@@ -1,6 +1,6 @@
-"""The exact CUDA backend of a recurrence, made from the functions that its source exports.
+"""The CUDA backends of a recurrence, made from the functions that its sources export.
 
-The source ``cuda/OP/OP.cu`` of the operator ``OP`` exports, for S sequences with T tokens in all::
+The source ``cuda/OP/OP.cu`` of the operator ``OP``, its exact kernels, exports, for S sequences with T tokens in all::
 
     rwkv_OP_checkpoint_tokens() -> tokens from one kept state to the next
     rwkv_OP_workspace_bytes(is_backward, S, T, *sizes of a token of v) -> bytes that the caller allocates
@@ -15,6 +15,10 @@ Log decay, bonus, states and their gradients are float32 there, all else is of `
 device: no value of it is read here, so that nothing is waited for and a CUDA graph can hold a call. Without it all
 sequences have T / S tokens. The gradients are those of all inputs, the state's the last; sequences and checkpoints as
 in ``compiled.py``.
+
+``cuda/OP/OP_chunked.cu``, the kernels on tensor cores, has its own ``checkpoint_tokens``, ``workspace_bytes``,
+``forward`` and ``backward``, whose names end in ``_chunked`` and the like (see :func:`chunked`). What is of ``dtype``
+must be bfloat16 there, and so are the checkpoints. A single token without gradients is the exact ``step`` in any form.
 """
 
 import ctypes
@@ -34,15 +38,37 @@ FLOAT32_INPUTS = ("w", "u", "state")
 """Inputs that a kernel reads in float32 whatever the dtype of the others: a decay is rounded at every token."""
 ALIGNMENT = 16
 """Bytes that a kernel may read at once. A view may begin anywhere in its memory; what is allocated is aligned."""
+CHUNKED_CHECKPOINT_TOKENS = 64
+
+
+def chunked(signature: Signature, form: str = "_chunked") -> Signature:
+    """Return the signature of an operator's kernels on tensor cores, from that of its exact ones.
+
+    All that is not in ``FLOAT32_INPUTS`` is brought to bfloat16 before it is read, whatever its dtype.
+
+    Args:
+        signature: of the exact kernels.
+        form: ``"_chunked"``, which chooses between the next two by sizes; ``"_chunked_whole"``, in which a block takes
+            a sequence through all of its tokens; ``"_chunked_segments"``, in which blocks take segments of a sequence
+            side by side; of wkv7 also ``"_chunked_bf16"``, which rounds the factors of every product to bfloat16.
+    """
+    return signature._replace(
+        form=form,
+        family="_chunked",
+        checkpoint_tokens=CHUNKED_CHECKPOINT_TOKENS,
+        checkpoint_dtype=torch.bfloat16,
+        dtype=torch.bfloat16,
+    )
 
 
 def cuda_recurrence(
-    signature: Signature, platform: Platform = CUDA
+    signature: Signature, backend: str, platform: Platform = CUDA
 ) -> tuple[Callable[[], ctypes.CDLL], Kernel]:
-    """Register the exact CUDA backend of an operator with PyTorch, as ``{op}_{backend}``. Nothing is built yet.
+    """Register a CUDA backend of an operator with PyTorch, as ``{op}_{backend}``. Nothing is built yet.
 
     Args:
         signature: how the source takes its tensors.
+        backend: what the operator calls it.
         platform: where its kernels run.
 
     Returns:
@@ -75,11 +101,12 @@ def cuda_recurrence(
         check_places(inputs, given, cu_seqlens)
         final_state = torch.empty_like(state, dtype=torch.float32, memory_format=torch.contiguous_format)
         checkpoints = final_state.new_empty(
-            signature.checkpoints_shape(*given, cu_seqlens) if keep_checkpoints else (0,)
+            signature.checkpoints_shape(*given, cu_seqlens) if keep_checkpoints else (0,),
+            dtype=signature.checkpoint_dtype,
         )
         if v.numel() == 0:  # nothing to launch
             return v.new_empty(v.shape), final_state.copy_(state), checkpoints
-        dtype = _common_dtype(inputs, given)
+        dtype = signature.dtype or _common_dtype(inputs, given)
         y = v.new_empty(v.shape, dtype=dtype)
         with platform.on_device(v.device):
             read = [_as_read(name, x, dtype) for name, x in zip(inputs, given, strict=True)]
@@ -107,7 +134,7 @@ def cuda_recurrence(
         check_places((*inputs[:-1], "dy", "d_final"), (*given, dy, d_final), cu_seqlens)
         if v.numel() == 0:
             return *(torch.zeros_like(x) for x in given), d_final.clone()
-        dtype = _common_dtype(inputs, given)
+        dtype = signature.dtype or _common_dtype(inputs, given)
         with platform.on_device(v.device):
             read = [_as_read(name, x, dtype) for name, x in zip(inputs, given, strict=False)]
             read += [checkpoints.contiguous(), _as_read("dy", dy, dtype), _as_read("state", d_final, dtype)]
@@ -131,12 +158,13 @@ def cuda_recurrence(
 
     run = register_recurrence(
         Recurrence(
-            name=f"{op}_{platform.backend}{signature.form}",
+            name=f"{op}_{backend}",
             inputs=inputs,
             dispatch_key=platform.dispatch_key,
             checkpoints_shape=signature.checkpoints_shape,
             forward=forward,
             backward=backward,
+            checkpoint_dtype=signature.checkpoint_dtype,
         )
     )
     return load, run
@@ -150,7 +178,7 @@ def declare(library: ctypes.CDLL, signature: Signature) -> None:
     # Beside the inputs: cu_seqlens and y, final_state, checkpoints, workspace; or cu_seqlens and checkpoints, dy,
     # d_final for the state, gradients, workspace; or y, final_state. The stream is the last of each.
     types: dict[str, tuple[type | None, Sequence[type]]] = {
-        "checkpoint_tokens": (integer, ()),
+        f"checkpoint_tokens{signature.family}": (integer, ()),
         f"workspace_bytes{form}": (size, (integer, integer, size, *sizes)),
         f"forward{form}": (integer, (integer, integer, size, *sizes, *(address,) * (n_inputs + 6))),
         f"backward{form}": (integer, (integer, integer, size, *sizes, *(address,) * (2 * n_inputs + 5))),

@@ -29,14 +29,15 @@ class Recurrence(NamedTuple):
     dispatch_key: str
     """``"CPU"``, or ``"CompositeExplicitAutograd"`` for every device."""
     checkpoints_shape: Callable[..., Sequence[int]]
-    """``(*inputs, cu_seqlens) ->`` the shape of the checkpoints, which are in the dtype of the state. It may not
-    depend on the values of cu_seqlens."""
+    """``(*inputs, cu_seqlens) ->`` the shape of the checkpoints. It may not depend on the values of cu_seqlens."""
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """``(*inputs, cu_seqlens, keep_checkpoints) -> (y, final_state, checkpoints)``; no checkpoints: an empty
     tensor."""
     backward: Callable[..., tuple[Tensor, ...]]
     """``(*inputs but the state, cu_seqlens, checkpoints, dy, d_final_state) ->`` the gradient of each input, the
     state too."""
+    checkpoint_dtype: torch.dtype | None = None
+    """Dtype of the checkpoints; ``None`` for that of the state."""
 
 
 def register_recurrence(recurrence: Recurrence) -> Kernel:
@@ -69,7 +70,8 @@ def register_recurrence(recurrence: Recurrence) -> Kernel:
         *given, state, cu_seqlens, keep = arguments
         v = given[value_index]
         shape = recurrence.checkpoints_shape(*given, state, cu_seqlens) if keep else (0,)
-        return v.new_empty(v.shape), state.new_empty(state.shape), state.new_empty(shape)
+        checkpoints = state.new_empty(shape, dtype=recurrence.checkpoint_dtype)
+        return v.new_empty(v.shape), state.new_empty(state.shape), checkpoints
 
     def backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
         *given, _cu_seqlens, _checkpoints, _dy, d_final = arguments

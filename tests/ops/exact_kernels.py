@@ -23,7 +23,7 @@ FORMS = [("wkv4", ""), ("wkv4", "_sequential"), ("wkv4", "_scan"), ("wkv5", ""),
 """Operators, each with a form of its kernels; without a name the source chooses."""
 
 
-class ExactKernel(NamedTuple):
+class CudaKernel(NamedTuple):
     """One form of an operator's kernels."""
 
     backend: str
@@ -35,14 +35,22 @@ class ExactKernel(NamedTuple):
         return self.row.load()
 
 
-def exact_kernels(platform: Platform) -> dict[tuple[str, str], ExactKernel]:
-    """Register all forms for a platform, which may be done once; by operator and form."""
-    found = {}
-    for op, form in FORMS:
-        backend, signature = f"{platform.backend}{form}", SIGNATURES[op]._replace(form=form)
-        row = OPERATORS[op].get(backend)
-        if row is None:
-            load, run = cuda_recurrence(signature, platform)
-            row = Backend(refuses=lambda problem: None, load=load, run=run)
-        found[op, form] = ExactKernel(backend, signature, row)
-    return found
+def exact_kernels(platform: Platform, name: str) -> dict[tuple[str, str], CudaKernel]:
+    """Register all forms for a platform, which may be done once; by operator and form.
+
+    Args:
+        name: of the backend without a form; ``"cuda_exact"`` is that of the tables.
+    """
+    return {
+        (op, form): cuda_kernel(SIGNATURES[op]._replace(form=form), f"{name}{form}", platform)
+        for op, form in FORMS
+    }
+
+
+def cuda_kernel(signature: Signature, backend: str, platform: Platform) -> CudaKernel:
+    """Return a backend of the tables, or register one of this name for a platform."""
+    row = OPERATORS[signature.op].get(backend)
+    if row is None:
+        load, run = cuda_recurrence(signature, backend, platform)
+        row = Backend(refuses=lambda problem: None, load=load, run=run)
+    return CudaKernel(backend, signature, row)

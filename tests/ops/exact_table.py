@@ -14,7 +14,7 @@ from rwkv_train.ops.context import PLAIN, packed_context
 from rwkv_train.ops.cuda import DTYPE_CODES, Platform
 from rwkv_train.ops.cuda_recurrence import FLOAT32_INPUTS
 from rwkv_train.ops.prepare import OPERATORS
-from tests.ops.exact_kernels import FORMS, SIGNATURES, ExactKernel
+from tests.ops.exact_kernels import FORMS, SIGNATURES, CudaKernel
 from tests.ops.test_cpp_memory import Guarded
 from tests.ops.test_linear_attention import CASES as LINEAR_CASES
 from tests.ops.test_packed import BFLOAT16_ONCE, LENGTHS, alone, boundaries, relative_error, results
@@ -85,7 +85,7 @@ class ExactTable:
     """What holds on every platform. A class of a test module names one."""
 
     platform: ClassVar[Platform]
-    kernels: ClassVar[dict[tuple[str, str], ExactKernel]]
+    kernels: ClassVar[dict[tuple[str, str], CudaKernel]]
     device: ClassVar[str]
 
     @pytest.fixture(autouse=True)

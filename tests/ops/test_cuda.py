@@ -24,7 +24,7 @@ every_op = pytest.mark.parametrize("op", list(SIGNATURES))
 
 class TestCuda(ExactTable):
     platform = CUDA
-    kernels = exact_kernels(CUDA)
+    kernels = exact_kernels(CUDA, "cuda_exact")
     device = "cuda"
 
     def call_of(self, operators, op, form, lengths):

@@ -9,9 +9,10 @@ import torch
 
 from rwkv_train.errors import BackendError
 from rwkv_train.ops.context import PLAIN, SequenceContext
-from rwkv_train.ops.cuda import CUDA, Platform
+from rwkv_train.ops.cuda import Platform
 from rwkv_train.ops.cuda_recurrence import check_places
 from rwkv_train.ops.prepare import OPERATORS
+from tests.ops.chunked_kernels import CHUNKED_FORMS, chunked_kernels
 from tests.ops.exact_kernels import FORMS, SIGNATURES, exact_kernels
 
 STREAM = 1234
@@ -48,12 +49,12 @@ class Notebook:
     def __getattr__(self, name):
         if not name.startswith("rwkv_"):
             raise AttributeError(name)
-        op, kind = name.removeprefix("rwkv_").split("_", 1)
+        kind = name.removeprefix("rwkv_").split("_", 1)[1]
         if name not in self.functions:
 
             def function(*arguments):
-                if kind == "checkpoint_tokens":
-                    return SIGNATURES[op].checkpoint_tokens
+                if kind.startswith("checkpoint_tokens"):
+                    return {"": 16, "_chunked": 64}[kind.removeprefix("checkpoint_tokens")]
                 if kind == "error":
                     return b"what CUDA says"
                 self.calls.append(Call(kind, arguments, self.is_on_device))
@@ -67,12 +68,18 @@ class Notebook:
 
 
 NOTEBOOK = Notebook()
-KERNELS = exact_kernels(
-    Platform("noted", "CPU", NOTEBOOK.load, NOTEBOOK.on_device, current_stream=lambda device: STREAM)
-)
+PLATFORM = Platform("CPU", NOTEBOOK.load, NOTEBOOK.on_device, current_stream=lambda device: STREAM)
+KERNELS = exact_kernels(PLATFORM, "noted") | chunked_kernels(PLATFORM, "noted_chunked")
 
 every_op = pytest.mark.parametrize("op", list(SIGNATURES))
-every_form = pytest.mark.parametrize(("op", "form"), FORMS, ids=[f"{op}{form}" for op, form in FORMS])
+every_form = pytest.mark.parametrize(
+    ("op", "form"),
+    [*FORMS, *CHUNKED_FORMS],
+    ids=[f"{op}{form}" for op, form in [*FORMS, *CHUNKED_FORMS]],
+)
+every_chunked_form = pytest.mark.parametrize(
+    ("op", "form"), CHUNKED_FORMS, ids=[f"{op}{form}" for op, form in CHUNKED_FORMS]
+)
 
 
 @pytest.fixture
@@ -155,6 +162,38 @@ def test_inputs_of_several_dtypes_are_read_in_float32(library, operators, op):
     assert y.dtype == torch.bfloat16
 
 
+@every_chunked_form
+def test_a_chunked_form_reads_bfloat16_and_gives_every_gradient_the_dtype_of_its_input(
+    library, operators, op, form
+):
+    inputs = [x.requires_grad_() for x in operators[op].problem().inputs]
+    inputs[3] = inputs[3].detach().bfloat16().requires_grad_()
+    y, final_state = operators[op].run(*inputs, PLAIN, backend=f"noted{form}")
+    assert (y.dtype, final_state.dtype) == (torch.bfloat16, torch.float32)
+    gradients = torch.autograd.grad((y, final_state), inputs, (y, final_state))
+    assert [x.dtype for x in gradients] == [x.dtype for x in inputs]
+    for name in ("forward", "backward"):
+        assert library.last(f"{name}{form}").arguments[0] == 1
+
+
+@every_chunked_form
+def test_a_chunked_form_keeps_a_state_in_bfloat16_every_64_tokens(library, operators, op, form):
+    inputs = operators[op].problem(n_tokens=100).inputs
+    forward = getattr(torch.ops.rwkv_train, f"{op}_noted{form}")
+    checkpoints = forward(*inputs, None, True)[2]
+    assert checkpoints.shape == (2 * 100 // 64 + 2, 2, 8, 8)
+    assert checkpoints.dtype == torch.bfloat16
+    assert library.last(f"forward{form}").arguments[-3] == checkpoints.data_ptr()
+
+
+@every_chunked_form
+@pytest.mark.parametrize("keep_checkpoints", [True, False])
+def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones(library, operators, op, form, keep_checkpoints):
+    inputs = operators[op].problem(n_tokens=100).inputs
+    operator = getattr(torch.ops.rwkv_train, f"{op}_noted{form}").default
+    torch.library.opcheck(operator, (*inputs, None, keep_checkpoints), test_utils="test_faketensor")
+
+
 @every_op
 def test_without_gradients_one_token_of_each_row_is_a_step(library, operators, op):
     run(operators, op, n_tokens=1)
@@ -162,6 +201,12 @@ def test_without_gradients_one_token_of_each_row_is_a_step(library, operators, o
     dtype, n_sequences, *rest = library.calls[0].arguments
     assert (dtype, n_sequences) == (0, 2)
     assert len(rest) == count(op) + len(SIGNATURES[op].inputs) + 3
+
+
+@every_chunked_form
+def test_a_step_of_a_chunked_form_is_that_of_the_exact_kernels(library, operators, op, form):
+    run(operators, op, form, n_tokens=1)
+    assert [call.name for call in library.calls] == ["step"]
 
 
 @every_op
@@ -237,7 +282,7 @@ def test_tensors_of_several_devices_are_refused():
 @every_op
 def test_the_backend_of_the_table_is_the_one_for_cuda(op):
     """Registered for CUDA tensors alone, under a name that says which kernels these are."""
-    name = f"rwkv_train::{op}_{CUDA.backend}"
-    for operator in (name, f"{name}_backward"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA")
-        assert not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CPU")
+    for backend in (name for name in OPERATORS[op] if name.startswith("cuda")):
+        for operator in (f"rwkv_train::{op}_{backend}", f"rwkv_train::{op}_{backend}_backward"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA")
+            assert not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CPU")

@@ -11,4 +11,4 @@ SIGNATURE = Signature(
     shared=("w", "u"),
 )
 
-load, wkv4_cuda_exact = cuda_recurrence(SIGNATURE)
+load, wkv4_cuda_exact = cuda_recurrence(SIGNATURE, "cuda_exact")

@@ -11,4 +11,4 @@ SIGNATURE = Signature(
     shared=("w", "u"),
 )
 
-load, wkv5_cuda_exact = cuda_recurrence(SIGNATURE)
+load, wkv5_cuda_exact = cuda_recurrence(SIGNATURE, "cuda_exact")

@@ -11,4 +11,4 @@ SIGNATURE = Signature(
     shared=("u",),
 )
 
-load, wkv6_cuda_exact = cuda_recurrence(SIGNATURE)
+load, wkv6_cuda_exact = cuda_recurrence(SIGNATURE, "cuda_exact")

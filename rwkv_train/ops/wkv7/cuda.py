@@ -10,4 +10,4 @@ SIGNATURE = Signature(
     checkpoint_tokens=16,
 )
 
-load, wkv7_cuda_exact = cuda_recurrence(SIGNATURE)
+load, wkv7_cuda_exact = cuda_recurrence(SIGNATURE, "cuda_exact")
