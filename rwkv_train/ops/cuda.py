@@ -10,12 +10,14 @@ import torch
 from rwkv_train.errors import BackendError
 from rwkv_train.ops.backends import Problem
 from rwkv_train.ops.cuda_build import load_cuda_library
-from rwkv_train.ops.cuda_toolkit import OLDEST_ARCHITECTURE
+from rwkv_train.ops.cuda_toolkit import OLDEST_ARCHITECTURE, OLDEST_WITH_BFLOAT16
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """How the sources number the dtypes; the same in ``cuda/common/gpu.cuh``."""
 LARGEST_HEAD = 128
 HEAD_STEP = 8
+CHUNKED_HEADS = (64, 128)
+"""Head sizes of the kernels on tensor cores, each with code of its own."""
 
 _NEEDS_OTHER_BUILD = {
     35: "the driver is too old for the CUDA that built it; update the driver, or build with an older nvcc",
@@ -53,6 +55,19 @@ def refuses_cuda_exact(problem: Problem) -> str | None:
         return f"it needs head sizes of {HEAD_STEP} to {LARGEST_HEAD} in steps of {HEAD_STEP}, not {N}"
     if problem.capability is not None and problem.capability < OLDEST_ARCHITECTURE:
         return f"it needs a GPU of sm_{OLDEST_ARCHITECTURE} or later, not sm_{problem.capability}"
+    return None
+
+
+def refuses_cuda(problem: Problem) -> str | None:
+    """Say why a CUDA backend on tensor cores cannot run a problem, or ``None``."""
+    if problem.device_type != "cuda":
+        return f"it needs CUDA tensors, not {problem.device_type}"
+    if problem.dtype != torch.bfloat16:
+        return f"it computes with values in torch.bfloat16, not {problem.dtype}"
+    if problem.head_size not in CHUNKED_HEADS:
+        return f"it needs head sizes of {' or '.join(map(str, CHUNKED_HEADS))}, not {problem.head_size}"
+    if problem.capability is not None and problem.capability < OLDEST_WITH_BFLOAT16:
+        return f"it needs a GPU of sm_{OLDEST_WITH_BFLOAT16} or later, not sm_{problem.capability}"
     return None
 
 

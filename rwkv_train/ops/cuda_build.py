@@ -35,6 +35,7 @@ from rwkv_train.ops.cuda_driver import Chip, Driver, Version, ask_driver
 from rwkv_train.ops.cuda_toolkit import (
     OLDEST_ARCHITECTURE,
     OLDEST_OF_CUDA_13,
+    OLDEST_WITH_BFLOAT16,
     Toolkit,
     check_architectures,
     explain_nvcc,
@@ -47,7 +48,7 @@ from rwkv_train.ops.cuda_toolkit import (
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_75")
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_80")
 """What a library for every machine holds: code for each family of chips, and what the driver of any later one can
 compile when it is loaded."""
 
@@ -241,9 +242,13 @@ def load_cuda_library(
 
 
 def runs_on(chip: str, architectures: Sequence[str]) -> bool:
-    """Tell whether a library of these architectures has code for a chip, or what its driver can make code of."""
+    """Tell whether a library of these architectures has code for a chip, or what its driver can make code of.
+
+    PTX for chips without tensor cores for bfloat16 does not serve one that has them: kernels would stop there.
+    """
+    oldest = OLDEST_WITH_BFLOAT16 if number_of(chip) >= OLDEST_WITH_BFLOAT16 else OLDEST_ARCHITECTURE
     ptx = (number_of(name) for name in architectures if name.startswith("compute_"))
-    return _has_code_for(chip, architectures) or any(number <= number_of(chip) for number in ptx)
+    return _has_code_for(chip, architectures) or any(oldest <= number <= number_of(chip) for number in ptx)
 
 
 def _has_code_for(chip: str, architectures: Sequence[str]) -> bool:

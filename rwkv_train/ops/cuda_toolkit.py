@@ -19,6 +19,8 @@ OLDEST_ARCHITECTURE = 70
 """Volta. Older chips lack what the kernels take for granted."""
 OLDEST_OF_CUDA_13 = 75
 """Turing. CUDA 13 dropped what is older, so Volta takes a toolkit of CUDA 11 or 12."""
+OLDEST_WITH_BFLOAT16 = 80
+"""Ampere, the first whose tensor cores multiply bfloat16. In code for older chips, kernels on tensor cores stop."""
 OLDEST_CUDA: Version = (11, 8)
 HOST_COMPILERS = ("g++", "clang++")
 

@@ -499,13 +499,15 @@ def test_volta_beside_a_newer_chip_does_not_keep_that_from_its_kernels(workshop)
         ("sm_90", ["sm_89"], False),
         ("sm_103", ["sm_100"], True),
         ("sm_110", ["sm_100"], False),
-        ("sm_110", ["sm_100", "compute_75"], True),
+        ("sm_110", ["sm_100", "compute_80"], True),
+        ("sm_110", ["sm_75", "compute_75"], False),  # kernels on tensor cores would stop
+        ("sm_75", ["compute_70"], True),
         ("sm_75", ["sm_80", "compute_80"], False),
         *((chip, ARCHITECTURES, True) for chip in ("sm_75", "sm_87", "sm_89", "sm_103", "sm_121", "sm_130")),
     ],
 )
 def test_which_chips_a_library_runs_on(chip, holds, runs):
-    """NVIDIA's rules of binary compatibility: within a family upwards; PTX on all that is later."""
+    """NVIDIA's rules of binary compatibility: within a family upwards; PTX on all that is later, less one of ours."""
     assert runs_on(chip, holds) is runs
 
 
@@ -577,7 +579,7 @@ def test_no_driver_is_said():
 def test_every_operator_has_a_cuda_source_that_is_found():
     assert set(cuda_operators()) >= {"wkv4", "wkv5", "wkv6", "wkv7"}
     source = find_source("wkv7")
-    assert [unit.name for unit in source.units] == ["wkv7.cu"]
+    assert "wkv7.cu" in {unit.name for unit in source.units}
     assert "gpu.cuh" in {header.name for header in source.headers}
 
 
