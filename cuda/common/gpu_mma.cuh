@@ -13,7 +13,8 @@
 //     b [8, 8]    b[0]: row t, column g              b[1]: row t+4, column g
 //   c [16, 8]     c[0], c[1]: row g, columns 2t, 2t+1   c[2], c[3]: row g+8, columns 2t, 2t+1
 //
-// All lanes of the warp must come to an mma or ldmatrix together.
+// All lanes of the warp must come to an mma or ldmatrix together. What is compiled for an older chip traps: a library
+// holds its other kernels for that one too.
 
 #pragma once
 
@@ -89,6 +90,7 @@ __device__ __forceinline__ unsigned shared_address(const void* shared) {
 template <int kCount>
 __device__ __forceinline__ void ldmatrix(unsigned (&registers)[kCount], const void* row) {
   static_assert(kCount == 1 || kCount == 2 || kCount == 4, "ldmatrix reads 1, 2 or 4 matrices");
+#if __CUDA_ARCH__ >= 800
   const unsigned from = shared_address(row);
   if constexpr (kCount == 1)
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(registers[0]) : "r"(from) : "memory");
@@ -102,12 +104,16 @@ __device__ __forceinline__ void ldmatrix(unsigned (&registers)[kCount], const vo
                  : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
                  : "r"(from)
                  : "memory");
+#else
+  __trap();
+#endif
 }
 
 // The same, each matrix transposed: rows 2t and 2t+1, column g.
 template <int kCount>
 __device__ __forceinline__ void ldmatrix_transposed(unsigned (&registers)[kCount], const void* row) {
   static_assert(kCount == 1 || kCount == 2 || kCount == 4, "ldmatrix reads 1, 2 or 4 matrices");
+#if __CUDA_ARCH__ >= 800
   const unsigned from = shared_address(row);
   if constexpr (kCount == 1)
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
@@ -124,6 +130,9 @@ __device__ __forceinline__ void ldmatrix_transposed(unsigned (&registers)[kCount
                  : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
                  : "r"(from)
                  : "memory");
+#else
+  __trap();
+#endif
 }
 
 // Starts a copy of kBytes (4, 8 or 16) from global to shared memory, both at multiples of kBytes; zeros where not
