@@ -61,7 +61,7 @@ def register_recurrence(recurrence: Recurrence) -> Kernel:
     }
     for operator, (schema, function) in schemas.items():
         _LIBRARY.define(operator + schema)  # type: ignore[no-untyped-call]
-        _LIBRARY.impl(operator, _without_autocast(function), recurrence.dispatch_key)  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(operator, without_autocast(function), recurrence.dispatch_key)  # type: ignore[no-untyped-call]
     forward_op = getattr(torch.ops.rwkv_train, name).default
     backward_op = getattr(torch.ops.rwkv_train, f"{name}_backward").default
     value_index = inputs.index("v")
@@ -109,7 +109,7 @@ def register_recurrence(recurrence: Recurrence) -> Kernel:
     return kernel
 
 
-def _without_autocast(function: Callable[..., R]) -> Callable[..., R]:
+def without_autocast(function: Callable[..., R]) -> Callable[..., R]:
     """Run with autocast off: an operator takes what it gets, and its inner products stay in float32."""
 
     def run(*arguments: Any) -> R:
