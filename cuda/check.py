@@ -5,7 +5,7 @@
     .venv/bin/python cuda/check.py wkv7 --arch sm_90
 
 It needs nvcc and no GPU. It fails where a source does not compile, a library lacks a function that Python calls, or a
-kernel spills registers into memory.
+kernel spills registers into memory on a chip that runs it.
 """
 
 import argparse
@@ -24,15 +24,33 @@ from typing import NamedTuple
 
 from rwkv_train.errors import BackendError
 from rwkv_train.ops.cuda_build import ARCHITECTURES, FLAGS, LINK_FLAGS, cuda_operators, find_source
-from rwkv_train.ops.cuda_toolkit import Toolkit, check_architectures, find_toolkit, host_compiler
+from rwkv_train.ops.cuda_toolkit import (
+    OLDEST_WITH_BFLOAT16,
+    Toolkit,
+    check_architectures,
+    find_toolkit,
+    host_compiler,
+    number_of,
+)
 
 STRICT = ("-Xptxas", "-v", "-Werror", "all-warnings")
 STRICT_HOST = ("-Xcompiler", "-Wall,-Wextra,-Wno-unused-parameter")
 WHOLE = "sm_90"
 """Compiled with its host code and linked; for the others the device code alone, which is most of the time."""
-FUNCTIONS = ("checkpoint_tokens", "workspace_bytes", "forward", "backward", "step", "error")
+FUNCTIONS = ("checkpoint_tokens", "step", "error")
+FUNCTIONS_OF_FORM = ("workspace_bytes", "forward", "backward")
+CHUNKED = "_chunked"
+"""Ending of the name of a source of kernels on tensor cores, and of the names of what it exports."""
+CHUNKED_FORMS = (CHUNKED, f"{CHUNKED}_whole", f"{CHUNKED}_segments")
+FORMS = {
+    "wkv4": ("", "_sequential", "_scan"),
+    "wkv5": ("", *CHUNKED_FORMS),
+    "wkv6": ("", *CHUNKED_FORMS),
+    "wkv7": ("", *CHUNKED_FORMS, f"{CHUNKED}_bf16"),
+}
+"""Endings of the names of ``FUNCTIONS_OF_FORM`` in the library of an operator."""
 SPILLS_ALLOWED: dict[str, str] = {}
-"""Kernels that may spill, as ``"wkv7/backward_kernel<64>"``, each with the reason."""
+"""Kernels that may spill, as ``"wkv7_chunked/backward_kernel<64>"`` after the source, each with the reason."""
 
 
 class Kernel(NamedTuple):
@@ -98,8 +116,8 @@ def readable_names(names: Sequence[str]) -> list[str]:
 
 
 def short_name(name: str) -> str:
-    """Drop the type, namespaces and arguments of a function: ``void (anonymous namespace)::f<64>(int)`` is f<64>."""
-    name = re.sub(r"\(anonymous namespace\)::|\(int\)", "", name.removeprefix("void "))
+    """Drop types, namespaces and arguments: ``void (anonymous namespace)::f<(int)64, (bool)1>(int)`` is f<64, 1>."""
+    name = re.sub(r"\(anonymous namespace\)::|\([\w: ]+\)(?=[-\w])", "", name.removeprefix("void "))
     return re.sub(r"^(\w+::)*", "", name.partition("(")[0])
 
 
@@ -124,8 +142,16 @@ def check_library(op: str, toolkit: Toolkit, folder: Path) -> list[str]:
         loaded = ctypes.CDLL(str(library))
     except OSError as error:
         return [f"{op}: cannot be loaded: {error}"]
-    names = [f"rwkv_{op}_{function}" for function in FUNCTIONS]
-    return [f"{op}: exports no function {name}" for name in names if not hasattr(loaded, name)]
+    return [f"{op}: exports no function {name}" for name in functions_of(op) if not hasattr(loaded, name)]
+
+
+def functions_of(op: str) -> list[str]:
+    """Return the names of the functions that Python calls."""
+    forms = FORMS[op]
+    names = [*FUNCTIONS, *(f"{name}{form}" for form in forms for name in FUNCTIONS_OF_FORM)]
+    if CHUNKED in forms:
+        names.append(f"checkpoint_tokens{CHUNKED}")
+    return [f"rwkv_{op}_{name}" for name in names]
 
 
 def print_table(results: Sequence[Result]) -> None:
@@ -134,7 +160,7 @@ def print_table(results: Sequence[Result]) -> None:
     print("\nEach cell: registers of a thread / bytes of fixed shared memory / bytes spilled")
     for source in dict.fromkeys(result.source for result in results):
         of_source = {result.architecture: result for result in results if result.source == source}
-        rows = [[str(source.parent.name), *architectures]]
+        rows = [[source.stem, *architectures]]
         names = dict.fromkeys(kernel.name for result in of_source.values() for kernel in result.kernels)
         for name in names:
             cells = [
@@ -160,9 +186,16 @@ def problems_of(results: Sequence[Result]) -> list[str]:
         found += [
             f"{where}: {kernel.name} spills {kernel.spilled_bytes} bytes of {kernel.registers} registers"
             for kernel in result.kernels
-            if kernel.spilled_bytes and f"{result.source.parent.name}/{kernel.name}" not in SPILLS_ALLOWED
+            if kernel.spilled_bytes
+            and runs_on(result.source, result.architecture)
+            and f"{result.source.stem}/{kernel.name}" not in SPILLS_ALLOWED
         ]
     return found
+
+
+def runs_on(source: Path, architecture: str) -> bool:
+    """Tell whether Python runs the kernels of a source on chips of an architecture; they are compiled in any case."""
+    return not source.stem.endswith(CHUNKED) or number_of(architecture) >= OLDEST_WITH_BFLOAT16
 
 
 def _cell(kernel: Kernel) -> str:

@@ -4,6 +4,7 @@ import runpy
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +21,7 @@ from rwkv_train.ops.cuda_build import (
     runs_on,
 )
 from rwkv_train.ops.cuda_driver import Chip, Driver, ask_driver
+from rwkv_train.ops.cuda_recurrence import chunked, declare
 from rwkv_train.ops.cuda_toolkit import (
     Toolkit,
     check_architectures,
@@ -28,6 +30,17 @@ from rwkv_train.ops.cuda_toolkit import (
     host_compiler,
     why_driver_refuses,
 )
+from tests.ops.chunked_kernels import CHUNKED_FORMS
+from tests.ops.exact_kernels import FORMS, SIGNATURES
+
+
+class Named:
+    """A library that has every function it is asked for, as attributes from then on."""
+
+    def __getattr__(self, name):
+        setattr(self, name, SimpleNamespace())
+        return getattr(self, name)
+
 
 H100 = Chip("NVIDIA H100", "sm_90")
 V100 = Chip("Tesla V100", "sm_70")
@@ -605,6 +618,32 @@ def test_the_table_of_the_check_reads_the_assembler():
     result = check["Result"](CHECK, "sm_90", 1.0, None, tuple(kernels))
     (problem,) = check["problems_of"]([result])
     assert "backward_kernel<64> spills 160 bytes" in problem
+    name = "void (anonymous namespace)::kernel<(int)64, (bool)1, -(int)1>(float const*, int)"
+    assert check["short_name"](name) == "kernel<64, 1, -1>"
+
+
+def test_the_check_lets_kernels_spill_on_chips_that_never_run_them():
+    check = runpy.run_path(str(CHECK))
+    spills = (check["Kernel"]("kernel", 255, 0, 8),)
+    problems = check["problems_of"](
+        check["Result"](Path(f"wkv7/{unit}.cu"), architecture, 1.0, None, spills)
+        for unit in ("wkv7", "wkv7_chunked")
+        for architecture in ("sm_75", "sm_80", "compute_80")
+    )
+    assert len(problems) == 5
+    assert not any("wkv7_chunked.cu for sm_75" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("op", list(SIGNATURES))
+def test_the_check_looks_for_every_function_that_python_calls(op):
+    signatures = [
+        *(SIGNATURES[op]._replace(form=form) for name, form in FORMS if name == op),
+        *(chunked(SIGNATURES[op], form) for name, form in CHUNKED_FORMS if name == op),
+    ]
+    called = Named()
+    for signature in signatures:
+        declare(called, signature)
+    assert set(runpy.run_path(str(CHECK))["functions_of"](op)) == set(vars(called))
 
 
 def real_toolkit():
