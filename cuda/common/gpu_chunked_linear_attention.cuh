@@ -38,6 +38,13 @@ struct Inputs {
   const float* w;
   const uint16_t *k, *v;
   const float* u;
+
+  Inputs(const void* r, const float* w, const void* k, const void* v, const float* u)
+      : r(static_cast<const uint16_t*>(r)),
+        w(w),
+        k(static_cast<const uint16_t*>(k)),
+        v(static_cast<const uint16_t*>(v)),
+        u(u) {}
 };
 
 inline bool can_run(const Heads& heads) {
