@@ -40,7 +40,7 @@ WHOLE = "sm_90"
 FUNCTIONS = ("checkpoint_tokens", "step", "error")
 FUNCTIONS_OF_FORM = ("workspace_bytes", "forward", "backward")
 CHUNKED = "_chunked"
-"""Ending of the name of a source of kernels on tensor cores, and of the names of what it exports."""
+"""Part of the name of a source of kernels on tensor cores, and of the names of what it exports."""
 CHUNKED_FORMS = (CHUNKED, f"{CHUNKED}_whole", f"{CHUNKED}_segments")
 FORMS = {
     "wkv4": ("", "_sequential", "_scan"),
@@ -50,7 +50,7 @@ FORMS = {
 }
 """Endings of the names of ``FUNCTIONS_OF_FORM`` in the library of an operator."""
 SPILLS_ALLOWED: dict[str, str] = {}
-"""Kernels that may spill, as ``"wkv7_chunked/backward_kernel<64>"`` after the source, each with the reason."""
+"""Kernels that may spill, as ``"wkv7_chunked_backward/backward_kernel<64>"`` after the source, each with the reason."""
 
 
 class Kernel(NamedTuple):
@@ -195,7 +195,7 @@ def problems_of(results: Sequence[Result]) -> list[str]:
 
 def runs_on(source: Path, architecture: str) -> bool:
     """Tell whether Python runs the kernels of a source on chips of an architecture; they are compiled in any case."""
-    return not source.stem.endswith(CHUNKED) or number_of(architecture) >= OLDEST_WITH_BFLOAT16
+    return CHUNKED not in source.stem or number_of(architecture) >= OLDEST_WITH_BFLOAT16
 
 
 def _cell(kernel: Kernel) -> str:

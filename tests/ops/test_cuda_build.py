@@ -627,11 +627,11 @@ def test_the_check_lets_kernels_spill_on_chips_that_never_run_them():
     spills = (check["Kernel"]("kernel", 255, 0, 8),)
     problems = check["problems_of"](
         check["Result"](Path(f"wkv7/{unit}.cu"), architecture, 1.0, None, spills)
-        for unit in ("wkv7", "wkv7_chunked")
+        for unit in ("wkv7", "wkv7_chunked_forward")
         for architecture in ("sm_75", "sm_80", "compute_80")
     )
     assert len(problems) == 5
-    assert not any("wkv7_chunked.cu for sm_75" in problem for problem in problems)
+    assert not any("wkv7_chunked_forward.cu for sm_75" in problem for problem in problems)
 
 
 @pytest.mark.parametrize("op", list(SIGNATURES))
