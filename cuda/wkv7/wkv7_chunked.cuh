@@ -256,11 +256,13 @@ struct StateRows {
     }
   }
 
-  __device__ __forceinline__ void set_zero() {
+  // x times the identity.
+  __device__ __forceinline__ void set_diagonal(float x, int row) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[tile][i] = 0.f;
+      for (int i = 0; i < 4; ++i)
+        s[tile][i] = row + lane_g() + i / 2 * 8 == 8 * tile + 2 * lane_t() + i % 2 ? x : 0.f;
   }
 };
 
