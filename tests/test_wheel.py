@@ -56,6 +56,9 @@ def test_every_source_file_is_in_the_wheel(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     wanted = {path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "rwkv_train").rglob("*.py")}
+    wanted |= {
+        path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "rwkv_train/ops/measured").iterdir()
+    }
     for folder in ("configs", "cuda"):
         wanted |= {
             f"rwkv_train/_{path.relative_to(CHECKOUT).as_posix()}"

@@ -1,19 +1,33 @@
 """Which implementation of an operator runs: a pure choice, and the loading that follows it.
 
-An operator has a table of backends, fastest first. The choice sees a :class:`Problem`, not tensors, so what
-a GPU would get can be tested on a laptop. Loading (a compiled backend is built on first use) happens once,
-before the first step; the code that is traced afterwards calls only ``torch.ops.rwkv_train.*``.
+An operator has a table of backends, in the usual order of their speed. The choice sees a :class:`Problem` and the
+speeds that were measured on its chip (:mod:`rwkv_train.ops.crossover`), not tensors, so what a GPU would get can be
+tested on a laptop. Loading (a compiled backend is built on first use) happens once, before the first step; the code
+that is traced afterwards calls only ``torch.ops.rwkv_train.*``.
 """
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwkv_train.errors import BackendError
+from rwkv_train.ops.chip import chip_name
+from rwkv_train.ops.crossover import (
+    COMMITTED_FOLDER,
+    FORWARD,
+    FORWARD_BACKWARD,
+    Case,
+    Chip,
+    Speeds,
+    find_tables,
+    look_up,
+    power_of_two_near,
+    user_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +38,10 @@ Kernel = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Problem(NamedTuple):
-    """All that a choice of backend may depend on. Lengths and batch sizes do not matter to it."""
+    """All that a choice of backend may depend on.
+
+    Sizes are powers of two, so that there are few problems: each is chosen for once a process.
+    """
 
     device_type: str
     """``"cpu"`` or ``"cuda"``, as in ``torch.device.type``."""
@@ -36,11 +53,54 @@ class Problem(NamedTuple):
     """Whether one row holds several sequences."""
     capability: int | None = None
     """Of a CUDA device its compute capability, 86 for sm_86; ``None`` for another device, or where it is unknown."""
+    chip: str | None = None
+    """Name of the device; ``None`` where it is unknown."""
+    n_recurrences: int | None = None
+    """Sequences times heads (B H), without heads sequences times channels (B C): the power of two near to it. ``None``
+    where it is unknown, as in a graph that is traced for many sizes."""
+    n_tokens: int | None = None
+    """Tokens of a sequence (T), of a packed row the mean: the power of two near to it. ``None`` likewise."""
+    needs_backward: bool = False
+    """Whether a backward pass follows."""
 
 
-def problem_of(v: Tensor, head_size: int | None, *, is_packed: bool) -> Problem:
-    """Return the problem that an operator has with these values; safe to trace."""
-    return Problem(v.device.type, v.dtype, head_size, is_packed, capability_of(v.device))
+def problem_of(
+    v: Tensor, head_size: int | None, *, is_packed: bool, n_sequences: int | None = None
+) -> Problem:
+    """Return the problem that an operator has with these values; safe to trace.
+
+    Args:
+        v: values, ``[B, T, H, N]``, without heads ``[B, T, C]``.
+        head_size: channels in one head (N), ``None`` for an operator without heads.
+        is_packed: whether the one row holds several sequences.
+        n_sequences: how many there are, empty ones too; those of a plain batch (B) if ``None``.
+    """
+    batch, n_tokens, width = v.shape[:3]
+    n_sequences = batch if n_sequences is None else n_sequences
+    n_recurrences = mean_tokens = None
+    if not _any_open(batch, n_tokens, width, n_sequences):
+        n_recurrences = power_of_two_near(n_sequences * width)
+        mean_tokens = power_of_two_near(batch * n_tokens // max(1, n_sequences))
+    return Problem(
+        v.device.type,
+        v.dtype,
+        head_size,
+        is_packed,
+        capability_of(v.device),
+        chip_name(v.device),
+        n_recurrences,
+        mean_tokens,
+        torch.is_grad_enabled() and v.requires_grad,
+    )
+
+
+def _any_open(*sizes: int) -> bool:
+    """Tell whether a graph is being traced for any value of a size; to look at it would settle it for one."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value  # noqa: PLC0415 - slow to import
+
+        return not all(has_static_value(size) for size in sizes)
+    return torch.SymInt in map(type, sizes)
 
 
 def capability_of(device: torch.device) -> int | None:
@@ -70,6 +130,8 @@ class Backend(NamedTuple):
     run: Kernel
     """The kernel, with the operator's tensor arguments and then cu_seqlens or ``None``; safe to trace. (What is
     not registered with PyTorch, like ``reference``, can be traced with a plain batch only.)"""
+    in_auto: bool = True
+    """Whether ``"auto"`` may choose it. What buys speed with precision is for those who ask for it by name."""
 
 
 class ResolvedBackend(NamedTuple):
@@ -77,7 +139,10 @@ class ResolvedBackend(NamedTuple):
 
     name: str
     reason: str
-    """One sentence for the log: why this one, and why none of the faster ones."""
+    """One sentence for the log: why this one, by which measured times, and why none that stands before it."""
+
+
+NOTHING_MEASURED = Speeds({}, "no speeds were measured")
 
 
 def choose_backend(
@@ -85,27 +150,24 @@ def choose_backend(
     problem: Problem,
     name: str,
     unavailable: Mapping[str, str] | None = None,
+    speeds: Speeds = NOTHING_MEASURED,
 ) -> ResolvedBackend:
     """Choose the backend that runs a problem. Pure: nothing is loaded and no machine is looked at.
 
     Args:
-        backends: the operator's table, fastest first.
+        backends: the operator's table, in the usual order of speed.
         problem: what is to be computed.
-        name: a name from the table, or ``"auto"`` for the first that does not refuse.
+        name: a name from the table, or ``"auto"``: of those that do not refuse the fastest that was measured, where
+            none was the first of the table.
         unavailable: names that could not be loaded, each with its sentence; ``"auto"`` passes them over.
+        speeds: what was measured of problems like this.
 
     Raises:
         BackendError: there is no backend of this name, it refuses, or (for ``"auto"``) all refuse.
     """
     unavailable = unavailable or {}
     if name == AUTO:
-        passed_over: list[str] = []
-        for candidate, backend in backends.items():
-            why_not = unavailable.get(candidate) or backend.refuses(problem)
-            if why_not is None:
-                return ResolvedBackend(candidate, _explain(candidate, passed_over))
-            passed_over.append(f"not {candidate}: {why_not}")
-        raise BackendError(f"no backend can run this problem ({'; '.join(passed_over)})")
+        return _choose_fastest(backends, problem, unavailable, speeds)
     if name not in backends:
         names = ", ".join((AUTO, *backends))
         raise BackendError(f"there is no backend '{name}'; choose one of {names}")
@@ -115,15 +177,58 @@ def choose_backend(
     return ResolvedBackend(name, f"'{name}' was asked for by name")
 
 
-def resolve_backend(backends: Mapping[str, Backend], problem: Problem, name: str) -> ResolvedBackend:
+def _choose_fastest(
+    backends: Mapping[str, Backend], problem: Problem, unavailable: Mapping[str, str], speeds: Speeds
+) -> ResolvedBackend:
+    why_not = {
+        name: unavailable.get(name) or backend.refuses(problem)
+        for name, backend in backends.items()
+        if backend.in_auto
+    }
+    runnable = [name for name, reason in why_not.items() if reason is None]
+    if not runnable:
+        refusals = "; ".join(f"not {name}: {reason}" for name, reason in why_not.items())
+        raise BackendError(f"no backend can run this problem ({refusals})")
+    times = speeds.milliseconds
+    measured = sorted((name for name in runnable if name in times), key=times.__getitem__)
+    chosen = measured[0] if measured else runnable[0]
+    before = list(why_not)[: list(why_not).index(chosen)]
+    notes = [f"not {name}: {why_not[name]}" for name in before if why_not[name] is not None]
+    if measured:
+        notes += [
+            f"{name} was not measured there" for name in before if why_not[name] is None and name not in times
+        ]
+        return ResolvedBackend(chosen, _explain_measured(measured, speeds, notes))
+    here = f" that can run here ({'; '.join(notes)})" if notes else ""
+    return ResolvedBackend(chosen, f"'{chosen}' is the first in the usual order{here}; {speeds.said}")
+
+
+def _explain_measured(measured: Sequence[str], speeds: Speeds, notes: Sequence[str]) -> str:
+    times = ", ".join(f"{name} {speeds.milliseconds[name]:.3g} ms" for name in measured)
+    return f"'{measured[0]}' is the fastest by measurement ({'; '.join((times, speeds.said, *notes))})"
+
+
+def resolve_backend(
+    backends: Mapping[str, Backend], problem: Problem, name: str, speeds: Speeds = NOTHING_MEASURED
+) -> ResolvedBackend:
     """Choose a backend and load it. Only ``"auto"`` goes on to the next one where loading fails.
 
     Raises:
         BackendError: as :func:`choose_backend`, or the backend asked for by name cannot be loaded.
     """
-    unavailable: dict[str, str] = {}
+    return _resolve(backends, problem, name, speeds, {})
+
+
+def _resolve(
+    backends: Mapping[str, Backend],
+    problem: Problem,
+    name: str,
+    speeds: Speeds,
+    unavailable: dict[str, str],
+) -> ResolvedBackend:
+    """Do so; what cannot be loaded is added to ``unavailable``."""
     while True:
-        choice = choose_backend(backends, problem, name, unavailable)
+        choice = choose_backend(backends, problem, name, unavailable, speeds)
         try:
             backends[choice.name].load()
         except BackendError as error:
@@ -156,34 +261,37 @@ def kernel_for(op: str, problem: Problem, name: str) -> Kernel:
         BackendError: ``name`` cannot run the problem.
     """
     if name == AUTO:
-        name = _auto_name(op, *problem)
+        # A graph takes in what is made of constants; a step of generation comes by here for every layer.
+        is_traced = torch.compiler.is_compiling()
+        name = _auto_name(op, *problem) if is_traced else _resolve_auto(op, problem).name
     else:
         choose_backend(_TABLES[op], problem, name)
     return _TABLES[op][name].run
 
 
+def speeds_for(op: str, problem: Problem) -> Speeds:
+    """Return what the tables of this machine and of this package say of an operator's speeds for a problem."""
+    chip = None if problem.chip is None else Chip(problem.chip, problem.capability)
+    folders = tuple(folder for folder in (user_folder(), COMMITTED_FOLDER) if folder is not None)
+    tables = () if chip is None else find_tables(chip, folders)
+    dtype = str(problem.dtype).removeprefix("torch.")
+    case = Case(op, problem.head_size, dtype, FORWARD_BACKWARD if problem.needs_backward else FORWARD)
+    return look_up(tables, chip, case, problem.n_recurrences, problem.n_tokens)
+
+
 _TABLES: dict[str, Mapping[str, Backend]] = {}
+_UNAVAILABLE: dict[str, dict[str, str]] = {}
+"""Name of an operator -> its backends that ``"auto"`` could not load: each is tried once, not for every problem."""
 
 
 # Traced code asks once, while it is traced.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _auto_name(
-    op: str,
-    device_type: str,
-    dtype: torch.dtype,
-    head_size: int | None,
-    is_packed: bool,
-    capability: int | None,
-) -> str:
-    return _resolve_auto(op, Problem(device_type, dtype, head_size, is_packed, capability)).name
+def _auto_name(op: str, *fields: Any) -> str:
+    return _resolve_auto(op, Problem(*fields)).name
 
 
 @functools.cache
 def _resolve_auto(op: str, problem: Problem) -> ResolvedBackend:
-    return resolve_backend(_TABLES[op], problem, AUTO)
-
-
-def _explain(name: str, passed_over: list[str]) -> str:
-    if not passed_over:
-        return f"'{name}' is the fastest backend"
-    return f"'{name}' is the fastest backend that can run here ({'; '.join(passed_over)})"
+    choice = _resolve(_TABLES[op], problem, AUTO, speeds_for(op, problem), _UNAVAILABLE.setdefault(op, {}))
+    logger.debug("%s: %s", op, choice.reason)
+    return choice

@@ -50,5 +50,5 @@ def run_with_matrix_state(
         )
     if n_tokens == 0:
         return v.clone(), state.clone()
-    problem = problem_of(v, head_size, is_packed=context.cu_seqlens is not None)
+    problem = problem_of(v, head_size, is_packed=context.cu_seqlens is not None, n_sequences=n_states)
     return kernel_for(op, problem, backend)(*inputs, state, context.cu_seqlens)

@@ -87,7 +87,7 @@ def wkv4(
         )
     if v.shape[1] == 0:
         return v.clone(), state.clone()
-    problem = problem_of(v, None, is_packed=context.cu_seqlens is not None)
+    problem = problem_of(v, None, is_packed=context.cu_seqlens is not None, n_sequences=n_states)
     return kernel_for("wkv4", problem, backend)(w, u, k, v, state, context.cu_seqlens)
 
 

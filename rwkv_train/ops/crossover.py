@@ -1,0 +1,222 @@
+"""Measured speeds of the backends on one chip, and which of them say most about a problem.
+
+A table is a JSON file for one chip, which ``rwkv-train bench kernels --tune`` writes::
+
+    {"format": 1, "chip": "NVIDIA H200", "capability": 90, "environment": {...}, "repeats": 5, "left_out": [...],
+     "cases": [{"op": "wkv7", "head_size": 64, "dtype": "bfloat16", "pass": "forward+backward", "points": [
+         {"recurrences": 256, "tokens": 4096, "ms": {"cuda_exact": 9.1, "torch": 210.0}}, ...]}, ...]}
+
+``environment`` is what :mod:`rwkv_train.benchmarks.environment` says: versions, commit, command. At each point stand
+the median times of all backends that were measured there; the fastest is the one of the least time.
+
+Two places hold tables: the user's folder, beside the built kernels, and ``rwkv_train/ops/measured``, which is
+committed and comes with the wheel. A case that the user's table has is taken from there.
+"""
+
+import functools
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rwkv_train.errors import BackendError
+from rwkv_train.ops.build import default_cache_folder
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+FORWARD = "forward"
+FORWARD_BACKWARD = "forward+backward"
+COMMITTED_FOLDER = Path(__file__).parent / "measured"
+TUNE = "rwkv-train bench kernels --tune"
+
+
+class Chip(NamedTuple):
+    """What a table was measured on."""
+
+    name: str
+    """As :func:`rwkv_train.ops.chip.chip_name` says it."""
+    capability: int | None
+    """Compute capability of a GPU, 90 for sm_90; ``None`` of a CPU."""
+
+    @property
+    def file_name(self) -> str:
+        """Name of its table: ``nvidia-h200-sm90.json``."""
+        words = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return f"{words}.json" if self.capability is None else f"{words}-sm{self.capability}.json"
+
+
+class Case(NamedTuple):
+    """Problems that differ in their sizes only."""
+
+    op: str
+    head_size: int | None
+    """Channels in one head (N); ``None`` for an operator without heads."""
+    dtype: str
+    """Of the values, as torch calls it: ``"bfloat16"``."""
+    kind: str
+    """``FORWARD`` or ``FORWARD_BACKWARD``."""
+
+
+class Point(NamedTuple):
+    """What was measured at one size, on a plain batch."""
+
+    n_recurrences: int
+    """Sequences times heads (B H); of an operator without heads sequences times channels (B C)."""
+    n_tokens: int
+    """Tokens of a sequence (T)."""
+    milliseconds: Mapping[str, float]
+    """Name of a backend -> median time of a call."""
+
+
+class CrossoverTable(NamedTuple):
+    """A file that was read."""
+
+    origin: str
+    """Its path, and what it was measured with."""
+    cases: Mapping[Case, Sequence[Point]]
+
+
+class Speeds(NamedTuple):
+    """What is known of the backends' speeds for a problem."""
+
+    milliseconds: Mapping[str, float]
+    """Name of a backend -> measured time; empty where nothing was measured."""
+    said: str
+    """At which size, on what and by which table; or why nothing is known."""
+
+
+def user_folder() -> Path | None:
+    """Return the folder of the user's own tables, ``None`` for a user without a home."""
+    try:
+        return default_cache_folder() / "crossover"
+    except BackendError:
+        return None
+
+
+@functools.cache
+def find_tables(chip: Chip, folders: tuple[Path, ...]) -> tuple[CrossoverTable, ...]:
+    """Read a chip's tables, once a process; what is no table of this chip is passed over with a warning.
+
+    Args:
+        chip: whose tables.
+        folders: where they lie, the one that counts most first.
+    """
+    found = []
+    for path in (folder / chip.file_name for folder in folders):
+        try:
+            found.append(read_table(path, chip))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            logger.warning(
+                "the table of speeds %s is passed over: %s; remove it, or measure again with '%s --overwrite'",
+                path,
+                why,
+                TUNE,
+            )
+    return tuple(found)
+
+
+def read_table(path: Path, chip: Chip) -> CrossoverTable:
+    """Read the table of a chip.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        ValueError: it is damaged, of another format or of another chip.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        found = content["format"]
+        if found != FORMAT:
+            raise ValueError(f"its format is {found!r}, and this rwkv-train reads {FORMAT}")
+        measured_on = Chip(content["chip"], content["capability"])
+        if measured_on != chip:
+            raise ValueError(f"it was measured on {_text(measured_on)}, not on {_text(chip)}")
+        environment = content["environment"]
+        commit = environment["commit"]
+        version = environment["rwkv_train"] if commit is None else f"commit {commit}"
+        cases = {
+            Case(case["op"], case["head_size"], case["dtype"], case["pass"]): [
+                _read_point(point) for point in case["points"]
+            ]
+            for case in content["cases"]
+        }
+    except KeyError as error:
+        raise ValueError(f"it is no table of speeds, or damaged: it has no {error}") from error
+    except (TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"it is no table of speeds, or damaged ({error})") from error
+    return CrossoverTable(f"{path}, measured with {version}", cases)
+
+
+def look_up(
+    tables: Sequence[CrossoverTable],
+    chip: Chip | None,
+    case: Case,
+    n_recurrences: int | None,
+    n_tokens: int | None,
+) -> Speeds:
+    """Return the measured times that say most about a problem: those at the nearest point. Pure.
+
+    The distance of two sizes is that of the points (log2 recurrences, log2 tokens); of points equally far the one with
+    fewer tokens is taken, and of these the one with fewer recurrences. Beyond the grid its edge stands for all.
+
+    Args:
+        tables: of the chip; the first one that has the case is taken.
+        chip: what the problem runs on, ``None`` if that is not known.
+        case: operator, head size, dtype and pass.
+        n_recurrences: sequences times heads (without heads: times channels), ``None`` if not known.
+        n_tokens: tokens of a sequence, likewise.
+    """
+    if chip is None:
+        return Speeds({}, "no speeds were measured: the chip is not known")
+    if not tables:
+        return Speeds({}, f"no speeds were measured on {chip.name} ('{TUNE}' does that)")
+    table = next((table for table in tables if table.cases.get(case)), None)
+    if table is None:
+        heads = "" if case.head_size is None else f"with heads of {case.head_size} "
+        return Speeds(
+            {}, f"no speeds of {case.op} {heads}in {case.dtype}, {case.kind}, were measured on {chip.name}"
+        )
+    if n_recurrences is None or n_tokens is None:
+        return Speeds({}, "measured speeds were not looked at: sizes are open in this graph")
+
+    def distance(point: Point) -> tuple[float, int, int]:
+        away = math.log2(point.n_recurrences / n_recurrences) ** 2 + math.log2(point.n_tokens / n_tokens) ** 2
+        return away, point.n_tokens, point.n_recurrences
+
+    nearest = min(table.cases[case], key=distance)
+    width = "B C" if case.head_size is None else "B H"
+    return Speeds(
+        nearest.milliseconds,
+        f"{case.kind} at {width} = {nearest.n_recurrences}, T = {nearest.n_tokens} on {chip.name}; {table.origin}",
+    )
+
+
+def power_of_two_near(n: int) -> int:
+    """Return the power of two that is nearest to ``n`` on a logarithmic scale; 1 for 0.
+
+    Example:
+        >>> [power_of_two_near(n) for n in (1, 3, 5, 6, 12, 4096)]
+        [1, 4, 4, 8, 16, 4096]
+    """
+    return 1 << (n * n).bit_length() // 2
+
+
+def _read_point(point: Any) -> Point:
+    sizes = point["recurrences"], point["tokens"]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"it is damaged: the sizes of a point are {sizes}")
+    milliseconds = dict(point["ms"])
+    for name, value in milliseconds.items():
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"it is damaged: a time of {name} is {value!r}")
+    return Point(*sizes, milliseconds)
+
+
+def _text(chip: Chip) -> str:
+    return str(chip.name) if chip.capability is None else f"{chip.name} (sm_{chip.capability})"
