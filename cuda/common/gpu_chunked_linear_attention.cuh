@@ -9,8 +9,8 @@
 //
 // Any decay is exact, because no factor is ever above 1. Tokens i > j first differ in one bit of their numbers, that of
 // 2^level: i has it, j has not, and the higher bits are the same. Where the bit changes lies a boundary m, j < m <= i,
-// which is the same for all pairs of those higher bits; so with rows R_i = r_i p(m, i-1) and K_j = k_j p(j+1, m-1)
-// A_ij = R_i . K_j. Each token has one row for each of the 4 levels, R where it has the bit, K where not, so that the 16
+// which is the same for all pairs of those higher bits; so with rows R_i = r_i p(m, i-1) and K_j = k_j p(j+1, m-1) A_ij
+// = R_i . K_j. Each token has one row for each of the 4 levels, R where it has the bit, K where not, so that the 16
 // rows of a level are one matrix, the first 8 of them R, the others K. A product of it with its own transposed has A_ij
 // of this level: one mma of 16 x 8 for each 16 keys, whose two operands are the same registers. Pairs with other higher
 // bits are dropped. Level 0 has no factors: m = i = j + 1. Its rows are r and k as they came.
@@ -120,8 +120,8 @@ __device__ __forceinline__ void load_level_b(const Levels<kN>& levels, int numbe
 
 // ---------------------------------------------------------------------------------------------- factors
 
-// The decay of 16 keys of a chunk, of which a lane has the keys first_key + 2 (lane % 8) and the next one, of the tokens
-// 4 q .. 4 q + 3 with q = lane / 8. All lanes of a warp must make theirs together. [i][key]: of token 4 q + i.
+// The decay of 16 keys of a chunk, of which a lane has the keys first_key + 2 (lane % 8) and the next one, of the
+// tokens 4 q .. 4 q + 3 with q = lane / 8. All lanes of a warp must make theirs together. [i][key]: of token 4 q + i.
 template <int kN, bool kStatic>
 struct Factors {
   int q, key;  // key: the first of the lane's two
