@@ -1,4 +1,4 @@
-"""The exact CUDA kernels on a GPU: the common table, streams, devices, graphs, and that nothing is waited for."""
+"""The CUDA kernels on a GPU: their common tables, streams, devices, graphs, and that nothing is waited for."""
 
 import pytest
 import torch
@@ -7,9 +7,10 @@ from rwkv_train.ops.backends import AUTO, capability_of, problem_of
 from rwkv_train.ops.context import PLAIN, packed_context
 from rwkv_train.ops.cuda import CUDA
 from rwkv_train.ops.prepare import prepare_backend
-from tests.ops.exact_kernels import SIGNATURES, exact_kernels
-from tests.ops.exact_table import FLOAT32, ExactTable, every_form, loss, usual_size
-from tests.ops.test_packed import boundaries, relative_error
+from tests.ops.exact_kernels import exact_kernels
+from tests.ops.exact_table import ExactTable
+from tests.ops.kernel_table import KernelTable, loss
+from tests.ops.test_packed import boundaries
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,22 +20,17 @@ pytestmark = [
 LONG_SLEEP_CYCLES = 500_000_000
 """A quarter of a second and more: what another stream would have done long before."""
 
-every_op = pytest.mark.parametrize("op", list(SIGNATURES))
 
+class CudaTable(KernelTable):
+    """What only a GPU can show."""
 
-class TestCuda(ExactTable):
     platform = CUDA
-    kernels = exact_kernels(CUDA, "cuda_exact")
     device = "cuda"
 
     def call_of(self, operators, op, form, lengths):
         """Return (function without arguments: outputs and gradients, its inputs, its boundaries)."""
         operator = operators[op]
-        problem = self.here(
-            operator.packed_problem(lengths, **usual_size(op))
-            if lengths
-            else operator.problem(**usual_size(op))
-        )
+        problem = self.here(self.problem(operator, op, lengths))
         leaves = [x.requires_grad_() for x in problem.inputs]
         context, backend = self.context(lengths), self.backend(op, form)
         d_final = torch.ones_like(leaves[-1])
@@ -45,14 +41,6 @@ class TestCuda(ExactTable):
 
         return call, leaves, context.cu_seqlens
 
-    @every_op
-    def test_auto_takes_it(self, operators, op):
-        v = operators[op].problem().inputs[3].to("cuda", torch.bfloat16)
-        problem = problem_of(v, None if op == "wkv4" else v.shape[-1], is_packed=False)
-        assert problem.capability == capability_of(v.device) is not None
-        assert prepare_backend(op, problem, AUTO).name == "cuda_exact"
-
-    @every_form
     @pytest.mark.parametrize("lengths", [None, [20, 0, 1, 34]], ids=["plain", "packed"])
     def test_nothing_is_waited_for(self, operators, op, form, lengths):
         call, _, _ = self.call_of(operators, op, form, lengths)
@@ -64,7 +52,6 @@ class TestCuda(ExactTable):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    @every_form
     def test_it_runs_on_the_current_stream(self, operators, op, form):
         call, leaves, _ = self.call_of(operators, op, form, None)
         expected = call()
@@ -83,7 +70,6 @@ class TestCuda(ExactTable):
         stream.synchronize()
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
-    @every_form
     @pytest.mark.parametrize("lengths", [None, [30, 5, 0, 5]], ids=["plain", "packed"])
     def test_a_cuda_graph_replays_it_with_other_values_and_boundaries(self, operators, op, form, lengths):
         call, leaves, cu_seqlens = self.call_of(operators, op, form, lengths)
@@ -107,10 +93,9 @@ class TestCuda(ExactTable):
             torch.cuda.synchronize()
             assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
-    @every_op
     def test_a_cuda_graph_replays_decoding(self, operators, op):
         operator, backend = operators[op], self.backend(op)
-        problem = self.here(operator.problem(n_tokens=6, **usual_size(op)))
+        problem = self.here(self.problem(operator, op, n_tokens=6))
         *inputs, state = problem.inputs
         by_token = [x.shape == problem.dy.shape for x in inputs]
         token = [x[:, :1].clone() if cut else x for x, cut in zip(inputs, by_token, strict=True)]
@@ -139,24 +124,20 @@ class TestCuda(ExactTable):
                 graph.replay()
                 outputs.append(y.clone())
         expected, final = operator.run(*inputs, state, PLAIN, backend=backend)
-        assert relative_error(torch.cat(outputs, dim=1), expected) < FLOAT32[op]
-        torch.testing.assert_close(now, final, atol=1e-5, rtol=1e-5)
+        self.assert_alike(op, None, (torch.cat(outputs, dim=1), now), (expected, final))
 
-    @every_form
-    def test_compiled_by_inductor_it_gives_the_same(self, operators, op, form):
-        function, inputs, _ = self.operator_call(operators, op, form, [20, 0, 1, 34])
+    def test_compiled_by_inductor_it_gives_the_same(self, operators, op):
+        function, inputs, _ = self.operator_call(operators, op, [20, 0, 1, 34])
         expected = torch.autograd.grad(loss(function(*inputs)), inputs)
         compiled = torch.compile(lambda *x: loss(function(*x)), fullgraph=True)
         found = torch.autograd.grad(compiled(*inputs), inputs)
-        for x, y in zip(found, expected, strict=True):
-            assert relative_error(x, y) < FLOAT32[op]
+        self.assert_alike(op, None, found, expected)
 
     @pytest.mark.multigpu
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-    @every_form
     def test_it_runs_where_the_tensors_are_and_not_on_the_current_device(self, operators, op, form):
         operator = operators[op]
-        problem = operator.packed_problem([20, 0, 33], **usual_size(op))
+        problem = self.problem(operator, op, [20, 0, 33])
         found = []
         for device in ("cuda:0", "cuda:1"):
             leaves = [x.to(device).requires_grad_() for x in problem.inputs]
@@ -169,15 +150,13 @@ class TestCuda(ExactTable):
             torch.cuda.synchronize(device)
             assert all(x.device == torch.device(device) for x in (*outputs, *gradients))
             found.append([x.cpu() for x in (*outputs, *gradients)])
-        for x, y in zip(*found, strict=True):  # the two may be of different kinds
-            assert relative_error(x, y) < FLOAT32[op]
+        self.assert_alike(op, form, *found)  # the two may be of different kinds
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("op", ["wkv4", "wkv7"])
     def test_more_than_2_to_the_31_numbers_are_found(self, operators, op):
         """The last row of a batch in which it starts beyond that gets the bits that it gets alone."""
         n_rows, n_tokens, width = 1025, 512, 4096
-        bytes_needed = n_rows * n_tokens * width * {"wkv4": 6, "wkv7": 16}[op] + (4 << 30)
+        bytes_needed = n_rows * n_tokens * width * (6 if op == "wkv4" else 16) + (4 << 30)
         if torch.cuda.mem_get_info()[0] < bytes_needed:
             pytest.skip(f"needs {bytes_needed >> 30} GB of free GPU memory")
         operator = operators[op]
@@ -193,3 +172,13 @@ class TestCuda(ExactTable):
         assert y.numel() > 1 << 31
         assert torch.equal(y[-1:], alone[0])
         assert torch.equal(final_state[-1:], alone[1])
+
+
+class TestExact(ExactTable, CudaTable):
+    kernels = exact_kernels(CUDA, "cuda_exact")
+
+    def test_auto_takes_it(self, operators, op):
+        v = operators[op].problem().inputs[3].to("cuda", torch.bfloat16)
+        problem = problem_of(v, None if op == "wkv4" else v.shape[-1], is_packed=False)
+        assert problem.capability == capability_of(v.device) is not None
+        assert prepare_backend(op, problem, AUTO).name == "cuda_exact"
