@@ -88,8 +88,11 @@ template <int kColumns, int kThreads>
 __device__ __forceinline__ void fetch_chunk(const uint16_t* from, int64_t stride, int n_rows, int thread,
                                             const Matrix<kColumns>& to) {
   constexpr int kPieces = kColumns / 8;  // of 16 bytes, in a row
-  for (int i = thread; i < kChunkTokens * kPieces; i += kThreads) {
-    const int row = i / kPieces, column = i % kPieces * 8;
+  constexpr int kCopies = (kChunkTokens * kPieces + kThreads - 1) / kThreads;  // of a thread
+#pragma unroll
+  for (int copy = 0; copy < kCopies; ++copy) {
+    const int i = copy * kThreads + thread, row = i / kPieces, column = i % kPieces * 8;
+    if (kChunkTokens * kPieces % kThreads != 0 && row >= kChunkTokens) continue;
     const bool wanted = row < n_rows;
     cp_async<16>(to.at(row, column), from + (wanted ? row * stride + column : 0), wanted);
   }
@@ -99,8 +102,11 @@ __device__ __forceinline__ void fetch_chunk(const uint16_t* from, int64_t stride
 template <int kColumns, int kThreads>
 __device__ __forceinline__ void fetch_chunk(const float* from, int64_t stride, int n_rows, int thread, float* to) {
   constexpr int kPieces = kColumns / 4;
-  for (int i = thread; i < kChunkTokens * kPieces; i += kThreads) {
-    const int row = i / kPieces, column = i % kPieces * 4;
+  constexpr int kCopies = (kChunkTokens * kPieces + kThreads - 1) / kThreads;  // of a thread
+#pragma unroll
+  for (int copy = 0; copy < kCopies; ++copy) {
+    const int i = copy * kThreads + thread, row = i / kPieces, column = i % kPieces * 4;
+    if (kChunkTokens * kPieces % kThreads != 0 && row >= kChunkTokens) continue;
     const bool wanted = row < n_rows;
     cp_async<16>(to + row * kColumns + column, from + (wanted ? row * stride + column : 0), wanted);
   }
