@@ -6,25 +6,27 @@
 // of the call, with the tokens of all S sequences one after another; all contiguous. Checkpoints are
 // [T / 16 + S, 3, C], those of sequence s begin at cu_seqlens[s] / 16 + s.
 //
-// Parallel split: a sequence is cut into segments of L tokens, and one thread owns one channel of one segment and all
-// that it writes. Neighbouring threads own neighbouring channels, so a warp reads whole rows. There are two forms:
-//   sequential  L has no end: one segment a sequence, one kernel a pass, every input read once.
+// Parallel split: a sequence is cut into segments of L tokens; a block has 32 channels of one segment, a lane each, and
+// walks through it in tiles of 128 tokens, of which each of its 8 warps takes 16. In a tile every warp first adds up its
+// own tokens, from nothing; through shared memory each gets the sums of the others and joins them to what came before
+// the tile; then it computes its outputs. So the inputs are read once, 16 + 16 token steps and 8 joins wait for each
+// other where there are 128 tokens, and 8 times as many threads are at work as there are channels. Two forms:
+//   sequential  L has no end: one segment a sequence, one kernel a pass.
 //   scan        L = 128, for few channels and long sequences: a pass over the segments leaves the sums of each, a scan
 //               joins them to the sums before each, a second pass over the segments computes the outputs. Of the n
-//               segments of a sequence the scan joins n / 32 in a row, twice, and 32 such runs in 5 rounds: so instead
-//               of T tokens, 2 L tokens and n / 16 + 5 joins wait for each other.
+//               segments of a sequence the scan joins n / 32 in a row, twice, and 32 such runs in 5 rounds.
 // Both are the same kernels. The number of segments is bounded without a look at the lengths, as that of checkpoints:
 // T / L + S slots, those of sequence s begin at cu_seqlens[s] / L + s, and a slot finds its sequence by bisection.
 //
-// Method: token by token, in batches of 16 that a thread keeps in columns of its own in shared memory, while those of
-// the next batch are on their way to its registers. Of the two exponentials in each sum one is e^0, so each sum takes
-// one exp. The log scale is kept as base + age * w: so it is rounded once, and not again at each token. Backward: the
-// forward pass leaves (a, b, p) before every batch; the states inside are computed again, and nothing is divided by a
-// decay. The gradients of A and B are sums of the same kind from the last token to the first, (ga, gb) e^o; o is at
-// most -p, so that no exponent below is positive. The gradients of w and u are left as one row a sequence.
+// Method: of the two exponentials in each sum one is e^0, so each sum takes one exp. The log scale is kept as
+// base + age * w: so it is rounded once, and not again at each token. Backward: the forward pass leaves (a, b, p) before
+// every 16 tokens, which is what a warp starts from; nothing is divided by a decay. The gradients of A and B are sums of
+// the same kind from the last token to the first, (ga, gb) e^o; o is at most -p, so that no exponent below is positive.
+// The gradients of w and u are left as one row a sequence.
 //
 // Memory: 0.75 bytes of checkpoints a token and channel. The scan form takes 12 bytes of workspace a slot and channel,
-// 20 in the backward pass. Shared memory of a block: 8 KB forward, 24 KB backward, 4 KB in the scan. Bytes moved for a
+// 20 in the backward pass. Shared memory of a block: 22 KB forward (38 in float32), 54 KB
+// backward, 4 KB in the scan. Bytes moved for a
 // token and channel of bfloat16, beside checkpoints: 6 forward and 10 backward, the least possible, in the sequential
 // form; 10 and 16 in the scan form.
 
@@ -37,10 +39,13 @@ namespace {
 
 using namespace rwkv;
 
-constexpr int kBatch = 16;  // tokens on their way at a time; also from one checkpoint to the next
-constexpr int kThreads = 64;
-constexpr int kBlocks = 8;  // that shall fit on a multiprocessor: leaves a thread 128 registers
-constexpr int64_t kSegment = 128;              // tokens of a segment in the scan form; whole batches
+constexpr int kBatch = 16;    // tokens of a warp in a tile; also from one checkpoint to the next
+constexpr int kChannels = 32;  // of a block, a lane each
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kChannels;
+constexpr int kTile = kWarps * kBatch;
+constexpr int kForwardBlocks = 4, kBackwardBlocks = 2;  // that shall fit on a multiprocessor: 64 and 128 registers
+constexpr int64_t kSegment = 128;              // tokens of a segment in the scan form; whole tiles
 constexpr int64_t kNoEnd = int64_t{1} << 62;   // and in the sequential one
 constexpr int kScanChannels = 8, kLanes = 32;  // threads of a block that joins segments: 8 floats are one sector
 constexpr int kScanThreads = kScanChannels * kLanes;
@@ -126,10 +131,6 @@ struct Gradients {
   float* state;
 };
 
-__device__ __forceinline__ int64_t thread_number() {
-  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-}
-
 __device__ __forceinline__ float log_decay(const float* w, int c) {
   return w[c] < kStrongestDecay ? kStrongestDecay : w[c];  // fmaxf would hide what is no number
 }
@@ -142,6 +143,13 @@ struct Weights {
 };
 __device__ __forceinline__ Weights weigh(float x, float y) {
   const float difference = x - y, smaller = expf(-fabsf(difference));
+  return {difference >= 0.f ? 1.f : smaller, difference >= 0.f ? smaller : 1.f};
+}
+
+// The same, quicker, off by a few units of the last digit: where the result is not multiplied on from token to token.
+// Exponents are <= 0, and the further they are below, the less what they weigh counts.
+__device__ __forceinline__ Weights weigh_once(float x, float y) {
+  const float difference = x - y, smaller = __expf(-fabsf(difference));
   return {difference >= 0.f ? 1.f : smaller, difference >= 0.f ? smaller : 1.f};
 }
 
@@ -192,6 +200,19 @@ struct RunningSums {
       age = 0.f;
     }
   }
+
+  // Lets them decay `tokens` times and adds what has been added since.
+  __device__ __forceinline__ void take(Sums since, float tokens, float w) {
+    age += tokens;
+    const float decayed = fmaf(age, w, base);
+    const Weights weight = weigh(decayed, since.p);
+    a = weight.x * a + weight.y * since.a;
+    b = weight.x * b + weight.y * since.b;
+    if (!(decayed >= since.p)) {
+      base = since.p;
+      age = 0.f;
+    }
+  }
 };
 
 // ---- tokens on their way
@@ -205,114 +226,195 @@ __device__ __forceinline__ int tokens_of_batch(int64_t left) {
   return left < kBatch ? (left < 0 ? 0 : static_cast<int>(left)) : kBatch;
 }
 
+// What a thread is: a channel of a segment, and some tokens of each tile.
+struct Place {
+  int warp, c;
+  bool has_channel;  // the last block may have fewer than 32; its other lanes compute those of the last channel again
+  int64_t slot;
+
+  __device__ explicit Place(const Row& row) {
+    const int n_groups = (row.C + kChannels - 1) / kChannels, lane = static_cast<int>(threadIdx.x) % kChannels;
+    const int channel = static_cast<int>(blockIdx.x % n_groups) * kChannels + lane;
+    warp = static_cast<int>(threadIdx.x) / kChannels;
+    slot = blockIdx.x / n_groups;
+    has_channel = channel < row.C;
+    c = has_channel ? channel : row.C - 1;
+  }
+};
+
+// The sums of each warp of a block, in shared memory; those of two tiles, so that a barrier a tile is enough.
+class Exchange {
+ public:
+  static constexpr int kFloats = 2 * kWarps * 3 * kChannels;
+
+  __device__ Exchange(float* memory, int64_t tile)
+      : x_(memory + (tile & 1) * (kFloats / 2) + static_cast<int>(threadIdx.x) % kChannels) {}
+
+  __device__ __forceinline__ void put(int warp, Sums sums) const {
+    float* const to = x_ + warp * 3 * kChannels;
+    to[0] = sums.a, to[kChannels] = sums.b, to[2 * kChannels] = sums.p;
+  }
+  __device__ __forceinline__ Sums get(int warp) const {
+    const float* const from = x_ + warp * 3 * kChannels;
+    return {from[0], from[kChannels], from[2 * kChannels]};
+  }
+
+ private:
+  float* x_;
+};
+
 // One number for each token of a batch, in shared memory; the thread's own, so nobody waits for another. Neighbouring
 // threads lie in neighbouring banks.
 class Column {
  public:
-  __device__ explicit Column(int number) : x_(shared_memory() + number * kBatch * kThreads + threadIdx.x) {}
+  __device__ explicit Column(int number)
+      : x_(shared_memory() + Exchange::kFloats + number * kBatch * kThreads + threadIdx.x) {}
   __device__ __forceinline__ float& operator[](int token) const { return x_[token * kThreads]; }
 
  private:
   float* x_;
 };
-constexpr size_t kColumnBytes = kBatch * kThreads * sizeof(float);
-constexpr size_t kForwardBytes = 2 * kColumnBytes, kBackwardBytes = 6 * kColumnBytes;
+constexpr size_t kSumsBytes = Exchange::kFloats * sizeof(float);
+constexpr size_t forward_bytes(int dtype) { return kSumsBytes + 2 * kBatch * kThreads * (dtype == kFloat32 ? 4 : 2); }
+constexpr size_t kBackwardBytes = kSumsBytes + (3 * kBatch * kThreads + kChannels) * sizeof(float);
 
-// A batch of one channel on its way from memory: in registers, as it lies there, so that nothing waits for it before
-// it is put where it is used.
+// A batch of one channel as it lies in memory, two numbers of 16 bits in a register; converted where it is used.
 template <int dtype>
 struct Batch {
-  using Element = std::conditional_t<dtype == kFloat32, float, uint16_t>;
-  Element x[kBatch];
+  static constexpr bool kPairs = dtype != kFloat32;
+  using Element = std::conditional_t<kPairs, uint16_t, float>;
+  using Word = std::conditional_t<kPairs, unsigned, float>;
+  static constexpr int kInWord = kPairs ? 2 : 1, kWords = kBatch / kInWord;
+  Word words[kWords];
 
   // The first `count` tokens from element `at` on; the others are zero.
   __device__ __forceinline__ void fetch(const void* from, int64_t at, int C, int count) {
     const Element* p = static_cast<const Element*>(from) + at;
+    Element x[kBatch];
 #pragma unroll
-    for (unsigned i = 0; i < kBatch; ++i) x[i] = static_cast<int>(i) < count ? p[i * C] : Element{};
+    for (int i = 0; i < kBatch; ++i, p += C) x[i] = i < count ? *p : Element{};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if constexpr (!kPairs)
+        words[i] = x[i];
+      else if (i % 2 == 0)
+        words[i / 2] = x[i] | static_cast<unsigned>(x[i + 1]) << 16;
+    }
   }
-  __device__ __forceinline__ void put(Column column) const {
+  __device__ __forceinline__ float operator[](int i) const { return number(words[i / kInWord], i % kInWord); }
+
+  static __device__ __forceinline__ float number(Word word, int which) {
+    if constexpr (dtype == kFloat32)
+      return word;
+    else if constexpr (dtype == kBFloat16)
+      return __uint_as_float(which == 0 ? word << 16 : word & 0xffff0000u);
+    else
+      return float16_to_float(static_cast<uint16_t>(which == 0 ? word & 0xffffu : word >> 16));
+  }
+
+  // To and from a place of the thread's own in shared memory, [kWords, kThreads], for loops that are not unrolled.
+  __device__ __forceinline__ void keep(Word* place) const {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) column[i] = load(&x[i], 0, dtype);
+    for (int i = 0; i < kWords; ++i) place[i * kThreads] = words[i];
   }
 };
 
 // ---- forward
 
+// The sums of a warp's tokens, from nothing.
+template <int dtype>
+__device__ __forceinline__ Sums add_up(const Batch<dtype>& k, const Batch<dtype>& v, int count, float w) {
+  RunningSums sums(no_sums());
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i)
+    if (i < count) sums.add(v[i], 1.f, k[i], w);
+  return sums.now(w);
+}
+
 // Outputs of a segment from the sums before it, `incoming` [slots, 3, C]: in the sequential form those are the states.
 template <int dtype>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kForwardBlocks)
     forward_kernel(Row row, Inputs in, const float* incoming, void* y, float* final_state, float* checkpoints) {
   const int C = row.C;
-  const int64_t thread = thread_number(), slot = thread / C;
-  if (slot >= row.n_slots()) return;
-  const Segment segment = row.segment(slot);
+  const Place place(row);
+  const Segment segment = row.segment(place.slot);
   if (!segment.exists) return;
-  const int c = static_cast<int>(thread % C);
+  const int c = place.c;
   const float w = log_decay(in.w, c), u = in.u[c];
-  const int64_t step = static_cast<int64_t>(kBatch) * C;
-  int64_t at = segment.first * C + c, left = segment.end - segment.first, checkpoint = segment.checkpoint;
+  using Tokens = Batch<dtype>;
+  using Word = typename Tokens::Word;
+  Word* const kept_k = reinterpret_cast<Word*>(shared_memory() + Exchange::kFloats) + threadIdx.x;
+  Word* const kept_v = kept_k + Tokens::kWords * kThreads;
 
-  const Sums start = load_sums(incoming, slot, C, c);
-  RunningSums sums(start);
-  const Column k(0), v(1);
-  Batch<dtype> next_k, next_v;
-  next_k.fetch(in.k, at, C, tokens_of_batch(left));
-  next_v.fetch(in.v, at, C, tokens_of_batch(left));
-  while (left > 0) {
-    const int count = tokens_of_batch(left);
-    next_k.put(k);
-    next_v.put(v);
-    left -= kBatch;
-    next_k.fetch(in.k, at + step, C, tokens_of_batch(left));
-    next_v.fetch(in.v, at + step, C, tokens_of_batch(left));
-    if (checkpoints != nullptr) store_sums(checkpoints, checkpoint++, C, c, sums.now(w));
-    void* const out = element(y, at, dtype);
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-      const Sums past = sums.now(w);
-      const float key = k[i], value = v[i];
-      const Weights weight = weigh(past.p, u + key);
-      store(out, i * C, (weight.x * past.a + weight.y * value) / (weight.x * past.b + weight.y), dtype);
-      sums.add(value, 1.f, key, w);
+  RunningSums before(load_sums(incoming, place.slot, C, c));  // the tile
+  const int64_t length = segment.end - segment.first;
+  int64_t at = (segment.first + place.warp * kBatch) * C + c, checkpoint = segment.checkpoint + place.warp;
+  int parity = 0;
+  for (int64_t left = length; left > 0; left -= kTile, at += kTile * C, checkpoint += kWarps, parity ^= 1) {
+    const int count = tokens_of_batch(left - place.warp * kBatch);
+    Tokens k, v;
+    k.fetch(in.k, at, C, count);
+    v.fetch(in.v, at, C, count);
+    k.keep(kept_k);
+    v.keep(kept_v);
+    const Exchange exchange(shared_memory(), parity);
+    exchange.put(place.warp, add_up(k, v, count, w));
+    __syncthreads();
+    RunningSums sums(before);
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      if (warp == place.warp) sums = before;
+      before.take(exchange.get(warp), static_cast<float>(tokens_of_batch(left - warp * kBatch)), w);
     }
-    at += step;
+    if (count == 0 || !place.has_channel) continue;
+    if (checkpoints != nullptr)
+      store_sums(checkpoints, checkpoint, C, c, sums.now(w));
+    void* out = element(y, at, dtype);
+#pragma unroll 2
+    for (int i = 0; i < count; i += Tokens::kInWord) {
+      const Word keys = kept_k[i / Tokens::kInWord * kThreads], values = kept_v[i / Tokens::kInWord * kThreads];
+#pragma unroll
+      for (int which = 0; which < Tokens::kInWord; ++which, out = element(out, C, dtype)) {
+        if (i + which >= count) break;
+        const Sums past = sums.now(w);
+        const float key = Tokens::number(keys, which), value = Tokens::number(values, which);
+        const Weights weight = weigh_once(past.p, u + key);
+        store(out, 0, __fdividef(weight.x * past.a + weight.y * value, weight.x * past.b + weight.y), dtype);
+        sums.add(value, 1.f, key, w);
+      }
+    }
   }
-  if (!segment.is_last) return;
-  store_sums(final_state, segment.s, C, c, segment.first == segment.end ? start : sums.now(w));
+  if (!segment.is_last || place.warp != 0 || !place.has_channel) return;
+  store_sums(final_state, segment.s, C, c, length == 0 ? load_sums(incoming, place.slot, C, c) : before.now(w));
   if (checkpoints == nullptr) return;
   const int64_t room = Row::first_of(segment.s + 1, segment.end, kBatch);
-  for (; checkpoint < room; ++checkpoint) store_sums(checkpoints, checkpoint, C, c, {0.f, 0.f, 0.f});
+  for (int64_t spare = segment.checkpoint + (length + kBatch - 1) / kBatch; spare < room; ++spare)
+    store_sums(checkpoints, spare, C, c, {0.f, 0.f, 0.f});
 }
 
 // The sums that a segment adds to nothing, which those after it need: [slots, 3, C].
 template <int dtype>
-__global__ void __launch_bounds__(kThreads, kBlocks) summarize_kernel(Row row, Inputs in, float* summaries) {
+__global__ void __launch_bounds__(kThreads, kForwardBlocks) summarize_kernel(Row row, Inputs in, float* summaries) {
   const int C = row.C;
-  const int64_t thread = thread_number(), slot = thread / C;
-  if (slot >= row.n_slots()) return;
-  const Segment segment = row.segment(slot);
+  const Place place(row);
+  const Segment segment = row.segment(place.slot);
   if (!segment.exists || segment.is_last) return;
-  const int c = static_cast<int>(thread % C);
-  const float w = log_decay(in.w, c);
+  const float w = log_decay(in.w, place.c);
 
   RunningSums sums(no_sums());
-  const Column k(0), v(1);
-  Batch<dtype> next_k, next_v;
-  const int64_t first = segment.first * C + c, step = static_cast<int64_t>(kBatch) * C;
-  next_k.fetch(in.k, first, C, kBatch);
-  next_v.fetch(in.v, first, C, kBatch);
-  constexpr int kBatches = kSegment / kBatch;  // every segment but the last is whole
-  for (int batch = 1; batch <= kBatches; ++batch) {
-    next_k.put(k);
-    next_v.put(v);
-    const int count = batch < kBatches ? kBatch : 0;
-    next_k.fetch(in.k, first + batch * step, C, count);
-    next_v.fetch(in.v, first + batch * step, C, count);
-#pragma unroll 4
-    for (int i = 0; i < kBatch; ++i) sums.add(v[i], 1.f, k[i], w);
+  for (int64_t tile = 0; tile < kSegment / kTile; ++tile) {  // every segment but the last is whole
+    const int64_t at = (segment.first + tile * kTile + place.warp * kBatch) * C + place.c;
+    Batch<dtype> k, v;
+    k.fetch(in.k, at, C, kBatch);
+    v.fetch(in.v, at, C, kBatch);
+    const Exchange exchange(shared_memory(), tile);
+    exchange.put(place.warp, add_up(k, v, kBatch, w));
+    __syncthreads();
+    if (place.warp != 0) continue;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) sums.take(exchange.get(warp), kBatch, w);
   }
-  store_sums(summaries, slot, C, c, sums.now(w));
+  if (place.warp == 0 && place.has_channel) store_sums(summaries, place.slot, C, place.c, sums.now(w));
 }
 
 // ---- backward
@@ -321,90 +423,121 @@ __global__ void __launch_bounds__(kThreads, kBlocks) summarize_kernel(Row row, I
 // holds them for all but the last segment of a sequence, whose own is d_final. With `only_sums` it computes nothing but
 // what a segment adds to the gradients of the sums before it: summaries [slots, 3, C].
 template <int dtype, bool only_sums>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     backward_kernel(Row row, Inputs in, const float* checkpoints, const void* dy, const float* d_final,
                     const float* outgoing, Gradients out, float* summaries) {
   const int C = row.C;
-  const int64_t thread = thread_number(), slot = thread / C;
-  if (slot >= row.n_slots()) return;
-  const Segment segment = row.segment(slot);
+  const Place place(row);
+  const Segment segment = row.segment(place.slot);
   if (!segment.exists || (only_sums && segment.is_first)) return;
-  const int c = static_cast<int>(thread % C);
+  const int c = place.c;
   const float w = log_decay(in.w, c), u = in.u[c];
-  const int64_t first_at = segment.first * C + c, step = static_cast<int64_t>(kBatch) * C;
-  const int64_t length = segment.end - segment.first, n_batches = (length + kBatch - 1) / kBatch;
+  const int64_t length = segment.end - segment.first;
+  float* const last_scale = shared_memory() + Exchange::kFloats + 3 * kBatch * kThreads + threadIdx.x % kChannels;
 
-  const Sums last = segment.is_last ? load_sums(d_final, segment.s, C, c)  // what comes in for p is not used
-                    : only_sums     ? no_sums()
-                                    : load_sums(outgoing, slot, C, c);
-  RunningSums gradient(last);
+  RunningSums after(no_sums());  // the gradient after the tile
+  if (segment.is_last)
+    after = RunningSums(load_sums(d_final, segment.s, C, c));  // what comes in for p is not used
+  else if (!only_sums)
+    after = RunningSums(load_sums(outgoing, place.slot, C, c));
   float dw = 0.f, du = 0.f;
-  const Column k(0), v(1), dys(2), before_a(3), before_b(4), before_p(5);
-  Batch<dtype> next_k, next_v, next_dys;
-  Sums next_start = no_sums();
-  const auto fetch = [&](int64_t batch) {
-    if (batch < 0) return;
-    const int count = tokens_of_batch(length - batch * kBatch);
-    next_k.fetch(in.k, first_at + batch * step, C, count);
-    next_v.fetch(in.v, first_at + batch * step, C, count);
-    next_dys.fetch(dy, first_at + batch * step, C, count);
-    next_start = load_sums(checkpoints, segment.checkpoint + batch, C, c);
-  };
-  fetch(n_batches - 1);
-  for (int64_t batch = n_batches - 1; batch >= 0; --batch) {
-    const int count = tokens_of_batch(length - batch * kBatch);
-    const int64_t at = first_at + batch * step;
-    next_k.put(k);
-    next_v.put(v);
-    next_dys.put(dys);
-    RunningSums sums(next_start);
-    fetch(batch - 1);
+  const Column past_a(0), past_b(1), past_p(2);
+  const int64_t last_tile = (length - 1) / kTile;
+  int64_t at = (segment.first + last_tile * kTile + place.warp * kBatch) * C + c;
+  for (int64_t tile = length > 0 ? last_tile : -1; tile >= 0; --tile, at -= kTile * C) {
+    const int64_t left = length - tile * kTile;
+    const int count = tokens_of_batch(left - place.warp * kBatch);
+    const bool ends_sequence = segment.is_last && tile == last_tile;
+    Batch<dtype> k, v, dys;
+    k.fetch(in.k, at, C, count);
+    v.fetch(in.v, at, C, count);
+    dys.fetch(dy, at, C, count);
+    RunningSums sums(no_sums());
+    if (count > 0)
+      sums = RunningSums(load_sums(checkpoints, segment.checkpoint + tile * kWarps + place.warp, C, c));
 
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-      const Sums now = sums.now(w);
-      before_a[i] = now.a;
-      before_b[i] = now.b;
-      before_p[i] = now.p;
-      sums.add(v[i], 1.f, k[i], w);
-    }
-    if (segment.is_last && batch == n_batches - 1) gradient.base = -sums.now(w).p;
-
-    float batch_dw = 0.f, batch_du = 0.f;  // summed by batches first: a long sum of floats would lose digits
-    void* const dk = only_sums ? nullptr : element(out.k, at, dtype);
-    void* const dv = only_sums ? nullptr : element(out.v, at, dtype);
-#pragma unroll 4
-    for (int i = count - 1; i >= 0; --i) {
-      const Sums past{before_a[i], before_b[i], before_p[i]};
-      const float key = k[i], value = v[i], bonus_key = u + key;
-      const Weights weight = weigh(past.p, bonus_key);
+    // q is dy over the denominator, times e^-scale; the scale is that of the larger of the two terms.
+    float q[kBatch], y[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      q[i] = y[i] = 0.f;
+      if (i >= count) continue;
+      const Sums past = sums.now(w);
+      past_a[i] = past.a;
+      past_b[i] = past.b;
+      past_p[i] = past.p;
+      const float key = k[i], value = v[i];
+      const Weights weight = weigh(past.p, u + key);
       const float inverse = 1.f / (weight.x * past.b + weight.y);
-      const float y = (weight.x * past.a + weight.y * value) * inverse;
-      const float q = dys[i] * inverse;  // times e^-scale
-      if (!only_sums) {
-        const Sums after = gradient.now(w);
-        const float through_sums = expf(key + after.p), through_bonus = weight.y * (value - y) * q;
-        store(dk, i * C, through_sums * (after.a * value + after.b) + through_bonus, dtype);
-        store(dv, i * C, through_sums * after.a + weight.y * q, dtype);
-        batch_du += through_bonus;
-        batch_dw += expf(w + past.p + after.p) * (after.a * past.a + after.b * past.b);
+      y[i] = (weight.x * past.a + weight.y * value) * inverse;
+      q[i] = dys[i] * inverse;
+      sums.add(value, 1.f, key, w);
+    }
+    if (ends_sequence && count > 0 && place.warp * kBatch + count == left) *last_scale = sums.now(w).p;
+
+    const auto add_token = [&](RunningSums& gradient, int i) {
+      gradient.add(q[i], -(q[i] * y[i]), -fmaxf(past_p[i], u + k[i]), w);
+    };
+    RunningSums own(no_sums());
+#pragma unroll
+    for (int i = kBatch - 1; i >= 0; --i)
+      if (i < count) add_token(own, i);
+    const Exchange exchange(shared_memory(), tile);
+    exchange.put(place.warp, own.now(w));
+    __syncthreads();
+    if (ends_sequence) after.base = -*last_scale;
+    RunningSums gradient(after);
+#pragma unroll
+    for (int warp = kWarps - 1; warp >= 0; --warp) {
+      if (warp == place.warp) gradient = after;
+      after.take(exchange.get(warp), static_cast<float>(tokens_of_batch(left - warp * kBatch)), w);
+    }
+    if (only_sums || count == 0) continue;
+    float batch_dw = 0.f, batch_du = 0.f;  // summed by batches first: a long sum of floats would lose digits
+    void* dk = element(out.k, at + kBatch * C, dtype);
+    void* dv = element(out.v, at + kBatch * C, dtype);
+#pragma unroll
+    for (int i = kBatch - 1; i >= 0; --i) {
+      dk = element(dk, -C, dtype);
+      dv = element(dv, -C, dtype);
+      if (i >= count) continue;
+      const Sums past{past_a[i], past_b[i], past_p[i]}, now = gradient.now(w);
+      const float key = k[i], value = v[i], scale = fmaxf(past.p, u + key);
+      const float through_sums = __expf(key + now.p), of_bonus = __expf(u + key - scale) * q[i];
+      const float through_bonus = of_bonus * (value - y[i]);
+      if (place.has_channel) {
+        store(dk, 0, through_sums * (now.a * value + now.b) + through_bonus, dtype);
+        store(dv, 0, through_sums * now.a + of_bonus, dtype);
       }
-      gradient.add(q, -(q * y), -fmaxf(past.p, bonus_key), w);
+      batch_du += through_bonus;
+      batch_dw += __expf(w + past.p + now.p) * (now.a * past.a + now.b * past.b);
+      add_token(gradient, i);
     }
     dw += batch_dw;
     du += batch_du;
   }
 
-  const Sums before_segment = gradient.now(w);
+  const Sums before_segment = after.now(w);
   if (only_sums) {
-    store_sums(summaries, slot, C, c, before_segment);
+    if (place.warp == 0 && place.has_channel) store_sums(summaries, place.slot, C, c, before_segment);
     return;
   }
-  out.w[slot * C + c] = dw;
-  out.u[slot * C + c] = du;
+  // The exchange of the last tile may still be read; the other one is free.
+  const Exchange exchange(shared_memory(), 1);
+  exchange.put(place.warp, {dw, du, 0.f});
+  __syncthreads();
+  if (place.warp != 0 || !place.has_channel) return;
+  dw = du = 0.f;
+  for (int warp = 0; warp < kWarps; ++warp) {
+    const Sums part = exchange.get(warp);
+    dw += part.a;
+    du += part.b;
+  }
+  out.w[place.slot * C + c] = dw;
+  out.u[place.slot * C + c] = du;
   if (!segment.is_first) return;
   if (length == 0) {  // an empty sequence hands all of its gradient on
-    store_sums(out.state, segment.s, C, c, last);
+    store_sums(out.state, segment.s, C, c, load_sums(d_final, segment.s, C, c));
     return;
   }
   // From the gradients of A and B to those of (a, b, p).
@@ -513,7 +646,7 @@ __global__ void __launch_bounds__(kScanThreads) add_segments_kernel(Row row, con
 template <int dtype>
 __global__ void __launch_bounds__(kThreads)
     step_kernel(int S, int C, Inputs in, const float* state, void* y, float* final_state) {
-  const int64_t thread = thread_number(), s = thread / C;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, s = thread / C;
   if (s >= S) return;
   const int c = static_cast<int>(thread % C);
   const float w = log_decay(in.w, c), k = load(in.k, thread, dtype), v = load(in.v, thread, dtype);
@@ -528,6 +661,10 @@ __global__ void __launch_bounds__(kThreads)
 constexpr int kInvalidValue = 1;  // as CUDA numbers it
 
 dim3 blocks_for(int64_t n_threads) { return dim3(static_cast<unsigned>((n_threads + kThreads - 1) / kThreads)); }
+
+dim3 blocks_of_tiles(const Row& row) {
+  return dim3(static_cast<unsigned>(row.n_slots() * ((row.C + kChannels - 1) / kChannels)));
+}
 
 dim3 blocks_of_scan(const Row& row) {
   const int64_t n_tiles = (row.C + kScanChannels - 1) / kScanChannels;
@@ -545,11 +682,12 @@ int with_dtype(int dtype, Run run) {
   }
 }
 
-// By estimate, not by measurement: few threads leave a chip idle, because a token takes each of them about 40 ns, while
-// the scan form moves 10 bytes a token and channel, or 16 backward, at 4 TB/s on a large chip. Then both take equally
-// long with about 16,000 threads. And a sequence must have some segments, on average.
+// By estimate, not by measurement. A tile of 128 tokens takes a block about 3,500 cycles, however few blocks there are;
+// where they are many, a token and channel takes a large chip's 528 schedulers 1/300 of a cycle, and the scan form needs
+// 1.7 times that. Then both take equally long with about 5,000 channels, and it takes a thousand tokens to make up for
+// the start of two more kernels.
 bool is_for_scan(int S, int64_t T, int C) {
-  return S > 0 && static_cast<int64_t>(S) * C < 16384 && T / S >= 4 * kSegment;
+  return S > 0 && static_cast<int64_t>(S) * C <= 4096 && T / S >= 8 * kSegment;
 }
 
 int64_t scan_floats(int S, int64_t T, int C) { return (T / kSegment + S) * 3 * C; }
@@ -563,16 +701,16 @@ int forward(bool scan, int dtype, int S, int64_t T, int C, const int64_t* cu_seq
             const float* state, void* y, float* final_state, float* checkpoints, void* workspace, void* stream) {
   if (S == 0 || C == 0) return 0;
   const Row row{T, S, C, cu_seqlens, scan ? kSegment : kNoEnd};
-  const dim3 grid = blocks_for(row.n_slots() * C);
+  const dim3 grid = blocks_of_tiles(row);
   return with_dtype(dtype, [&](auto constant) {
     constexpr int kType = decltype(constant)::value;
     const auto outputs = [&](const float* incoming) {
-      return launch(forward_kernel<kType>, grid, dim3(kThreads), kForwardBytes, stream, row, in, incoming, y,
+      return launch(forward_kernel<kType>, grid, dim3(kThreads), forward_bytes(kType), stream, row, in, incoming, y,
                     final_state, checkpoints);
     };
     if (!scan) return outputs(state);
     float* const sums = static_cast<float*>(workspace);
-    int error = launch(summarize_kernel<kType>, grid, dim3(kThreads), kForwardBytes, stream, row, in, sums);
+    int error = launch(summarize_kernel<kType>, grid, dim3(kThreads), kSumsBytes, stream, row, in, sums);
     if (error == 0)
       error = launch(scan_kernel<false>, blocks_of_scan(row), dim3(kScanThreads), kScanBytes, stream, row, in.w, state,
                      sums);
@@ -585,7 +723,7 @@ int backward(bool scan, int dtype, int S, int64_t T, int C, const int64_t* cu_se
              void* stream) {
   if (S == 0 || C == 0) return 0;
   const Row row{T, S, C, cu_seqlens, scan ? kSegment : kNoEnd};
-  const dim3 grid = blocks_for(row.n_slots() * C);
+  const dim3 grid = blocks_of_tiles(row);
   return with_dtype(dtype, [&](auto constant) {
     constexpr int kType = decltype(constant)::value;
     const auto gradients = [&](const float* outgoing, const Gradients& out) {
