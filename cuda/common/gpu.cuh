@@ -79,6 +79,19 @@ __device__ __forceinline__ uint16_t float_to_bfloat16(float x) {
 }
 __device__ __forceinline__ uint16_t float_to_float16(float x) { return __half_as_ushort(__float2half_rn(x)); }
 
+// exp(x) for what is rounded to 16 bits next, in two instructions: off by 2^-22 + |x| 2^-24 of itself, 0 where it is below
+// 2^-126. And 1 / x, off by one bit, inf where x is below that.
+__device__ __forceinline__ float rough_exp(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
+__device__ __forceinline__ float rough_inverse(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 #endif
 
 // Element i of a tensor of the given dtype.

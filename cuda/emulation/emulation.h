@@ -672,6 +672,12 @@ inline uint16_t float_to_bfloat16(float x) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+inline float rough_exp(float x) {
+  const float y = expf(x);
+  return y < 0x1p-126f ? 0.f : y;
+}
+inline float rough_inverse(float x) { return 1.f / (std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : x); }
+
 // A float16 has 5 bits of exponent (bias 15) and 10 of mantissa.
 inline float float16_to_float(uint16_t bits) {
   const unsigned sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, mantissa = bits & 1023;
