@@ -76,14 +76,14 @@ __device__ __forceinline__ void scale_chunk(const float* w, const Operands<kN>& 
   static_assert(kThreads % kPairs == 0 && kChunkTokens % kGroups == 0, "threads share out tokens");
   const int column = thread % kPairs * 2, first = thread / kPairs * kTokens;
   float2 sum = make_float2(0.f, 0.f);
+#pragma unroll 1
+  for (int before = 0; before < first; before += kTokens)
 #pragma unroll
-  for (int token = 0; token < kChunkTokens - kTokens; ++token) {
-    if (token >= first) continue;
-    const float2 step = *reinterpret_cast<const float2*>(w + token * kN + column);
-    sum.x += step.x, sum.y += step.y;
-  }
-  // As exact as a bfloat16 and its low part want it, no more.
-  float2 grown = make_float2(__expf(sum.x), __expf(sum.y));
+    for (int i = 0; i < kTokens; ++i) {
+      const float2 step = *reinterpret_cast<const float2*>(w + (before + i) * kN + column);
+      sum.x += step.x, sum.y += step.y;
+    }
+  float2 grown = make_float2(rough_exp(sum.x), rough_exp(sum.y));
 #pragma unroll
   for (int i = 0; i < kTokens; ++i) {
     const int token = first + i;
@@ -94,8 +94,8 @@ __device__ __forceinline__ void scale_chunk(const float* w, const Operands<kN>& 
       write_pair(a.x * grown.x, a.y * grown.y, x.a.at(token, column));
     const float2 step = *reinterpret_cast<const float2*>(w + token * kN + column);
     sum.x += step.x, sum.y += step.y;
-    grown = make_float2(__expf(sum.x), __expf(sum.y));
-    const float2 shrunk = make_float2(__expf(-sum.x), __expf(-sum.y));
+    grown = make_float2(rough_exp(sum.x), rough_exp(sum.y));
+    const float2 shrunk = make_float2(rough_inverse(grown.x), rough_inverse(grown.y));
     const float2 r = read_pair(x.r.at(token, column)), k = read_pair(x.k.at(token, column));
     const float2 b = read_pair(x.b.at(token, column));
     write_pair(r.x * grown.x, r.y * grown.y, x.r.at(token, column));
