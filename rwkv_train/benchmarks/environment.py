@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from rwkv_train import __version__
+from rwkv_train.ops.chip import chip_name
 
-_CPU_INFO = Path("/proc/cpuinfo")
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -21,7 +21,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         device: where the measurement ran.
     """
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": chip_name(device),
         "threads": torch.get_num_threads(),
         "rwkv_train": __version__,
         "commit": _commit(),
@@ -29,15 +29,6 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "command": " ".join(["rwkv-train", *sys.argv[1:]]),
     }
-
-
-def _cpu_name() -> str:
-    if _CPU_INFO.is_file():
-        for line in _CPU_INFO.read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

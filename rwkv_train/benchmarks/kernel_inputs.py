@@ -22,11 +22,14 @@ class KernelInputs(NamedTuple):
 
 
 def make_inputs(size: KernelSize, device: torch.device, dtype: torch.dtype) -> KernelInputs:
-    """Return random inputs of a size, always the same; the log decay is float32, all else of ``dtype``."""
-    generator = torch.Generator().manual_seed(0)
+    """Return random inputs of a size, always the same on one kind of device.
+
+    The log decay is float32, all else of ``dtype``.
+    """
+    generator = torch.Generator(device).manual_seed(0)  # a billion numbers are no work for a GPU
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device=device)
 
     rows = (1, size.B * size.T) if size.packed else (size.B, size.T)
     shape: tuple[int, ...] = (*rows, size.H, size.N)

@@ -28,17 +28,51 @@ from rwkv_train.benchmarks.machine_limits import MachineLimits
 from rwkv_train.benchmarks.stopwatch import Stopwatch, cold_stopwatch
 from rwkv_train.errors import BackendError, ConfigError
 from rwkv_train.ops.backends import AUTO, Problem, capability_of
+from rwkv_train.ops.chip import chip_name
+from rwkv_train.ops.crossover import power_of_two_near
 from rwkv_train.ops.prepare import OPERATORS, prepare_backend
 
 N_WARM_UP = 3
 """Calls that are not timed: they build, tune, allocate and wake the threads. The last one of them is looked at."""
 
-DEFAULT_BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("cuda_exact", "torch")}
 DEFAULT_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+
+_YARDSTICKS = ("cuda_exact", "torch")
+"""Where one of them runs, the first is what the others' results are compared with: they compute in float32."""
+_DEFINITION = "reference"
+"""Too slow to be worth a measurement."""
 
 Row = dict[str, str | int | float | None]
 Kind = tuple[str, str]
 """Name of a contender, and pass."""
+
+
+def problem_of_size(size: KernelSize, device: torch.device, dtype: torch.dtype) -> Problem:
+    """Return the problem that an operator has with inputs of a size, a backward pass with it."""
+    n_sequences = len(size.starts) - 1
+    return Problem(
+        device.type,
+        dtype,
+        None if size.op == NO_HEADS else size.N,
+        size.packed,
+        capability_of(device),
+        chip_name(device),
+        power_of_two_near(n_sequences * (size.N if size.op == NO_HEADS else size.H)),
+        power_of_two_near(size.B * size.T // n_sequences),
+        needs_backward=True,
+    )
+
+
+def default_backends(size: KernelSize, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return the names of all backends that take a size, but for the loop over tokens. Nothing is loaded.
+
+    The first is what the others' results are compared with; they follow in the order of the operator's table.
+    """
+    problem = problem_of_size(size, device, dtype)
+    names = [name for name, backend in OPERATORS[size.op].items() if backend.refuses(problem) is None]
+    names.remove(_DEFINITION)
+    yardstick = next((name for name in _YARDSTICKS if name in names), names[0])
+    return [yardstick, *(name for name in names if name != yardstick)]
 
 
 def resolve_backends(
@@ -53,8 +87,7 @@ def resolve_backends(
     for size in sizes:
         if size.op not in OPERATORS:
             raise BackendError(f"there is no operator '{size.op}'; choose one of {', '.join(OPERATORS)}")
-        head_size = None if size.op == NO_HEADS else size.N
-        problem = Problem(device.type, dtype, head_size, size.packed, capability_of(device))
+        problem = problem_of_size(size, device, dtype)
         names = (prepare_backend(size.op, problem, name).name for name in backends)
         resolved.append(list(dict.fromkeys(names)))
     return resolved

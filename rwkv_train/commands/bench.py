@@ -59,8 +59,8 @@ Backends = Annotated[
     typer.Option(
         "--backend",
         metavar="NAME",
-        help="Of the recurrences, for kernels and training. May be repeated. By default torch, and cpp on a CPU; for "
-        "kernels on a GPU cuda_exact and torch. Kernels: the first is what the others' results are compared with.",
+        help="Of the recurrences, for kernels and training. May be repeated. By default for training torch, and cpp "
+        "on a CPU; for kernels all but reference. Kernels: the first is what the others' results are compared with.",
     ),
 ]
 Strategies = Annotated[

@@ -85,9 +85,9 @@ def measure_kernels(
     from rwkv_train.benchmarks.kernel_peers import importable_peers, load_peer, peer_versions
     from rwkv_train.benchmarks.kernel_sizes import choose_sizes
     from rwkv_train.benchmarks.kernels import (
-        DEFAULT_BACKENDS,
         DEFAULT_DTYPES,
         bench_kernels,
+        default_backends,
         resolve_backends,
     )
     from rwkv_train.benchmarks.machine_limits import measure_limits
@@ -96,9 +96,10 @@ def measure_kernels(
 
     chosen = choose_sizes(device.type, ops, sizes)
     given = [load_peer(peer, ops) for peer in peers or ()]
-    names = backends or DEFAULT_BACKENDS[device.type]
     of_values = DEFAULT_DTYPES[device.type] if dtype is None else DTYPES[dtype.value]
-    resolve_backends(chosen, names, device, of_values)
+    names = {size: backends or default_backends(size, device, of_values) for size in chosen}
+    for size in chosen:
+        resolve_backends([size], names[size], device, of_values)
     known, left_out = importable_peers(device.type)
     if left_out is not None:
         typer.echo(left_out, err=True)
@@ -110,7 +111,7 @@ def measure_kernels(
         try:
             rows += bench_kernels(
                 [size],
-                names,
+                names[size],
                 repeats,
                 device=device,
                 dtype=of_values,

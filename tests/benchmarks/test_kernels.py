@@ -5,12 +5,15 @@ import itertools
 import pytest
 import torch
 
+from rwkv_train.benchmarks.kernel_inputs import make_inputs
 from rwkv_train.benchmarks.kernel_peers import Peer
 from rwkv_train.benchmarks.kernel_sizes import KernelSize
-from rwkv_train.benchmarks.kernels import N_WARM_UP, bench_kernels
+from rwkv_train.benchmarks.kernels import N_WARM_UP, bench_kernels, default_backends, problem_of_size
 from rwkv_train.benchmarks.machine_limits import MachineLimits
 from rwkv_train.errors import BackendError, ConfigError
+from rwkv_train.ops.backends import problem_of
 from rwkv_train.ops.context import PLAIN, packed_context
+from rwkv_train.ops.prepare import OPERATORS
 from rwkv_train.ops.wkv7 import wkv7
 
 SMALL = (
@@ -104,6 +107,36 @@ def test_auto_is_reported_under_the_name_it_stands_for_and_timed_once():
     rows = bench(SMALL[:1], ("auto", "cpp"))
     assert [row["backend"] for row in rows] == ["cpp", "cpp"]
     assert [row["pass"] for row in rows] == ["forward", "forward+backward"]
+
+
+@pytest.mark.parametrize("op", list(OPERATORS))
+def test_all_backends_of_a_device_but_the_loop_are_measured_the_exact_one_first(op):
+    size = KernelSize(op, B=8, T=4096, H=1 if op == "wkv4" else 32, N=64)
+    assert default_backends(size, torch.device("cpu"), torch.float32) == ["torch", "cpp"]
+    assert default_backends(size, torch.device("cpu"), torch.float64) == ["torch"]
+    found = default_backends(size, torch.device("cuda"), torch.bfloat16)
+    assert found[0] == "cuda_exact"
+    assert sorted(found) == sorted(set(OPERATORS[op]) - {"cpp", "reference"})
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (KernelSize("wkv7", B=8, T=16, H=32, N=8), (256, 16)),
+        (KernelSize("wkv4", B=2, T=64, H=1, N=48), (128, 64)),
+        # In sequences of 9, 5, 2, 1 and 1 tokens.
+        (KernelSize("wkv7", B=2, T=9, H=2, N=8, packed=True), (8, 4)),
+    ],
+    ids=["heads", "no heads", "packed"],
+)
+def test_auto_chooses_for_the_size_that_is_measured(size, expected):
+    problem = problem_of_size(size, torch.device("cpu"), torch.float32)
+    assert (problem.n_recurrences, problem.n_tokens) == expected
+    inputs = make_inputs(size, torch.device("cpu"), torch.float32)
+    v = inputs.tensors[3]
+    n_sequences = 5 if size.packed else None
+    head_size = None if size.op == "wkv4" else size.N
+    assert problem == problem_of(v, head_size, is_packed=size.packed, n_sequences=n_sequences)
 
 
 def test_backends_agree_within_rounding():
