@@ -25,10 +25,9 @@
 // The gradients of w and u are left as one row a sequence.
 //
 // Memory: 0.75 bytes of checkpoints a token and channel. The scan form takes 12 bytes of workspace a slot and channel,
-// 20 in the backward pass. Shared memory of a block: 22 KB forward (38 in float32), 54 KB
-// backward, 4 KB in the scan. Bytes moved for a
-// token and channel of bfloat16, beside checkpoints: 6 forward and 10 backward, the least possible, in the sequential
-// form; 10 and 16 in the scan form.
+// 20 in the backward pass. Shared memory of a block: 22 KB forward (38 in float32), 54 KB backward, 4 KB in the scan.
+// Bytes moved for a token and channel of bfloat16, beside checkpoints: 6 forward and 10 backward, the least possible, in
+// the sequential form; 10 and 16 in the scan form.
 
 #include <cstdint>
 #include <type_traits>
