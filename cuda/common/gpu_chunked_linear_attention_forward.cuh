@@ -7,7 +7,11 @@
 //   y^T = S r'^T + V^T A^T,   S <- S diag(decay) + V^T k'
 // with r', k', decay of `StateFactors`. S is rounded to bfloat16 for the first product alone. y takes the place of v in
 // shared memory, 16 tokens by 16 values of one warp, and leaves from there 16 bytes at a time.
-// The other four prepare the next chunk meanwhile. A chunk has two parts with a barrier behind each:
+// The other four prepare the next chunk meanwhile. First a warp takes 16 keys, a lane 2 neighbouring keys of 4
+// neighbouring tokens, so that what it needs of the decay of other tokens are 2 products. The 16 rows of a level become
+// a matrix, R its first 8 rows, K the others; a product of it with its own transposed has A_ij of this level, one mma
+// for each 16 keys, whose two operands are the same registers. So then a warp takes a level. That makes two parts of a
+// chunk, with a barrier behind each:
 //   walk:      y of this chunk                          | S
 //   prepare:   fetch the third next, scale the next one | A of the next one; the one after that has arrived
 // so two to three chunks are on their way or just there, and both halves of the block always have something to do.
@@ -28,6 +32,228 @@
 #include "gpu_chunked_linear_attention.cuh"
 
 namespace rwkv::chunked {
+
+// ---------------------------------------------------------------------------------------------- levels
+
+// The token whose row stands in a row of a level, and the row that a token has there.
+__host__ __device__ constexpr int token_of_row(int level, int row) {
+  const int low = (1 << level) - 1, i = row % 8;
+  return (i & ~low) << 1 | (row < 8 ? 1 << level : 0) | (i & low);
+}
+__host__ __device__ constexpr int row_of_token(int level, int token) {
+  const int low = (1 << level) - 1;
+  return (token >> 1 & ~low) | (token & low) | (token >> level & 1 ? 0 : 8);
+}
+
+// Whether the tokens of rows i < 8 and 8 + j of a level are a pair of it: their higher bits are the same.
+__host__ __device__ constexpr bool is_pair(int level, int i, int j) { return i >> level == j >> level; }
+
+// The rows of all levels, in shared memory.
+template <int kN>
+struct Levels {
+  static constexpr int kSize = (kLevels - 1) * Matrix<kN>::size_of(kChunkTokens);  // of `scaled`, in numbers
+
+  Matrix<kN> r, k;   // [16, kN], as they came: level 0
+  uint16_t* scaled;  // levels 1, 2, 3, one behind the other
+
+  __device__ __forceinline__ Matrix<kN> level(int number) const {
+    return {scaled + (number - 1) * Matrix<kN>::size_of(kChunkTokens)};
+  }
+  __device__ __forceinline__ uint16_t* at(int number, int row, int column) const {
+    if (number > 0) return level(number).at(row, column);
+    return (row < 8 ? r : k).at(token_of_row(0, row), column);
+  }
+};
+
+// x[i][key] = the matrix of a level, [row + i, column + key], 16 x 16, as `load_a` does it. {x[1], x[3]} is an operand
+// b: the transposed of rows 8 to 15.
+template <int kN>
+__device__ __forceinline__ void load_level_a(const Levels<kN>& levels, int number, int column, unsigned (&x)[4]) {
+  const int lane = lane_of_thread();
+  ldmatrix<4>(x, levels.at(number, lane % 16, column + lane / 16 * 8));
+}
+
+// b[key / 8][row][key % 8] = the matrix of a level, [row, column + key], as `load_b` does it.
+template <int kN>
+__device__ __forceinline__ void load_level_b(const Levels<kN>& levels, int number, int column, unsigned (&b)[2][2]) {
+  const int lane = lane_of_thread();
+  unsigned x[4];
+  ldmatrix_transposed<4>(x, levels.at(number, lane % 16, column + lane / 16 * 8));
+  b[0][0] = x[0], b[0][1] = x[1], b[1][0] = x[2], b[1][1] = x[3];
+}
+
+// ---------------------------------------------------------------------------------------------- factors
+
+// The decay of 16 keys of a chunk, of which a lane has the keys first_key + 2 (lane % 8) and the next one, of the
+// tokens 4 q .. 4 q + 3 with q = lane / 8. All lanes of a warp must make theirs together. [i][c]: of token 4 q + i and
+// key + c.
+template <int kN, bool kStatic>
+struct Factors {
+  int q, key;
+  float before[4][2], after[4][2];  // p(4 q, 4 q + i - 1) and p(4 q + i + 1, 4 q + 3)
+  float middle[2][2];               // the decay of tokens 4 q + 1 and 4 q + 2
+  // What these lack: `before` to the start of the chunk, `after` to its end, and the one or the other to its middle.
+  float to_start[2], to_end[2], to_middle[2];
+  float sum[2];  // of w of all 16 tokens
+
+  // w: [16, kN] with 0 for tokens that are not there; if kStatic [kN], and n_tokens are there.
+  __device__ __forceinline__ Factors(const float* w, int n_tokens, int first_key)
+      : q(lane_of_thread() / 8), key(first_key + lane_of_thread() % 8 * 2) {
+    float own[4][2];
+    if constexpr (kStatic) {
+      const float2 both = *reinterpret_cast<const float2*>(w + key);
+      const float decay[2] = {rough_exp(both.x), rough_exp(both.y)};
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) own[i][c] = 4 * q + i < n_tokens ? decay[c] : 1.f;
+      sum[0] = static_cast<float>(n_tokens) * both.x;
+      sum[1] = static_cast<float>(n_tokens) * both.y;
+    } else {
+      float logs[4][2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 both = *reinterpret_cast<const float2*>(w + (4 * q + i) * kN + key);
+        logs[i][0] = both.x, logs[i][1] = both.y;
+      }
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        sum[c] = (logs[0][c] + logs[1][c]) + (logs[2][c] + logs[3][c]);
+        sum[c] += __shfl_xor_sync(kAllLanes, sum[c], 8);
+        sum[c] += __shfl_xor_sync(kAllLanes, sum[c], 16);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) own[i][c] = rough_exp(logs[i][c]);
+      }
+    }
+    const bool is_upper_four = q & 1, is_upper_eight = q & 2;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      before[0][c] = 1.f;
+      before[1][c] = own[0][c];
+      before[2][c] = before[1][c] * own[1][c];
+      before[3][c] = before[2][c] * own[2][c];
+      after[3][c] = 1.f;
+      after[2][c] = own[3][c];
+      after[1][c] = own[2][c] * after[2][c];
+      after[0][c] = own[1][c] * after[1][c];
+      middle[0][c] = own[1][c];
+      middle[1][c] = own[2][c];
+      const float four = before[3][c] * own[3][c];
+      const float near = __shfl_xor_sync(kAllLanes, four, 8);         // p of the other 4 of the same 8 tokens
+      const float far = __shfl_xor_sync(kAllLanes, four * near, 16);  // p of the other 8
+      to_start[c] = (is_upper_four ? near : 1.f) * (is_upper_eight ? far : 1.f);
+      to_end[c] = (is_upper_four ? 1.f : near) * (is_upper_eight ? 1.f : far);
+      to_middle[c] = is_upper_four == is_upper_eight ? near : 1.f;
+    }
+  }
+};
+
+// Two neighbouring numbers of a matrix, as they lie there, the lower half first; `column` is even.
+template <int kColumns>
+__device__ __forceinline__ unsigned* pair_at(const Matrix<kColumns>& m, int row, int column) {
+  return reinterpret_cast<unsigned*>(m.at(row, column));
+}
+__device__ __forceinline__ float lower_of(unsigned pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float upper_of(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ unsigned scale_pair(unsigned pair, float lower, float upper) {
+  return pack_bfloat16(lower_of(pair) * lower, upper_of(pair) * upper);
+}
+
+// ---------------------------------------------------------------------------------------------- preparing a chunk
+
+// What the state is multiplied with and by in a chunk, in shared memory.
+template <int kN>
+struct StateFactors {
+  Matrix<kN> r;  // [16, kN], r_i p(0, i-1)
+  Matrix<kN> k;  // [16, kN], k_j p(j+1, 15)
+  float* decay;  // [kN], p(0, 15)
+};
+
+// Makes levels.scaled and `state` of levels.r, levels.k and w (as in Factors). Where total is not null, the sum of w
+// over the chunk's tokens is added to it, [kN]; the same thread always has the same key. kStateAlone: state.k and
+// state.decay are made, nothing else, and nothing of r is read. All kThreads threads take part, whole warps; what they
+// read must be there, what they leave is there after a barrier.
+template <int kN, int kThreads, bool kStatic, bool kStateAlone>
+__device__ __forceinline__ void scale_chunk(const Levels<kN>& levels, const float* w, int n_tokens, int thread,
+                                            const StateFactors<kN>& state, float* total) {
+  static_assert(kThreads % kWarp == 0, "a warp takes 16 keys");
+#pragma unroll 1
+  for (int first_key = thread / kWarp * 16; first_key < kN; first_key += kThreads / kWarp * 16) {
+    const Factors<kN, kStatic> factors(w, n_tokens, first_key);
+    const int q = factors.q, key = factors.key;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float(&before)[2] = factors.before[i], (&after)[2] = factors.after[i];
+      const int token = 4 * q + i;
+      const unsigned k = *pair_at(levels.k, token, key);
+      *pair_at(state.k, token, key) = scale_pair(k, after[0] * factors.to_end[0], after[1] * factors.to_end[1]);
+      if constexpr (!kStateAlone) {
+        const unsigned r = *pair_at(levels.r, token, key);
+        *pair_at(state.r, token, key) =
+            scale_pair(r, before[0] * factors.to_start[0], before[1] * factors.to_start[1]);
+
+        const bool is_row_1 = i & 2, is_row_2 = q & 1, is_row_3 = q & 2;  // of R in these levels, else of K
+        unsigned x = is_row_1 ? r : k;  // next to the boundary it has no factor
+        if (i == 0) x = scale_pair(x, factors.middle[0][0], factors.middle[0][1]);
+        if (i == 3) x = scale_pair(x, factors.middle[1][0], factors.middle[1][1]);
+        *pair_at(levels.level(1), row_of_token(1, token), key) = x;
+        *pair_at(levels.level(2), row_of_token(2, token), key) =
+            scale_pair(is_row_2 ? r : k, is_row_2 ? before[0] : after[0], is_row_2 ? before[1] : after[1]);
+        *pair_at(levels.level(3), row_of_token(3, token), key) =
+            scale_pair(is_row_3 ? r : k, (is_row_3 ? before[0] : after[0]) * factors.to_middle[0],
+                       (is_row_3 ? before[1] : after[1]) * factors.to_middle[1]);
+      }
+    }
+    if (q == 0) {
+      *reinterpret_cast<float2*>(state.decay + key) = make_float2(decay_of(factors.sum[0]), decay_of(factors.sum[1]));
+      if (total != nullptr) total[key] += factors.sum[0], total[key + 1] += factors.sum[1];
+    }
+  }
+}
+
+// Makes A of a chunk, [16, 16], with its diagonal and zeros above it. u: [kN], in shared memory. All kThreads threads
+// take part, whole warps; `levels` must be there, A is there after a barrier.
+template <int kN, int kThreads>
+__device__ __forceinline__ void put_attention(const Levels<kN>& levels, const float* u, int thread,
+                                              const Matrix<kChunkTokens>& attention) {
+  static_assert(kThreads % kWarp == 0, "a warp takes a level");
+#pragma unroll 1
+  for (int level = thread / kWarp; level < kLevels; level += kThreads / kWarp) {
+    float even[4] = {}, odd[4] = {};  // two chains of products, half as long
+#pragma unroll
+    for (int column = 0; column < kN; column += 32) {
+      unsigned x[4];
+      load_level_a(levels, level, column, x);
+      mma_bfloat16(even, x, {x[1], x[3]});
+      load_level_a(levels, level, column + 16, x);
+      mma_bfloat16(odd, x, {x[1], x[3]});
+    }
+    const int g = lane_g();
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {  // rows 8 to 15 of the product are of no use
+      const int j = 2 * lane_t() + c, row = token_of_row(level, g), column = token_of_row(level, 8 + j);
+      if (!is_pair(level, g, j)) continue;
+      *attention.at(row, column) = float_to_bfloat16(even[c] + odd[c]);
+      *attention.at(column, row) = 0;
+    }
+  }
+  constexpr int kLanes = 8;  // that take a token together
+#pragma unroll
+  for (int token = thread / kLanes; token < kChunkTokens; token += kThreads / kLanes) {
+    float sum[1] = {0.f};
+#pragma unroll
+    for (int first_key = 0; first_key < kN; first_key += 2 * kLanes) {
+      const int key = first_key + thread % kLanes * 2;
+      const unsigned r = *pair_at(levels.r, token, key), k = *pair_at(levels.k, token, key);
+      const float2 both = *reinterpret_cast<const float2*>(u + key);
+      sum[0] += lower_of(r) * (both.x * lower_of(k)) + upper_of(r) * (both.y * upper_of(k));
+    }
+    const float bonus = sum_lanes<1, kLanes>(sum);
+    if (thread % kLanes == 0) *attention.at(token, token) = float_to_bfloat16(bonus);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- a block
 
 constexpr int kBlockValues = 64;
 constexpr int kWalkThreads = kBlockValues / 16 * kWarp;
