@@ -1,6 +1,7 @@
 """What the CUDA backends of all operators share: what they refuse, and how a function of theirs is called."""
 
 import ctypes
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -90,7 +91,7 @@ def raise_on_error(library: ctypes.CDLL, op: str, name: str, code: int) -> None:
 
 CUDA = Platform(
     dispatch_key="CUDA",
-    load_library=load_cuda_library,
+    load_library=functools.cache(load_cuda_library),  # several backends of an operator are in it
     on_device=torch.cuda.device,
     current_stream=lambda device: torch.cuda.current_stream(device).cuda_stream,
 )
