@@ -1,19 +1,18 @@
 """The language model: embedding, blocks, head. It serves every version and does not know which one it has."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_train.config.model import ModelConfig
 from rwkv_train.models.block import LAYER_NORM_EPS, Block
-from rwkv_train.models.layers import at_least_float32
 from rwkv_train.models.state import LayerState, ModelState
 from rwkv_train.ops.context import PLAIN, SequenceContext, count_sequences
+from rwkv_train.ops.cross_entropy import linear_cross_entropy
 
 NO_TARGET = -100
 """Stands for a target that is not to be predicted: PyTorch's own value."""
@@ -39,8 +38,12 @@ class Head(nn.Module):
     need never leave it.
     """
 
+    recompute_logits: bool
+    """Whether the backward of losses computes logits again, also where they are few enough to be kept."""
+
     def __init__(self, n_embd: int, vocab_size: int) -> None:
         super().__init__()
+        self.recompute_logits = False
         self.weight = nn.Parameter(torch.empty(vocab_size, n_embd))
 
     def forward(
@@ -57,49 +60,16 @@ class Head(nn.Module):
             Logits ``[B, T, V]`` and ``None``; or the negative log-likelihood of each target in nats and half the
             square of the largest logit, or ``None``, both ``[B, T]`` float32.
         """
-        logits = F.linear(x, self.weight)
         if targets is None:
-            return logits, None
-        # A bfloat16 softmax over tens of thousands of tokens would lose the small differences it is about.
-        scores = at_least_float32(logits).flatten(0, 1)
-        if with_penalty:
-            losses, penalties = _LossesAndPenalties.apply(scores, targets.flatten())  # type: ignore[no-untyped-call]
-            return losses.view_as(targets), penalties.view_as(targets)
-        losses = F.cross_entropy(scores, targets.flatten(), ignore_index=NO_TARGET, reduction="none")
-        return losses.view_as(targets), None
-
-
-class _LossesAndPenalties(torch.autograd.Function):
-    """Cross entropy and L2Wrap's penalty of each row, with one gradient of the size of the logits for both.
-
-    The penalty of a row with the largest logit m is m^2 / 2, whose gradient is m at that logit and 0 elsewhere.
-    Published is only this gradient, times factor / (B T): that of ``factor * penalties.mean()``.
-
-    Source:
-        RWKV-LM, ``RWKV-v4neo/src/model.py`` (L2Wrap).
-    """
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return losses and penalties ``[R]`` of ``scores`` ``[R, V]`` and ``targets`` ``[R]``."""
-        masked = (targets == NO_TARGET).unsqueeze(1)
-        index = targets.unsqueeze(1).masked_fill(masked, 0)
-        largest, where = scores.max(dim=1, keepdim=True)
-        log_likelihoods = torch.log_softmax(scores, dim=1)
-        losses = -log_likelihoods.gather(1, index)
-        ctx.save_for_backward(log_likelihoods, index, largest, where, masked)
-        penalties = largest.square() / 2
-        return losses.masked_fill_(masked, 0).squeeze(1), penalties.masked_fill_(masked, 0).squeeze(1)
-
-    @staticmethod
-    def backward(ctx: Any, d_losses: Tensor, d_penalties: Tensor) -> tuple[Tensor, None]:
-        log_likelihoods, index, largest, where, masked = ctx.saved_tensors
-        d_loss = d_losses.unsqueeze(1).masked_fill(masked, 0)
-        d_penalty = d_penalties.unsqueeze(1).masked_fill(masked, 0)
-        d_scores: Tensor = log_likelihoods.exp().mul_(d_loss)
-        d_scores.scatter_add_(1, index, -d_loss)
-        d_scores.scatter_add_(1, where, largest * d_penalty)
-        return d_scores, None
+            return F.linear(x, self.weight), None
+        return linear_cross_entropy(
+            x,
+            self.weight,
+            targets,
+            ignore_index=NO_TARGET,
+            with_penalty=with_penalty,
+            keep_logits=not self.recompute_logits,
+        )
 
 
 class LanguageModel(nn.Module):

@@ -12,8 +12,9 @@ from rwkv_train.config.train import TrainConfig
 from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.models.registry import build_model, recurrence_of
+from rwkv_train.ops.cross_entropy import working_bytes
 from rwkv_train.ops.prepare import OPERATORS
-from rwkv_train.training.precision import autocast_of, cast_in_forward
+from rwkv_train.training.precision import COMPUTE_DTYPES, autocast_of, cast_in_forward
 
 _FLOAT32, _BFLOAT16 = 4, 2
 
@@ -28,7 +29,7 @@ class MemoryEstimate(NamedTuple):
     model_bytes: int
     """Parameters, gradients, masters and moments that this process keeps on its device."""
     activation_bytes: int
-    """What the forward of one micro-batch keeps for its backward, and the gradient of the logits."""
+    """What the forward of one micro-batch keeps for its backward, and what the backward of the head needs besides."""
     offloaded_bytes: int = 0
     """What it keeps in the CPU's memory instead."""
 
@@ -167,6 +168,7 @@ def _activation_bytes(model: LanguageModel, config: TrainConfig, wkv_backend: st
     with FakeTensorMode(), torch.device("cpu"):
         weights = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
         model.load_state_dict(weights, assign=True)
+        model.head.recompute_logits = settings.grad_checkpointing
         kept = _Kept(model)
         if casts:
             cast_in_forward(model, torch.bfloat16)
@@ -175,11 +177,17 @@ def _activation_bytes(model: LanguageModel, config: TrainConfig, wkv_backend: st
         saved = torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor)
         with _taken_for_any_device(recurrence_of(config.model)[0], wkv_backend), autocast, saved:
             model(tokens, targets=tokens, with_penalty=config.optim.l2wrap > 0)
-    gradient_of_logits = batch * ctx_len * config.model.vocab_size * _FLOAT32
+    head = working_bytes(
+        batch * ctx_len,
+        config.model.n_embd,
+        config.model.vocab_size,
+        COMPUTE_DTYPES[settings.precision],
+        torch.bfloat16 if is_bf16 else torch.float32,
+    )
     if not settings.grad_checkpointing:
-        return sum(sum(found.values()) for found in kept.by_block.values()) + gradient_of_logits
+        return sum(sum(found.values()) for found in kept.by_block.values()) + head
     largest = max(kept.bytes_of(block) for block in kept.by_block if block is not None)
-    return sum(kept.inputs.values()) + max(largest, kept.bytes_of(None) + gradient_of_logits)
+    return sum(kept.inputs.values()) + max(largest, kept.bytes_of(None) + head)
 
 
 def _tensors_in(values: Any) -> Iterable[Tensor]:

@@ -28,8 +28,8 @@ def autocast_of(precision: str, device: torch.device) -> AbstractContextManager[
 
 
 def prepare_forward(model: LanguageModel, settings: TrainerConfig) -> None:
-    """Let the blocks be compiled and recomputed, and parameters be cast, as the settings say."""
-    model.recompute_blocks = settings.grad_checkpointing
+    """Let the blocks be compiled, blocks and logits recomputed, and parameters be cast, as the settings say."""
+    model.recompute_blocks = model.head.recompute_logits = settings.grad_checkpointing
     if settings.compile:
         for block in model.blocks:
             # Not block.compile(): hooks and casts around the forward stay outside of what is compiled.

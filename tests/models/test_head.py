@@ -89,6 +89,26 @@ def test_of_equal_largest_logits_one_is_pulled():
     torch.testing.assert_close(x.grad, logits[..., :1] * head.weight[0].detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_that_are_computed_again_give_the_same_bits_from_less_memory(dtype):
+    found, kept = [], []
+    for recompute in (False, True):
+        head, x, targets = make_head(dtype)
+        head.recompute_logits = recompute
+        kept.append(0)
+
+        def count(tensor):
+            kept[-1] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            losses, penalties = head(x, targets, with_penalty=True)
+        (losses + FACTOR * penalties).mean().backward()
+        found.append((losses, penalties, x.grad, head.weight.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert kept[0] - kept[1] == B * T * V
+
+
 def test_the_penalty_compiles_as_part_of_one_graph():
     head, x, targets = make_head(torch.float32)
     expected = [tensor.detach() for tensor in head(x, targets, with_penalty=True)]

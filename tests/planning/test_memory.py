@@ -7,7 +7,7 @@ from rwkv_train.config.load import check_tree
 from rwkv_train.models.registry import build_model, initialize
 from rwkv_train.ops.context import PLAIN
 from rwkv_train.planning.memory import estimate_memory
-from rwkv_train.training.precision import prepare_forward
+from rwkv_train.training.precision import autocast_of, prepare_forward
 
 B, T, C, V, L = 3, 24, 32, 50, 2
 RWKV4 = {"arch": "rwkv4", "n_layer": L, "n_embd": C, "vocab_size": V, "ctx_len": T}
@@ -19,7 +19,14 @@ EACH = pytest.mark.parametrize(
 )
 N_RWKV4 = 2 * V * C + 13 * C * C * L + C * (11 * L + 4)
 """30,656 parameters, a multiple of 4."""
-GRADIENT_OF_LOGITS = 4 * B * T * V
+
+
+def backward_of_head(precision="fp32", words=V):
+    """Its gradients, that of the logits, and their softmax, of which bfloat16 needs a copy; all in one chunk."""
+    if precision == "fp32":
+        return 4 * (words * C + B * T * C) + 4 * B * T * words + 4 * B * T * words
+    copy = 2 * words * C if precision == "bf16-autocast" else 0  # of the weight
+    return 4 * words * C + copy + 2 * B * T * C + 2 * B * T * words + 8 * B * T * words
 
 
 def settings(model, **trainer):
@@ -51,14 +58,15 @@ def bytes_kept(parameters, call, besides=()):
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16-params"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16-autocast", "bf16-params"])
 @EACH
 def test_the_estimate_is_what_a_real_step_keeps(section, precision):
     config = settings(section, precision=precision)
     model = real_model(config)
     tokens = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(0))
-    real = bytes_kept(model.parameters(), lambda: model(tokens, targets=tokens, with_penalty=True))
-    assert estimate_memory(config, "cpp").activation_bytes == real + GRADIENT_OF_LOGITS
+    with autocast_of(precision, torch.device("cpu")):
+        real = bytes_kept(model.parameters(), lambda: model(tokens, targets=tokens, with_penalty=True))
+    assert estimate_memory(config, "cpp").activation_bytes == real + backward_of_head(precision)
 
 
 @EACH
@@ -68,7 +76,7 @@ def test_the_pytorch_backend_is_counted_as_well(section):
     initialize(model, seed=0)
     tokens = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(0))
     real = bytes_kept(model.parameters(), lambda: model(tokens, targets=tokens, with_penalty=True))
-    assert estimate_memory(config, "torch").activation_bytes == real + GRADIENT_OF_LOGITS
+    assert estimate_memory(config, "torch").activation_bytes == real + backward_of_head()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-params"])
@@ -114,12 +122,23 @@ def test_recomputation_keeps_the_inputs_of_blocks_and_one_block(section):
 def test_under_recomputation_a_large_vocabulary_counts_more_than_a_block(section):
     words = 20_000
     config = settings({**section, "vocab_size": words}, grad_checkpointing=True)
-    # ln_out: input, mean, deviation; head: input, log-probabilities, target, largest logit and its place, mask;
-    # embedding: ids. Then the gradient of the logits.
-    rest = 4 * B * T * (C + 2) + 4 * B * T * (C + words) + B * T * (8 + 4 + 8 + 1) + 8 * B * T
+    # ln_out: input, mean, deviation; head: input, place of the largest logit, but no logits; ids, here of both ends.
+    rest = 4 * B * T * (C + 2) + 4 * B * T * C + 8 * B * T + 8 * B * T
+    # The logits that are computed again are overwritten with their gradient.
     assert estimate_memory(config, "cpp").activation_bytes == (
-        bytes_of_block_inputs(section) + rest + 4 * B * T * words
+        bytes_of_block_inputs(section) + rest + backward_of_head(words=words)
     )
+
+
+def test_without_recomputation_logits_are_kept_up_to_a_bound():
+    """32,768 rows of 65,536 in bfloat16 are 4 GiB; one more sample, and none are kept."""
+    model = {**RWKV4, "vocab_size": 65_536, "ctx_len": 4096}
+    trainer = {"precision": "bf16-autocast", "global_batch_size": 72}
+    eight, nine = (
+        estimate_memory(settings(model, micro_batch_size=n, **trainer), "cpp").activation_bytes
+        for n in (8, 9)
+    )
+    assert eight > 2**32 > nine
 
 
 # Bytes for each parameter of a process among 4 (parameters + gradients + moments + masters).
