@@ -25,7 +25,7 @@ struct Matrix {
   __device__ __forceinline__ uint16_t* at(int row, int column) const { return first + row * kStride + column; }
 };
 
-__device__ __forceinline__ int lane_of_thread() { return static_cast<int>(threadIdx.x) % 32; }
+__device__ __forceinline__ int lane_of_thread() { return static_cast<int>(threadIdx.x % 32); }
 __device__ __forceinline__ int lane_g() { return lane_of_thread() / 4; }
 __device__ __forceinline__ int lane_t() { return lane_of_thread() % 4; }
 
