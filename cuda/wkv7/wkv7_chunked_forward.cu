@@ -40,11 +40,11 @@ struct Inputs {
 };
 
 constexpr int kValues = 64;  // of a block
-constexpr int kWalkThreads = kValues / 16 * kWarp, kPrepareThreads = 4 * kWarp;
-constexpr int kThreads = kWalkThreads + kPrepareThreads;
+constexpr int kWalkThreads = kValues / 16 * kWarp;
 
 template <int kN>
 struct Block {
+  static constexpr int kPrepareThreads = 2 * kN, kThreads = kWalkThreads + kPrepareThreads;
   static constexpr int kParts = kN / kValues;      // blocks that share the values of a head
   static constexpr int kStages = kN == 64 ? 4 : 3;  // chunks in shared memory: walked, prepared, and on their way
   static constexpr int kResident = kN == 64 ? 2 : 1;  // blocks on a multiprocessor
@@ -227,9 +227,10 @@ __device__ __forceinline__ int rows_of_chunk(const Span& span, int chunk) {
 template <int kN, bool kSplit>
 __device__ __forceinline__ void prepare(const Heads& heads, const Inputs& in, const Span& span, int first_value,
                                         bool has_values) {
-  constexpr int kStages = Block<kN>::kStages;
+  constexpr int kStages = Block<kN>::kStages, kPrepareThreads = Block<kN>::kPrepareThreads;
   const Memory<kN, kSplit> memory(shared_memory());
-  const int thread = static_cast<int>(threadIdx.x) - kWalkThreads, n_chunks = static_cast<int>(span.n_chunks());
+  const int thread = static_cast<int>((threadIdx.x - kWalkThreads) % kPrepareThreads);
+  const int n_chunks = static_cast<int>(span.n_chunks());
   const int64_t first = heads.row(span.first_token, span.head), stride = heads.row_stride();
 
   const auto fetch = [&](int chunk) {
@@ -264,33 +265,37 @@ __device__ __forceinline__ void prepare(const Heads& heads, const Inputs& in, co
   }
 }
 
+// Where a warp writes: its 16 values of the first token, and its block of the first checkpoint or null.
+struct Outputs {
+  uint16_t *y, *checkpoint;
+};
+
 // Takes the state of a warp over the chunks of a span, meeting the threads that prepare at the same barriers: a barrier
-// counts warps, wherever they come to it. Only with kHasOutputs are y and checkpoints, which may be null, written.
+// counts warps, wherever they come to it. Only with kHasOutputs is anything written; `out` then ends at what would be
+// written next.
 template <int kN, bool kSplit, bool kHasOutputs>
-__device__ __forceinline__ void walk(const Heads& heads, const Span& span, int first_value, StateRows<kN>& state,
-                                     uint16_t* y, uint16_t* checkpoints) {
-  constexpr int kStateChunks = kStateTokens / kChunkTokens;
+__device__ __forceinline__ void walk(const Heads& heads, const Span& span, StateRows<kN>& state, Outputs& out) {
   const Memory<kN, kSplit> memory(shared_memory());
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, n_chunks = static_cast<int>(span.n_chunks());
+  const int warp = static_cast<int>(threadIdx.x / kWarp), n_chunks = static_cast<int>(span.n_chunks());
+  const int n_last_rows = rows_of_chunk(span, n_chunks - 1);
   const int64_t stride = heads.row_stride();
-  uint16_t* y_of_chunk = nullptr;
-  if constexpr (kHasOutputs) y_of_chunk = y + heads.row(span.first_token, span.head) + first_value + warp * 16;
 
   for (int i = 0; i < 3; ++i) __syncthreads();  // the first chunk is there
 #pragma unroll 1
   for (int chunk = 0; chunk < n_chunks; ++chunk) {
     if constexpr (kHasOutputs)
-      if (checkpoints != nullptr && chunk % kStateChunks == 0)
-        store_checkpoint(state, checkpoints + heads.state(span.first_checkpoint + chunk / kStateChunks, span.head),
-                         first_value + warp * 16);
+      if (out.checkpoint != nullptr && chunk % (kStateTokens / kChunkTokens) == 0) {
+        store_checkpoint(state, out.checkpoint, 0);
+        out.checkpoint += heads.state(1, 0);
+      }
     Columns columns;
     read_state<kN, kSplit, kHasOutputs>(state, memory.operands(chunk), memory.scores(chunk), memory.values(chunk),
                                         warp * 16, columns);
     __syncthreads();
     change_state<kN, kSplit, kHasOutputs>(state, memory.operands(chunk), memory.scores(chunk), columns);
     if constexpr (kHasOutputs) {
-      write_outputs(columns.y, memory.output(warp), stride, rows_of_chunk(span, chunk), y_of_chunk);
-      y_of_chunk += kChunkTokens * stride;
+      write_outputs(columns.y, memory.output(warp), stride, chunk + 1 < n_chunks ? kChunkTokens : n_last_rows, out.y);
+      out.y += kChunkTokens * stride;
     }
     __syncthreads();
   }
@@ -301,7 +306,7 @@ __device__ __forceinline__ void walk(const Heads& heads, const Span& span, int f
 // segment_tokens: 0 where sequences stay whole. joined: states after all segments but the last of each sequence,
 // [slots, H, N, N]. checkpoints may be null.
 template <int kN, bool kSplit>
-__global__ void __launch_bounds__(kThreads, Block<kN>::kResident)
+__global__ void __launch_bounds__(Block<kN>::kThreads, Block<kN>::kResident)
     forward_kernel(Heads heads, Inputs in, int segment_tokens, const float* state, const float* joined, uint16_t* y,
                    float* final_state, uint16_t* checkpoints) {
   const Span span = span_of_block(heads, Block<kN>::kParts, segment_tokens);
@@ -311,25 +316,29 @@ __global__ void __launch_bounds__(kThreads, Block<kN>::kResident)
     prepare<kN, kSplit>(heads, in, span, first_value, true);
     return;
   }
-  const int row = first_value + static_cast<int>(threadIdx.x) / kWarp * 16;
+  const int row = first_value + static_cast<int>(threadIdx.x / kWarp) * 16;
   StateRows<kN> rows;
   rows.load(span.is_first ? state + heads.state(span.s, span.head) : joined + heads.state(span.slot - 1, span.head),
             row);
-  walk<kN, kSplit, true>(heads, span, first_value, rows, y, checkpoints);
-  if (!span.is_last) return;
-  rows.store(final_state + heads.state(span.s, span.head), row);
-  if (checkpoints == nullptr) return;
+  Outputs out{y + heads.row(span.first_token, span.head) + row, nullptr};
+  if (checkpoints != nullptr) out.checkpoint = checkpoints + heads.state(span.first_checkpoint, span.head) + row * kN;
+  walk<kN, kSplit, true>(heads, span, rows, out);
+  // The same span, found again: there are no registers to keep it in.
+  const Span walked = span_of_block(heads, Block<kN>::kParts, not_before(segment_tokens));
+  if (!walked.is_last) return;
+  const int64_t end = walked.first_token + walked.n_tokens;
+  rows.store(final_state + heads.state(walked.s, walked.head), row);
   // A sequence may have room for one more checkpoint than it has use for.
-  const int64_t next = span.first_checkpoint + (span.n_tokens + kStateTokens - 1) / kStateTokens;
-  if (next > (span.first_token + span.n_tokens) / kStateTokens + span.s) return;
+  const int64_t n_checkpoints = (walked.n_tokens + kStateTokens - 1) / kStateTokens;
+  if (checkpoints == nullptr || walked.first_checkpoint + n_checkpoints > end / kStateTokens + walked.s) return;
   rows.set_diagonal(0.f, row);
-  store_checkpoint(rows, checkpoints + heads.state(next, span.head), row);
+  store_checkpoint(rows, out.checkpoint, 0);
 }
 
 // K and P of every segment that another one follows, [slots, H, N, N]; of the first segment of a sequence K alone, which
 // is the state after it. A head has twice as many blocks as in the forward pass, for K first.
 template <int kN, bool kSplit>
-__global__ void __launch_bounds__(kThreads, Block<kN>::kResident)
+__global__ void __launch_bounds__(Block<kN>::kThreads, Block<kN>::kResident)
     summarize_kernel(Heads heads, Inputs in, int segment_tokens, const float* state, float* k, float* p) {
   const Span span = span_of_block(heads, 2 * Block<kN>::kParts, segment_tokens);
   const bool is_p = span.part >= Block<kN>::kParts;
@@ -339,13 +348,14 @@ __global__ void __launch_bounds__(kThreads, Block<kN>::kResident)
     prepare<kN, kSplit>(heads, in, span, first_value, !is_p);
     return;
   }
-  const int row = first_value + static_cast<int>(threadIdx.x) / kWarp * 16;
+  const int row = first_value + static_cast<int>(threadIdx.x / kWarp) * 16;
   StateRows<kN> rows;
   if (span.is_first)
     rows.load(state + heads.state(span.s, span.head), row);
   else
     rows.set_diagonal(is_p ? 1.f : 0.f, row);
-  walk<kN, kSplit, false>(heads, span, first_value, rows, nullptr, nullptr);
+  Outputs none{nullptr, nullptr};
+  walk<kN, kSplit, false>(heads, span, rows, none);
   rows.store((is_p ? p : k) + heads.state(span.slot, span.head), row);
 }
 
@@ -360,7 +370,7 @@ __global__ void __launch_bounds__(kJoinRows / kJoinThreadRows * kN)
   const int block = static_cast<int>(blockIdx.x), part = block % kParts, head = block / kParts % heads.H;
   const int s = block / kParts / heads.H;
   const int64_t start = heads.start(s), n_tokens = heads.start(s + 1) - start, first_slot = start / segment_tokens + s;
-  const int key = static_cast<int>(threadIdx.x) % kN, first = static_cast<int>(threadIdx.x) / kN * kJoinThreadRows;
+  const int key = static_cast<int>(threadIdx.x % kN), first = static_cast<int>(threadIdx.x / kN) * kJoinThreadRows;
   float* const x = shared_memory() + first * kN;  // the state's rows, [kJoinRows, kN]; these are the thread's
 
   float sums[kJoinThreadRows];
@@ -427,7 +437,7 @@ int run(const Heads& heads, const Inputs& in, int segment_tokens, const float* s
   float* const k = workspace;
   if (segment_tokens != 0) {
     float* const p = workspace + summary_size(heads, segment_tokens);
-    int error = launch(summarize_kernel<kN, kSplit>, dim3(2 * n_blocks), dim3(kThreads), kShared, stream, heads, in,
+    int error = launch(summarize_kernel<kN, kSplit>, dim3(2 * n_blocks), dim3(Block<kN>::kThreads), kShared, stream, heads, in,
                        segment_tokens, state, k, p);
     if (error != 0) return error;
     error = launch(join_kernel<kN>, dim3(static_cast<unsigned>(heads.S) * heads.H * (kN / kJoinRows)),
@@ -435,7 +445,7 @@ int run(const Heads& heads, const Inputs& in, int segment_tokens, const float* s
                    segment_tokens, k, p);
     if (error != 0) return error;
   }
-  return launch(forward_kernel<kN, kSplit>, dim3(n_blocks), dim3(kThreads), kShared, stream, heads, in, segment_tokens,
+  return launch(forward_kernel<kN, kSplit>, dim3(n_blocks), dim3(Block<kN>::kThreads), kShared, stream, heads, in, segment_tokens,
                 state, k, y, final_state, checkpoints);
 }
 
