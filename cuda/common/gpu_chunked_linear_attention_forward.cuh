@@ -22,10 +22,13 @@
 // leaves the state that each begins with in place of K, and then `forward_kernel` takes all segments from there.
 //
 // What a chunk costs. Products, mma of 16 x 8 x 16: N / 8 + 2 for y and N / 8 for S in each of the 4 warps that walk,
-// N / 16 in each of those that prepare: 18 and 4 for N = 64, 34 and 8 for N = 128. Exponentials: 17 N, RWKV-5 5 N. Two
-// blocks share a multiprocessor as far as registers go, at most 128 a thread. Shared memory of a block in KB, for
-// N = 64 and 128: RWKV-6 53 and 92, RWKV-5 41 and 68; of `change_kernel` 33 and 56, 21 and 32. Workspace: none, or,
+// N / 16 in each of those that prepare: 18 and 4 for N = 64, 34 and 8 for N = 128. Exponentials: 17 N, RWKV-5 5 N. On
+// sm_90 and for N = 64 a warp that walks issues some 150 instructions, one that prepares 450. Registers of a thread: at
+// most 106 for N = 64 and 126 for N = 128, so that two blocks share a multiprocessor. Shared memory of a block in KB,
+// for N = 64 and 128: RWKV-6 53 and 92, RWKV-5 41 and 68; of `change_kernel` 33 and 56, 21 and 32. Workspace: none, or,
 // with segments, N N + N floats for each head of each slot (gpu_chunks.cuh).
+//
+// What is not finite in v reaches the earlier tokens of its chunk, too: they multiply it with 0.
 
 #pragma once
 
@@ -155,8 +158,9 @@ __device__ __forceinline__ unsigned* pair_at(const Matrix<kColumns>& m, int row,
 }
 __device__ __forceinline__ float lower_of(unsigned pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float upper_of(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
-__device__ __forceinline__ unsigned scale_pair(unsigned pair, float lower, float upper) {
-  return pack_bfloat16(lower_of(pair) * lower, upper_of(pair) * upper);
+template <int kColumns>
+__device__ __forceinline__ void put_pair(const Matrix<kColumns>& m, int row, int column, float lower, float upper) {
+  *pair_at(m, row, column) = pack_bfloat16(lower, upper);
 }
 
 // ---------------------------------------------------------------------------------------------- preparing a chunk
@@ -176,88 +180,86 @@ struct StateFactors {
 template <int kN, int kThreads, bool kStatic, bool kStateAlone>
 __device__ __forceinline__ void scale_chunk(const Levels<kN>& levels, const float* w, int n_tokens, int thread,
                                             const StateFactors<kN>& state, float* total) {
-  static_assert(kThreads % kWarp == 0, "a warp takes 16 keys");
-#pragma unroll 1
-  for (int first_key = thread / kWarp * 16; first_key < kN; first_key += kThreads / kWarp * 16) {
-    const Factors<kN, kStatic> factors(w, n_tokens, first_key);
+  constexpr int kKeys = kThreads / kWarp * 16;  // of all warps
+  static_assert(kN % kKeys == 0, "a warp takes 16 keys, and no warp fewer of them than another");
+#pragma unroll
+  for (int first_key = 0; first_key < kN; first_key += kKeys) {
+    const Factors<kN, kStatic> factors(w, n_tokens, first_key + thread / kWarp * 16);
     const int q = factors.q, key = factors.key;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float(&before)[2] = factors.before[i], (&after)[2] = factors.after[i];
       const int token = 4 * q + i;
-      const unsigned k = *pair_at(levels.k, token, key);
-      *pair_at(state.k, token, key) = scale_pair(k, after[0] * factors.to_end[0], after[1] * factors.to_end[1]);
+      const unsigned k_pair = *pair_at(levels.k, token, key);
+      const float k[2] = {lower_of(k_pair), upper_of(k_pair)};
+      put_pair(state.k, token, key, k[0] * (after[0] * factors.to_end[0]), k[1] * (after[1] * factors.to_end[1]));
       if constexpr (!kStateAlone) {
-        const unsigned r = *pair_at(levels.r, token, key);
-        *pair_at(state.r, token, key) =
-            scale_pair(r, before[0] * factors.to_start[0], before[1] * factors.to_start[1]);
-
-        const bool is_row_1 = i & 2, is_row_2 = q & 1, is_row_3 = q & 2;  // of R in these levels, else of K
-        unsigned x = is_row_1 ? r : k;  // next to the boundary it has no factor
-        if (i == 0) x = scale_pair(x, factors.middle[0][0], factors.middle[0][1]);
-        if (i == 3) x = scale_pair(x, factors.middle[1][0], factors.middle[1][1]);
-        *pair_at(levels.level(1), row_of_token(1, token), key) = x;
-        *pair_at(levels.level(2), row_of_token(2, token), key) =
-            scale_pair(is_row_2 ? r : k, is_row_2 ? before[0] : after[0], is_row_2 ? before[1] : after[1]);
-        *pair_at(levels.level(3), row_of_token(3, token), key) =
-            scale_pair(is_row_3 ? r : k, (is_row_3 ? before[0] : after[0]) * factors.to_middle[0],
-                       (is_row_3 ? before[1] : after[1]) * factors.to_middle[1]);
+        const unsigned r_pair = *pair_at(levels.r, token, key);
+        const float r[2] = {lower_of(r_pair), upper_of(r_pair)};
+        put_pair(state.r, token, key, r[0] * (before[0] * factors.to_start[0]),
+                 r[1] * (before[1] * factors.to_start[1]));
+        // Where the bit of a level is set, the row is one of R. Next to the boundary it has no factor.
+        if (i == 0 || i == 3) {
+          const float(&x)[2] = i == 0 ? k : r, (&factor)[2] = factors.middle[i / 3];
+          put_pair(levels.level(1), row_of_token(1, token), key, x[0] * factor[0], x[1] * factor[1]);
+        } else {
+          *pair_at(levels.level(1), row_of_token(1, token), key) = i == 1 ? k_pair : r_pair;
+        }
+        const bool in_2 = q & 1, in_3 = q & 2;
+        put_pair(levels.level(2), row_of_token(2, token), key, (in_2 ? r[0] : k[0]) * (in_2 ? before[0] : after[0]),
+                 (in_2 ? r[1] : k[1]) * (in_2 ? before[1] : after[1]));
+        put_pair(levels.level(3), row_of_token(3, token), key,
+                 (in_3 ? r[0] : k[0]) * ((in_3 ? before[0] : after[0]) * factors.to_middle[0]),
+                 (in_3 ? r[1] : k[1]) * ((in_3 ? before[1] : after[1]) * factors.to_middle[1]));
       }
     }
-    if (q == 0) {
-      *reinterpret_cast<float2*>(state.decay + key) = make_float2(decay_of(factors.sum[0]), decay_of(factors.sum[1]));
-      if (total != nullptr) total[key] += factors.sum[0], total[key + 1] += factors.sum[1];
+    if (q < 2) {
+      const float sum = q == 0 ? factors.sum[0] : factors.sum[1];
+      state.decay[key + q] = decay_of(sum);
+      if (total != nullptr) total[key + q] += sum;
     }
   }
 }
 
-// Makes A of a chunk, [16, 16], with its diagonal and zeros above it. u: [kN], in shared memory. All kThreads threads
-// take part, whole warps; `levels` must be there, A is there after a barrier.
-template <int kN, int kThreads>
+// Makes A of a chunk, [16, 16], with its diagonal and zeros above it. u: [kN], in shared memory. A warp takes a level,
+// and then 8 lanes the diagonal's number of a token. `levels` must be there, A is there after a barrier.
+template <int kN>
 __device__ __forceinline__ void put_attention(const Levels<kN>& levels, const float* u, int thread,
                                               const Matrix<kChunkTokens>& attention) {
-  static_assert(kThreads % kWarp == 0, "a warp takes a level");
-#pragma unroll 1
-  for (int level = thread / kWarp; level < kLevels; level += kThreads / kWarp) {
-    float even[4] = {}, odd[4] = {};  // two chains of products, half as long
+  constexpr int kLanes = kLevels * kWarp / kChunkTokens;
+  const int level = thread / kWarp, token = thread / kLanes, first_key = thread % kLanes * 2;
+  float even[4] = {}, odd[4] = {};  // two chains of products, half as long
 #pragma unroll
-    for (int column = 0; column < kN; column += 32) {
-      unsigned x[4];
-      load_level_a(levels, level, column, x);
-      mma_bfloat16(even, x, {x[1], x[3]});
-      load_level_a(levels, level, column + 16, x);
-      mma_bfloat16(odd, x, {x[1], x[3]});
-    }
-    const int g = lane_g();
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {  // rows 8 to 15 of the product are of no use
-      const int j = 2 * lane_t() + c, row = token_of_row(level, g), column = token_of_row(level, 8 + j);
-      if (!is_pair(level, g, j)) continue;
-      *attention.at(row, column) = float_to_bfloat16(even[c] + odd[c]);
-      *attention.at(column, row) = 0;
-    }
+  for (int column = 0; column < kN; column += 32) {
+    unsigned x[4];
+    load_level_a(levels, level, column, x);
+    mma_bfloat16(even, x, {x[1], x[3]});
+    load_level_a(levels, level, column + 16, x);
+    mma_bfloat16(odd, x, {x[1], x[3]});
   }
-  constexpr int kLanes = 8;  // that take a token together
+  float sum[1] = {0.f};
 #pragma unroll
-  for (int token = thread / kLanes; token < kChunkTokens; token += kThreads / kLanes) {
-    float sum[1] = {0.f};
-#pragma unroll
-    for (int first_key = 0; first_key < kN; first_key += 2 * kLanes) {
-      const int key = first_key + thread % kLanes * 2;
-      const unsigned r = *pair_at(levels.r, token, key), k = *pair_at(levels.k, token, key);
-      const float2 both = *reinterpret_cast<const float2*>(u + key);
-      sum[0] += lower_of(r) * (both.x * lower_of(k)) + upper_of(r) * (both.y * upper_of(k));
-    }
-    const float bonus = sum_lanes<1, kLanes>(sum);
-    if (thread % kLanes == 0) *attention.at(token, token) = float_to_bfloat16(bonus);
+  for (int key = first_key; key < kN; key += 2 * kLanes) {
+    const unsigned r = *pair_at(levels.r, token, key), k = *pair_at(levels.k, token, key);
+    const float2 both = *reinterpret_cast<const float2*>(u + key);
+    sum[0] += lower_of(r) * (both.x * lower_of(k)) + upper_of(r) * (both.y * upper_of(k));
   }
+  const float bonus = sum_lanes<1, kLanes>(sum);
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {  // rows 8 to 15 of the product are of no use
+    const int i = lane_g(), j = 2 * lane_t() + c, row = token_of_row(level, i), column = token_of_row(level, 8 + j);
+    if (!is_pair(level, i, j)) continue;
+    *attention.at(row, column) = float_to_bfloat16(even[c] + odd[c]);
+    *attention.at(column, row) = 0;
+  }
+  if (thread % kLanes == 0) *attention.at(token, token) = float_to_bfloat16(bonus);
 }
 
 // ---------------------------------------------------------------------------------------------- a block
 
 constexpr int kBlockValues = 64;
 constexpr int kWalkThreads = kBlockValues / 16 * kWarp;
-constexpr int kPrepareThreads = 4 * kWarp;
+constexpr int kPrepareThreads = kLevels * kWarp;
 constexpr int kForwardThreads = kWalkThreads + kPrepareThreads;
 
 // A block's shared memory. kStateAlone: without what only y needs.
@@ -319,29 +321,41 @@ inline int parts_of_chunked_head(int N) { return N / kBlockValues; }
 
 // ---------------------------------------------------------------------------------------------- preparing
 
-// Tokens that are there of a chunk of a span.
-__device__ __forceinline__ int rows_of_chunk(const Span& span, int chunk) {
-  const int64_t n = span.n_tokens - static_cast<int64_t>(chunk) * kChunkTokens;
-  return static_cast<int>(n < 0 ? 0 : n < kChunkTokens ? n : kChunkTokens);
-}
-
-// Starts the copies of a chunk of a span, if it has it.
+// Starts the copies of the chunks of a span, one after the other.
 template <int kN, bool kStatic, bool kStateAlone>
-__device__ __forceinline__ void fetch(const Heads& heads, const Span& span, const Inputs& in, int chunk, int thread,
-                                      const ForwardMemory<kN, kStatic, kStateAlone>& memory) {
-  const int n_rows = rows_of_chunk(span, chunk);
-  if (n_rows > 0) {
-    const int64_t token = span.first_token + static_cast<int64_t>(chunk) * kChunkTokens;
-    const int64_t at = heads.row(token, span.head), stride = heads.row_stride();
-    if constexpr (!kStateAlone)
-      fetch_chunk<kN, kPrepareThreads>(in.r + at, stride, n_rows, thread, memory.r(chunk));
-    if constexpr (!kStatic) fetch_chunk<kN, kPrepareThreads>(in.w + at, stride, n_rows, thread, memory.w(chunk));
-    fetch_chunk<kN, kPrepareThreads>(in.k + at, stride, n_rows, thread, memory.k(chunk));
-    fetch_chunk<kBlockValues, kPrepareThreads>(in.v + at + span.part * kBlockValues, stride, n_rows, thread,
-                                               memory.v(chunk));
+struct Fetch {
+  const Inputs& in;
+  const ForwardMemory<kN, kStatic, kStateAlone>& memory;
+  const int thread, first_value;
+  const int64_t stride;  // from one token to the next
+  int64_t at;            // position of the next chunk's first number
+  int64_t n_tokens;      // that are left, from the next chunk on
+
+  __device__ __forceinline__ Fetch(const Heads& heads, const Span& span, const Inputs& in, int thread,
+                                   const ForwardMemory<kN, kStatic, kStateAlone>& memory)
+      : in(in),
+        memory(memory),
+        thread(thread),
+        first_value(span.part * kBlockValues),
+        stride(heads.row_stride()),
+        at(heads.row(span.first_token, span.head)),
+        n_tokens(span.n_tokens) {}
+
+  // If there is one left.
+  __device__ __forceinline__ void start_next(int chunk) {
+    if (n_tokens > 0) {
+      const int n_rows = static_cast<int>(n_tokens < kChunkTokens ? n_tokens : kChunkTokens);
+      if constexpr (!kStateAlone)
+        fetch_chunk<kN, kPrepareThreads>(in.r + at, stride, n_rows, thread, memory.r(chunk));
+      if constexpr (!kStatic) fetch_chunk<kN, kPrepareThreads>(in.w + at, stride, n_rows, thread, memory.w(chunk));
+      fetch_chunk<kN, kPrepareThreads>(in.k + at, stride, n_rows, thread, memory.k(chunk));
+      fetch_chunk<kBlockValues, kPrepareThreads>(in.v + at + first_value, stride, n_rows, thread, memory.v(chunk));
+    }
+    cp_async_commit();
+    at += kChunkTokens * stride;
+    n_tokens -= kChunkTokens;
   }
-  cp_async_commit();
-}
+};
 
 // ---------------------------------------------------------------------------------------------- walking
 
@@ -426,8 +440,10 @@ template <int kN, bool kStatic, bool kStateAlone>
 __device__ __forceinline__ void prepare(const Heads& heads, const Span& span, const Inputs& in,
                                         const ForwardMemory<kN, kStatic, kStateAlone>& memory) {
   const int thread = static_cast<int>(threadIdx.x) - kWalkThreads, n_chunks = static_cast<int>(span.n_chunks());
-  fetch(heads, span, in, 0, thread, memory);
-  fetch(heads, span, in, 1, thread, memory);
+  const int last_tokens = static_cast<int>(span.n_tokens - static_cast<int64_t>(n_chunks - 1) * kChunkTokens);
+  Fetch<kN, kStatic, kStateAlone> fetch(heads, span, in, thread, memory);
+  fetch.start_next(0);
+  fetch.start_next(1);
   for (int key = thread; key < kN; key += kPrepareThreads) {
     memory.u_or_total[key] = kStateAlone ? 0.f : in.u[span.head * kN + key];
     if (kStatic) memory.head_w[key] = in.w[span.head * kN + key];
@@ -436,13 +452,13 @@ __device__ __forceinline__ void prepare(const Heads& heads, const Span& span, co
   __syncthreads();
 #pragma unroll 1
   for (int chunk = 0; chunk < n_chunks; ++chunk) {
-    fetch(heads, span, in, chunk + 2, thread, memory);
-    scale_chunk<kN, kPrepareThreads, kStatic, kStateAlone>(memory.levels(chunk), memory.w(chunk),
-                                                           rows_of_chunk(span, chunk), thread, memory.state(chunk),
-                                                           kStateAlone ? memory.u_or_total : nullptr);
+    fetch.start_next(chunk + 2);
+    scale_chunk<kN, kPrepareThreads, kStatic, kStateAlone>(
+        memory.levels(chunk), memory.w(chunk), chunk + 1 < n_chunks ? kChunkTokens : last_tokens, thread,
+        memory.state(chunk), kStateAlone ? memory.u_or_total : nullptr);
     if constexpr (!kStateAlone) {
       __syncthreads();
-      put_attention<kN, kPrepareThreads>(memory.levels(chunk), memory.u_or_total, thread, memory.attention(chunk));
+      put_attention(memory.levels(chunk), memory.u_or_total, thread, memory.attention(chunk));
     }
     cp_async_wait<1>();  // for all but the copies that this step has started
     __syncthreads();
