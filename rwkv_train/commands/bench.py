@@ -13,13 +13,18 @@ import typer
 from rwkv_train.commands.bench_kernels import (
     KernelDtype,
     Ops,
+    Overwrite,
     Peers,
     PlotFile,
     Sizes,
+    TableFile,
+    Tune,
     kernel_failures,
     kernel_table,
     measure_kernels,
     require_picture,
+    tune_kernels,
+    tuning_target,
     write_roofline,
 )
 from rwkv_train.commands.inference import Device, find_device
@@ -28,7 +33,7 @@ from rwkv_train.commands.tables import print_table
 from rwkv_train.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     import torch
     from rich.table import Table
@@ -94,6 +99,21 @@ EVALUATED_TEXTS = 8
 EVALUATED_CHARACTERS = 1500
 """Of each: below the 1,024 tokens of RWKV-4's context, so that nobody cuts it into windows."""
 
+_SUBJECTS = {
+    "--backend": (What.KERNELS, What.TRAINING),
+    "--strategy": (What.STRATEGIES, What.SAVING),
+    "--config": (What.CONVERTING, What.EVALUATING),
+    "--input": (What.PREPARING,),
+    "--op": (What.KERNELS,),
+    "--size": (What.KERNELS,),
+    "--peer": (What.KERNELS,),
+    "--dtype": (What.KERNELS,),
+    "--plot": (What.KERNELS,),
+    "--tune": (What.KERNELS,),
+}
+"""What an option is for, if not for all."""
+_ONLY_WITH_TUNE = ("--output", "--overwrite")
+_NOT_WITH_TUNE = ("--backend", "--size", "--peer", "--json", "--plot")
 _SAME_IN_EVERY_ROW = frozenset({"device", "dtype", "repeats"})
 """Written to the file, but not worth a column on a terminal."""
 
@@ -112,29 +132,41 @@ def bench(
     device: Device = "auto",
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
+    tune: Tune = False,
+    output: TableFile = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Measure backends in turn within one process, or strategies each in processes of its own."""
     from rwkv_train.benchmarks.environment import describe_environment
 
-    for option, given, subjects in (
-        ("--backend", backend, (What.KERNELS, What.TRAINING)),
-        ("--strategy", strategy, (What.STRATEGIES, What.SAVING)),
-        ("--config", config, (What.CONVERTING, What.EVALUATING)),
-        ("--input", input, (What.PREPARING,)),
-        ("--op", op, (What.KERNELS,)),
-        ("--size", size, (What.KERNELS,)),
-        ("--peer", peer, (What.KERNELS,)),
-        ("--dtype", dtype, (What.KERNELS,)),
-        ("--plot", plot_file, (What.KERNELS,)),
-    ):
-        if given and what not in subjects:
-            raise ConfigError(f"{option} is for {' and '.join(subjects)}, not for {what.value}")
+    given = {
+        "--backend": backend,
+        "--strategy": strategy,
+        "--config": config,
+        "--input": input,
+        "--op": op,
+        "--size": size,
+        "--peer": peer,
+        "--dtype": dtype,
+        "--json": json_file,
+        "--plot": plot_file,
+        "--tune": tune,
+        "--output": output,
+        "--overwrite": overwrite,
+    }
+    _require_fitting([option for option, value in given.items() if value], what)
     require_picture(plot_file)
     _prepare_target(json_file, "--json")
     _prepare_target(plot_file, "--plot")
     place = find_device(device)
     environment = describe_environment(place) | {"load_before": round(os.getloadavg()[0], 2)}
     title = what.value
+    if tune:
+        table = tuning_target(output, place, overwrite=overwrite)
+        _prepare_target(table, "--output")
+        print_table(_table(title, tune_kernels(op, dtype, repeats, place, table, environment)))
+        typer.echo(f"wrote {table}")
+        return
     if what is What.KERNELS:
         measured = measure_kernels(backend, op, size, peer, dtype, repeats, place)
         title, rows = kernel_table(measured)
@@ -164,6 +196,24 @@ def bench(
     if plot_file is not None:
         write_roofline(plot_file, content, environment["device"])
         typer.echo(f"wrote {plot_file}")
+
+
+def _require_fitting(options: "Collection[str]", what: What) -> None:
+    """Refuse options that are not for what is measured.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for option in options:
+        subjects = _SUBJECTS.get(option, tuple(What))
+        if what not in subjects:
+            raise ConfigError(f"{option} is for {' and '.join(subjects)}, not for {what.value}")
+        if option in _ONLY_WITH_TUNE and "--tune" not in options:
+            raise ConfigError(f"{option} is for --tune")
+        if option in _NOT_WITH_TUNE and "--tune" in options:
+            raise ConfigError(
+                f"{option} is not for --tune, which measures a grid of its own and writes --output"
+            )
 
 
 def _strategies(asked: list[str] | None) -> list[str]:

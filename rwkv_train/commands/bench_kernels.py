@@ -1,4 +1,4 @@
-"""The part of ``rwkv-train bench`` that times recurrences: its options, its table and its picture."""
+"""The part of ``rwkv-train bench`` that times recurrences: its options, its tables and its picture."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
+
+    from rwkv_train.ops.crossover import Chip
 
 Ops = Annotated[
     list[str] | None,
@@ -48,6 +50,25 @@ PlotFile = Annotated[
         "--plot", metavar="FILE", help="For kernels: draw rates under the machine's roofs, .png or .svg."
     ),
 ]
+
+Tune = Annotated[
+    bool,
+    typer.Option(
+        "--tune",
+        help="For kernels: measure over a grid of sizes which backend is the fastest on this chip, and write the table "
+        "that auto chooses by. With --op, --dtype and --repeats.",
+    ),
+]
+TableFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        metavar="FILE",
+        help="With --tune: the table. By default where auto finds it: in the folder of the built kernels, under the "
+        "name of the chip.",
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="With --tune: replace the table if it exists.")]
 
 _PICTURES = (".png", ".svg")
 
@@ -136,6 +157,81 @@ def measure_kernels(
         "peers": peer_versions() if known else {},
         "results": rows,
     }
+
+
+def tuning_target(output: Path | None, device: "torch.device", *, overwrite: bool) -> Path:
+    """Return the file that a table of a device goes to.
+
+    Raises:
+        ConfigError: it is there already.
+        BackendError: the user has no home, where it would go by default.
+    """
+    from rwkv_train.ops.crossover import user_folder
+
+    path = output or user_folder() / _chip_of(device).file_name
+    if path.is_file() and not overwrite:
+        raise ConfigError(f"{path} is already there; choose another --output, or replace it with --overwrite")
+    return path
+
+
+def tune_kernels(
+    ops: list[str] | None,
+    dtype: DtypeName | None,
+    repeats: int,
+    device: "torch.device",
+    path: Path,
+    environment: "Mapping[str, Any]",
+) -> list[dict[str, Any]]:
+    """Measure a chip's table and write it, whole, after each operator; return what to show of it.
+
+    Raises:
+        ConfigError: there is no such operator.
+    """
+    from rwkv_train.benchmarks.kernel_sizes import choose_sizes
+    from rwkv_train.benchmarks.kernels import DEFAULT_DTYPES
+    from rwkv_train.benchmarks.stopwatch import cold_stopwatch
+    from rwkv_train.benchmarks.tuning import GRIDS, count_fastest, table_text, tune
+    from rwkv_train.checkpoints.tensors import DTYPES
+
+    chosen = dict.fromkeys(size.op for size in choose_sizes(device.type, ops))
+    of_values = DEFAULT_DTYPES[device.type] if dtype is None else DTYPES[dtype.value]
+    stopwatch = cold_stopwatch(device)
+    tuned = []
+    for op in chosen:
+        tuned.append(
+            tune(
+                op,
+                GRIDS[device.type],
+                repeats,
+                device=device,
+                dtype=of_values,
+                stopwatch=stopwatch,
+                report=lambda line: typer.echo(line, err=True),
+            )
+        )
+        write_whole(path, table_text(_chip_of(device), environment, repeats, tuned).encode())
+        typer.echo(f"{op} is in {path}", err=True)
+    return [
+        {
+            "op": case["op"],
+            "head size": case["head_size"],
+            "pass": case["pass"],
+            "sizes": len(case["points"]),
+            "fastest": ", ".join(f"{name} at {n}" for name, n in count_fastest(case).items()),
+        }
+        for found in tuned
+        for case in found.cases
+    ]
+
+
+def _chip_of(device: "torch.device") -> "Chip":
+    from rwkv_train.ops.backends import capability_of
+    from rwkv_train.ops.chip import chip_name
+    from rwkv_train.ops.crossover import Chip
+
+    name = chip_name(device)
+    assert name is not None  # a device that was found has one
+    return Chip(name, capability_of(device))
 
 
 def kernel_table(measured: "Mapping[str, Any]") -> tuple[str, list[dict[str, Any]]]:

@@ -9,6 +9,7 @@ that is traced afterwards calls only ``torch.ops.rwkv_train.*``.
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -272,8 +273,10 @@ def kernel_for(op: str, problem: Problem, name: str) -> Kernel:
 def speeds_for(op: str, problem: Problem) -> Speeds:
     """Return what the tables of this machine and of this package say of an operator's speeds for a problem."""
     chip = None if problem.chip is None else Chip(problem.chip, problem.capability)
-    folders = tuple(folder for folder in (user_folder(), COMMITTED_FOLDER) if folder is not None)
-    tables = () if chip is None else find_tables(chip, folders)
+    folders = [COMMITTED_FOLDER]
+    with suppress(BackendError):  # a user without a home has no tables
+        folders.insert(0, user_folder())
+    tables = () if chip is None else find_tables(chip, tuple(folders))
     dtype = str(problem.dtype).removeprefix("torch.")
     case = Case(op, problem.head_size, dtype, FORWARD_BACKWARD if problem.needs_backward else FORWARD)
     return look_up(tables, chip, case, problem.n_recurrences, problem.n_tokens)

@@ -6,8 +6,8 @@ A table is a JSON file for one chip, which ``rwkv-train bench kernels --tune`` w
      "cases": [{"op": "wkv7", "head_size": 64, "dtype": "bfloat16", "pass": "forward+backward", "points": [
          {"recurrences": 256, "tokens": 4096, "ms": {"cuda_exact": 9.1, "torch": 210.0}}, ...]}, ...]}
 
-``environment`` is what :mod:`rwkv_train.benchmarks.environment` says: versions, commit, command. At each point stand
-the median times of all backends that were measured there; the fastest is the one of the least time.
+``environment`` is what :mod:`rwkv_train.benchmarks.environment` says: versions, commit, command. At each point stands
+for all backends that were measured there the least time of some calls; the fastest is the one of the least time.
 
 Two places hold tables: the user's folder, beside the built kernels, and ``rwkv_train/ops/measured``, which is
 committed and comes with the wheel. A case that the user's table has is taken from there.
@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rwkv_train.errors import BackendError
 from rwkv_train.ops.build import default_cache_folder
 
 logger = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ class Point(NamedTuple):
     n_tokens: int
     """Tokens of a sequence (T)."""
     milliseconds: Mapping[str, float]
-    """Name of a backend -> median time of a call."""
+    """Name of a backend -> time of a call."""
 
 
 class CrossoverTable(NamedTuple):
@@ -89,12 +88,13 @@ class Speeds(NamedTuple):
     """At which size, on what and by which table; or why nothing is known."""
 
 
-def user_folder() -> Path | None:
-    """Return the folder of the user's own tables, ``None`` for a user without a home."""
-    try:
-        return default_cache_folder() / "crossover"
-    except BackendError:
-        return None
+def user_folder() -> Path:
+    """Return the folder of the user's own tables, beside the built kernels.
+
+    Raises:
+        BackendError: the user has no home.
+    """
+    return default_cache_folder() / "crossover"
 
 
 @functools.cache

@@ -5,8 +5,11 @@ import os
 import sys
 
 import pytest
+import torch
 
-from rwkv_train.benchmarks import machine_limits, stopwatch
+from rwkv_train.benchmarks import machine_limits, stopwatch, tuning
+from rwkv_train.ops.chip import chip_name
+from rwkv_train.ops.crossover import Case, Chip, read_table
 
 PLUG_IN = """
 def echo(r, w, k, v, a, b):
@@ -49,6 +52,59 @@ def test_a_plug_in_is_measured_beside_ours_and_its_difference_shows(bench, tmp_p
     assert "echo" in out
 
 
+@pytest.fixture
+def tune(bench, monkeypatch, tmp_path):
+    """Tune for a small grid; the folder of the user's tables is ``tables``."""
+    monkeypatch.setitem(tuning.GRIDS, "cpu", tuning.Grid((8,), (2,), (1, 3), 2**20))
+    monkeypatch.setattr("rwkv_train.ops.crossover.default_cache_folder", lambda: tmp_path / "tables")
+
+    def run(*arguments):
+        return bench("kernels", "--tune", "--repeats", "1", "--device", "cpu", *arguments)
+
+    return run
+
+
+def test_tuning_writes_the_table_where_auto_finds_it_and_replaces_it_only_when_told(tune, tmp_path):
+    chip = Chip(chip_name(torch.device("cpu")), None)
+    path = tmp_path / "tables" / "crossover" / chip.file_name
+    code, out, err = tune("--op", "wkv7", "--op", "wkv4")
+    assert code == 0, err
+    assert f"wrote {path}" in out
+    assert "wkv7 B1T3H2N8 forward+backward: " in err
+
+    cases = read_table(path, chip).cases
+    points = cases[Case("wkv7", 8, "float32", "forward+backward")]
+    assert [(point.n_recurrences, point.n_tokens) for point in points] == [(2, 1), (2, 3)]
+    assert all(set(point.milliseconds) == {"cpp", "torch"} for point in points)
+    assert {case.op for case in cases} == {"wkv7", "wkv4"}
+    environment = json.loads(path.read_text())["environment"]
+    assert {"device", "torch", "commit", "command", "threads"} <= set(environment)
+
+    before = path.read_bytes()
+    code, out, err = tune("--op", "wkv5")
+    assert (code, out) == (2, "")
+    assert f"{path} is already there; choose another --output, or replace it with --overwrite" in err
+    assert path.read_bytes() == before
+    code, _, err = tune("--op", "wkv5", "--overwrite", "--dtype", "bf16")
+    assert code == 0, err
+    assert {(case.op, case.dtype) for case in read_table(path, chip).cases} == {("wkv5", "bfloat16")}
+
+
+def test_tuning_that_is_stopped_keeps_the_operators_that_are_done(tune, monkeypatch, tmp_path):
+    def stop_at_the_second(op, *arguments, **options):
+        if op == "wkv6":
+            raise KeyboardInterrupt
+        return measure(op, *arguments, **options)
+
+    measure = tuning.tune
+    monkeypatch.setattr(tuning, "tune", stop_at_the_second)
+    path = tmp_path / "new" / "table.json"
+    code, _, _ = tune("--op", "wkv7", "--op", "wkv6", "--output", str(path))
+    assert code == 130
+    chip = Chip(chip_name(torch.device("cpu")), None)
+    assert {case.op for case in read_table(path, chip).cases} == {"wkv7"}
+
+
 @pytest.mark.parametrize("name", ["roofs.png", "roofs.svg"])
 def test_a_picture_is_written_into_a_new_folder(bench, tmp_path, name):
     path = tmp_path / "new" / name
@@ -84,6 +140,9 @@ def test_what_failed_is_said_below_the_table_which_stays_narrow(bench):
         (["kernels", "--plot", "roofs.pdf"], "--plot roofs.pdf must end in .png or .svg"),
         (["training", "--plot", "roofs.png"], "--plot is for kernels, not for training"),
         (["training", "--op", "wkv7"], "--op is for kernels, not for training"),
+        (["training", "--tune"], "--tune is for kernels, not for training"),
+        (["kernels", "--tune", "--size", "B1T9H2N8"], "--size is not for --tune"),
+        (["kernels", "--output", "table.json"], "--output is for --tune"),
     ],
     ids=[
         "op",
@@ -95,6 +154,9 @@ def test_what_failed_is_said_below_the_table_which_stays_narrow(bench):
         "picture",
         "plot of training",
         "op of training",
+        "tuning of training",
+        "size of tuning",
+        "output of no tuning",
     ],
 )
 def test_what_is_not_there_is_refused_in_one_line_before_anything_is_measured(
