@@ -82,34 +82,35 @@ __device__ inline Span span_of_block(const Heads& heads, int n_parts, int segmen
   return span;
 }
 
-// Starts the copy of the rows of a chunk, bfloat16, from global memory, `stride` numbers apart. Rows from n_rows on
-// become 0 and are not read. All kThreads threads take part; each waits for its own copies (cp_async_wait).
-template <int kColumns, int kThreads>
-__device__ __forceinline__ void fetch_chunk(const uint16_t* from, int64_t stride, int n_rows, int thread,
-                                            const Matrix<kColumns>& to) {
-  constexpr int kPieces = kColumns / 8;  // of 16 bytes, in a row
-  constexpr int kCopies = (kChunkTokens * kPieces + kThreads - 1) / kThreads;  // of a thread
+// Starts the copy of the rows of a chunk from global memory, `stride` numbers apart, a row to every `step` numbers of
+// shared memory. Rows from n_rows on become 0 and are not read. All kThreads threads take part; each waits for its own
+// copies (cp_async_wait).
+template <int kColumns, int kThreads, typename Number>
+__device__ __forceinline__ void fetch_rows(const Number* from, int64_t stride, int n_rows, int thread, Number* to,
+                                           int step) {
+  constexpr int kNumbers = 16 / sizeof(Number), kPieces = kColumns / kNumbers;  // of 16 bytes
+  static_assert(kThreads % kPieces == 0, "threads have whole rows");
+  constexpr int kRows = kThreads / kPieces;  // at a time
+  const int first = thread / kPieces, column = thread % kPieces * kNumbers;
+  if (kRows > kChunkTokens && first >= kChunkTokens) return;
+  from += first * stride + column;
+  to += first * step + column;
 #pragma unroll
-  for (int copy = 0; copy < kCopies; ++copy) {
-    const int i = copy * kThreads + thread, row = i / kPieces, column = i % kPieces * 8;
-    if (kChunkTokens * kPieces % kThreads != 0 && row >= kChunkTokens) continue;
-    const bool wanted = row < n_rows;
-    cp_async<16>(to.at(row, column), from + (wanted ? row * stride + column : 0), wanted);
+  for (int row = 0; row < kChunkTokens; row += kRows) {
+    cp_async<16>(to + row * step, from, first + row < n_rows);
+    from += kRows * stride;
   }
 }
 
-// The same of float32, into rows of kColumns floats without gaps.
+// The same of bfloat16 into a matrix, and of float32 into rows of kColumns floats without gaps.
+template <int kColumns, int kThreads>
+__device__ __forceinline__ void fetch_chunk(const uint16_t* from, int64_t stride, int n_rows, int thread,
+                                            const Matrix<kColumns>& to) {
+  fetch_rows<kColumns, kThreads>(from, stride, n_rows, thread, to.first, Matrix<kColumns>::kStride);
+}
 template <int kColumns, int kThreads>
 __device__ __forceinline__ void fetch_chunk(const float* from, int64_t stride, int n_rows, int thread, float* to) {
-  constexpr int kPieces = kColumns / 4;
-  constexpr int kCopies = (kChunkTokens * kPieces + kThreads - 1) / kThreads;  // of a thread
-#pragma unroll
-  for (int copy = 0; copy < kCopies; ++copy) {
-    const int i = copy * kThreads + thread, row = i / kPieces, column = i % kPieces * 4;
-    if (kChunkTokens * kPieces % kThreads != 0 && row >= kChunkTokens) continue;
-    const bool wanted = row < n_rows;
-    cp_async<16>(to + row * kColumns + column, from + (wanted ? row * stride + column : 0), wanted);
-  }
+  fetch_rows<kColumns, kThreads>(from, stride, n_rows, thread, to, kColumns);
 }
 
 }  // namespace rwkv

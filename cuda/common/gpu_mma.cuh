@@ -136,7 +136,7 @@ __device__ __forceinline__ void ldmatrix_transposed(unsigned (&registers)[kCount
 }
 
 // Starts a copy of kBytes (4, 8 or 16) from global to shared memory, both at multiples of kBytes; zeros where not
-// `wanted`, and then `global` is not read but must be an address. This thread has the data after cp_async_commit and
+// `wanted`, and then `global` is not read and may lie outside. This thread has the data after cp_async_commit and
 // cp_async_wait, the others after a barrier that follows.
 template <int kBytes>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, bool wanted = true) {
