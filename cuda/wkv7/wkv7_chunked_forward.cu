@@ -229,22 +229,26 @@ __device__ __forceinline__ void prepare(const Heads& heads, const Inputs& in, co
                                         bool has_values) {
   constexpr int kStages = Block<kN>::kStages, kPrepareThreads = Block<kN>::kPrepareThreads;
   const Memory<kN, kSplit> memory(shared_memory());
-  const int thread = static_cast<int>((threadIdx.x - kWalkThreads) % kPrepareThreads);
+  const int thread = static_cast<int>((threadIdx.x - kWalkThreads) % kPrepareThreads), warp = thread / kWarp;
   const int n_chunks = static_cast<int>(span.n_chunks());
   const int64_t first = heads.row(span.first_token, span.head), stride = heads.row_stride();
 
+  // The six inputs are copied by the last warps, each one or two of them: the first warp has a system to solve.
+  constexpr int kEach = kN == 64 ? 2 : 1, kFirst = kPrepareThreads / kWarp - 6 / kEach;
   const auto fetch = [&](int chunk) {
     if (chunk < n_chunks) {
       const int64_t at = first + chunk * kChunkTokens * stride;
-      const int n_rows = rows_of_chunk(span, chunk);
+      const int n_rows = rows_of_chunk(span, chunk), lane = lane_of_thread();
+      const auto is_mine = [&](int number) { return warp == kFirst + number / kEach; };
       const Operands<kN> x = memory.operands(chunk);
-      fetch_chunk<kN, kPrepareThreads>(in.w + at, stride, n_rows, thread, memory.decays(chunk));
-      fetch_chunk<kN, kPrepareThreads>(in.r + at, stride, n_rows, thread, x.r);
-      fetch_chunk<kN, kPrepareThreads>(in.k + at, stride, n_rows, thread, x.k);
-      fetch_chunk<kN, kPrepareThreads>(in.a + at, stride, n_rows, thread, x.a);
-      fetch_chunk<kN, kPrepareThreads>(in.b + at, stride, n_rows, thread, x.b);
-      fetch_chunk<kValues, kPrepareThreads>(in.v + at + first_value, stride, has_values ? n_rows : 0, thread,
-                                            memory.values(chunk));
+      if (is_mine(0)) fetch_chunk<kN, kWarp>(in.r + at, stride, n_rows, lane, x.r);
+      if (is_mine(1)) fetch_chunk<kN, kWarp>(in.k + at, stride, n_rows, lane, x.k);
+      if (is_mine(2)) fetch_chunk<kN, kWarp>(in.a + at, stride, n_rows, lane, x.a);
+      if (is_mine(3)) fetch_chunk<kN, kWarp>(in.b + at, stride, n_rows, lane, x.b);
+      if (is_mine(4))
+        fetch_chunk<kValues, kWarp>(in.v + at + first_value, stride, has_values ? n_rows : 0, lane,
+                                    memory.values(chunk));
+      if (is_mine(5)) fetch_chunk<kN, kWarp>(in.w + at, stride, n_rows, lane, memory.decays(chunk));
     }
     cp_async_commit();  // also of nothing: groups are counted
   };
@@ -254,12 +258,15 @@ __device__ __forceinline__ void prepare(const Heads& heads, const Inputs& in, co
   __syncthreads();
 #pragma unroll 1
   for (int chunk = 0; chunk <= n_chunks; ++chunk) {  // while the one before it is walked
-    fetch(chunk + kStages - 2);
+    // With only one chunk on its way, it has to set out at once; else while the first warp is busy alone.
+    constexpr bool kEarly = kStages == 3;
+    if constexpr (kEarly) fetch(chunk + kStages - 2);
     if (chunk < n_chunks)
       scale_chunk<kN, kPrepareThreads, kSplit, false>(memory.decays(chunk), memory.operands(chunk), thread);
     __syncthreads();
     if (chunk < n_chunks)
-      score_chunk<kN, kSplit, false>(memory.operands(chunk), memory.scores(chunk), memory.scratch(), thread / kWarp);
+      score_chunk<kN, kSplit, false>(memory.operands(chunk), memory.scores(chunk), memory.scratch(), warp);
+    if constexpr (!kEarly) fetch(chunk + kStages - 2);
     cp_async_wait<kStages - 3>();
     __syncthreads();
   }
@@ -451,7 +458,7 @@ int run(const Heads& heads, const Inputs& in, int segment_tokens, const float* s
 
 int64_t workspace_bytes(Segments segments, int is_backward, int S, int64_t T, int H, int N) {
   if (S == 0 || H == 0 || (N != 64 && N != 128)) return 0;
-  if (is_backward) return 0;  // of the forward pass alone
+  if (is_backward) return wkv7_chunked_backward_bytes(segments, S, T, H, N);
   const Heads heads{kBFloat16, S, T, H, N, nullptr};
   return 2 * sizeof(float) * summary_size(heads, segment_tokens_of(segments, S, T, H, N));
 }
