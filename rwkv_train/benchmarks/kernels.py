@@ -27,8 +27,8 @@ from rwkv_train.benchmarks.kernel_sizes import CPU_SIZES, NO_HEADS, KernelSize
 from rwkv_train.benchmarks.machine_limits import MachineLimits
 from rwkv_train.benchmarks.stopwatch import Stopwatch, cold_stopwatch
 from rwkv_train.errors import BackendError, ConfigError
-from rwkv_train.ops.backends import AUTO, Problem, capability_of
-from rwkv_train.ops.chip import chip_name
+from rwkv_train.ops.backends import AUTO, Problem
+from rwkv_train.ops.chip import capability_of, chip_name
 from rwkv_train.ops.crossover import power_of_two_near
 from rwkv_train.ops.prepare import OPERATORS, prepare_backend
 

@@ -225,8 +225,7 @@ def tune_kernels(
 
 
 def _chip_of(device: "torch.device") -> "Chip":
-    from rwkv_train.ops.backends import capability_of
-    from rwkv_train.ops.chip import chip_name
+    from rwkv_train.ops.chip import capability_of, chip_name
     from rwkv_train.ops.crossover import Chip
 
     name = chip_name(device)

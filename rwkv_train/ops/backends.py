@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.errors import BackendError
-from rwkv_train.ops.chip import chip_name
+from rwkv_train.ops.chip import capability_of, chip_name
 from rwkv_train.ops.crossover import (
     COMMITTED_FOLDER,
     FORWARD,
@@ -102,23 +102,6 @@ def _any_open(*sizes: int) -> bool:
 
         return not all(has_static_value(size) for size in sizes)
     return torch.SymInt in map(type, sizes)
-
-
-def capability_of(device: torch.device) -> int | None:
-    """Return the compute capability of a CUDA device, 86 for sm_86.
-
-    ``None`` for any other device, of which CUDA is not asked, and where no CUDA device can be asked.
-    """
-    return _cuda_capability(device.index) if device.type == "cuda" else None
-
-
-# Traced code asks once, while it is traced.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _cuda_capability(index: int | None) -> int | None:
-    if not torch.cuda.is_available():  # as with tensors that only show what would be computed elsewhere
-        return None
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
 
 
 class Backend(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a device is called, as tables of measured speeds name it."""
+"""What a device is: its name, by which tables of measured speeds are found, and what code it takes."""
 
 import functools
 import platform
@@ -22,10 +22,31 @@ def chip_name(device: torch.device) -> str | None:
     return name
 
 
+def capability_of(device: torch.device) -> int | None:
+    """Return the compute capability of a CUDA device, 86 for sm_86. Safe to trace.
+
+    ``None`` for any other device, of which CUDA is not asked, and where no CUDA device can be asked.
+    """
+    capability: int | None = None
+    if device.type == "cuda":
+        capability = _capability_of_gpu(device.index)
+    return capability
+
+
 # Traced code asks once, while it is traced.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _name_of_cpu() -> str:
     return _cpu_model()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _name_of_gpu(index: int | None) -> str | None:
+    return _gpu(index)[0]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability_of_gpu(index: int | None) -> int | None:
+    return _gpu(index)[1]
 
 
 @functools.cache
@@ -38,8 +59,16 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _name_of_gpu(index: int | None) -> str | None:
+def _gpu(index: int | None) -> tuple[str | None, int | None]:
+    """Return name and capability of a CUDA device, of the current one if ``None``."""
+    if index is not None:
+        return _known_gpu(index)  # asked for every layer of a step of generation
+    return _known_gpu(torch.cuda.current_device()) if torch.cuda.is_available() else (None, None)
+
+
+@functools.cache
+def _known_gpu(index: int) -> tuple[str | None, int | None]:
     if not torch.cuda.is_available():  # as with tensors that only show what would be computed elsewhere
-        return None
-    return str(torch.cuda.get_device_name(index))
+        return None, None
+    major, minor = torch.cuda.get_device_capability(index)
+    return torch.cuda.get_device_name(index), 10 * major + minor

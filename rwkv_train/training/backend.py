@@ -5,8 +5,8 @@ import torch
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.errors import BackendError
 from rwkv_train.models.registry import recurrence_of
-from rwkv_train.ops.backends import Problem, ResolvedBackend, capability_of
-from rwkv_train.ops.chip import chip_name
+from rwkv_train.ops.backends import Problem, ResolvedBackend
+from rwkv_train.ops.chip import capability_of, chip_name
 from rwkv_train.ops.crossover import power_of_two_near
 from rwkv_train.ops.prepare import prepare_backend
 from rwkv_train.training.precision import COMPUTE_DTYPES

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rwkv_train.ops.backends import AUTO, capability_of, problem_of
+from rwkv_train.ops.backends import AUTO, problem_of
+from rwkv_train.ops.chip import capability_of
 from rwkv_train.ops.context import PLAIN, packed_context
 from rwkv_train.ops.cuda import CUDA
 from rwkv_train.ops.prepare import prepare_backend

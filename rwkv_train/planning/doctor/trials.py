@@ -225,7 +225,8 @@ def try_backend(
     import torch  # noqa: PLC0415
 
     from rwkv_train.errors import BackendError  # noqa: PLC0415
-    from rwkv_train.ops.backends import Problem, capability_of  # noqa: PLC0415
+    from rwkv_train.ops.backends import Problem  # noqa: PLC0415
+    from rwkv_train.ops.chip import capability_of  # noqa: PLC0415
     from rwkv_train.ops.prepare import OPERATORS  # noqa: PLC0415
 
     device, dtype = torch.device(device_name), getattr(torch, dtype_name)
