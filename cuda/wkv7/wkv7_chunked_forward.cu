@@ -6,10 +6,10 @@
 // Parallel split: a block takes 64 values of a head (all of them, or half) through the tokens of a sequence, or of a
 // segment of one. Four of its warps walk: each owns 16 values of the state with all their keys, in float32, as the
 // accumulators of the products that change it. Values are the rows of all that such a warp computes,
-//   rhs^T = S a~^T + V^T Aak^T,   U^T = rhs^T M^T,   Y^T = S r~^T + V^T Aqk^T + U^T Aqb^T,   S <- (S + V^T k~ + U^T b~) e^G
+//   rhs^T = S a~^T + V^T Aak^T,  U^T = rhs^T M^T,  Y^T = S r~^T + V^T Aqk^T + U^T Aqb^T,  S <- (S + V^T k~ + U^T b~) e^G
 // so that what a product leaves is an operand of the next where it lies, and warps need nothing of each other. The other
-// four warps prepare the chunk after that one meanwhile, and start copies of those that follow. There are two barriers a
-// chunk: between scaled operands and the matrices made of them, and between chunks.
+// warps, four where N is 64, eight where it is 128, prepare the next chunk meanwhile, and start copies of those that
+// follow. There are two barriers a chunk: between scaled operands and the matrices made of them, and between chunks.
 //
 // Segments: few long sequences leave a chip idle. Then each is cut, and its segments walk side by side, three times:
 // what a segment makes of a state S is S P + K, where K comes of a walk from zero and P of a walk from the identity
@@ -19,11 +19,17 @@
 // Precision: with kSplit, operands of rhs and U are pairs of bfloat16, high and low (gpu_tiles.cuh); all others are
 // rounded to bfloat16, and all sums are in float32.
 //
-// What a chunk costs a walking warp (N = 64, split): 62 products of 16 x 8 x 16, 27 loads of fragments; one that
-// prepares: 8 products, and its share of 2,200 exponentials and of the triangular solve. From global memory 224 bytes a
-// token for r, w, k, v, a, b, y of a head's 16 keys or values.
-// Shared memory of a block, bytes (N = 64 / 128): split 77,056 / 98,816, plain 72,448 / 90,112.
-// Registers: see kResident; blocks of 256 threads.
+// What a chunk costs (N = 64, split), in instructions of a warp on sm_90: one that walks 330, of which 62 are products of
+// 16 x 8 x 16 and 27 loads of fragments; one that prepares 270 for scaled operands, and then 330 for the inverse or 140
+// for another matrix and the copies. So a chunk keeps the four schedulers of a multiprocessor busy for 800 cycles, while
+// the longest chain of what waits for each other is estimated at 1,000: two blocks are resident to hide that. They have
+// 57 KB on their way from memory, two chunks each. A token of a head takes 1,024 bytes (N = 64: r, k, v, a, b, w, y) and
+// 128 of checkpoints.
+//
+// Memory of a block, N = 64 / 128:
+//   shared, bytes       split 77,056 / 98,816, plain 72,448 / 90,112
+//   threads             256 / 384
+//   registers           at most 128 / 168: two blocks / one on a multiprocessor; no spills from sm_80 to sm_120
 // Workspace: with segments 2 N N floats for each of (T / segment + S) H; else none.
 
 #include "wkv7_chunked.cuh"
@@ -106,14 +112,6 @@ struct Columns {
   unsigned values[4];        // V^T
   float rhs[2][4], y[2][4];  // rhs^T and Y^T
 };
-
-// c += x b with x = high + low.
-template <bool kSplit>
-__device__ __forceinline__ void multiply_add_split(float (&c)[2][4], const unsigned (&high)[4], const unsigned (&low)[4],
-                                                   const unsigned (&b)[2][2]) {
-  multiply_add(c, high, b);
-  if constexpr (kSplit) multiply_add(c, low, b);
-}
 
 // The first half of a chunk: all that needs the state before it. row: the warp's first value, counted in the block.
 template <int kN, bool kSplit, bool kHasOutputs>
@@ -439,21 +437,21 @@ int run(const Heads& heads, const Inputs& in, int segment_tokens, const float* s
         uint16_t* checkpoints, float* workspace, void* stream) {
   constexpr size_t kShared = Memory<kN, kSplit>::kBytes;
   static_assert(kShared <= kMaxSharedBytesChunked, "no chip may be too small");
+  const dim3 block(Block<kN>::kThreads), join_block(kJoinRows / kJoinThreadRows * kN);
+  const unsigned n_heads = static_cast<unsigned>(heads.S) * heads.H;
   const unsigned n_blocks =
-      static_cast<unsigned>(count_slots(heads.S, heads.T, segment_tokens) * heads.H * Block<kN>::kParts);
-  float* const k = workspace;
+      static_cast<unsigned>(count_slots(heads.S, heads.T, segment_tokens)) * heads.H * Block<kN>::kParts;
+  float *const k = workspace, *const p = workspace + summary_size(heads, segment_tokens);
   if (segment_tokens != 0) {
-    float* const p = workspace + summary_size(heads, segment_tokens);
-    int error = launch(summarize_kernel<kN, kSplit>, dim3(2 * n_blocks), dim3(Block<kN>::kThreads), kShared, stream, heads, in,
+    int error = launch(summarize_kernel<kN, kSplit>, dim3(2 * n_blocks), block, kShared, stream, heads, in,
                        segment_tokens, state, k, p);
     if (error != 0) return error;
-    error = launch(join_kernel<kN>, dim3(static_cast<unsigned>(heads.S) * heads.H * (kN / kJoinRows)),
-                   dim3(kJoinRows / kJoinThreadRows * kN), kJoinRows * kN * sizeof(float), stream, heads,
-                   segment_tokens, k, p);
+    error = launch(join_kernel<kN>, dim3(n_heads * (kN / kJoinRows)), join_block, kJoinRows * kN * sizeof(float), stream,
+                   heads, segment_tokens, k, p);
     if (error != 0) return error;
   }
-  return launch(forward_kernel<kN, kSplit>, dim3(n_blocks), dim3(Block<kN>::kThreads), kShared, stream, heads, in, segment_tokens,
-                state, k, y, final_state, checkpoints);
+  return launch(forward_kernel<kN, kSplit>, dim3(n_blocks), block, kShared, stream, heads, in, segment_tokens, state, k,
+                y, final_state, checkpoints);
 }
 
 int64_t workspace_bytes(Segments segments, int is_backward, int S, int64_t T, int H, int N) {
