@@ -7,16 +7,17 @@
 // no decay is left inside the chunk:
 //   U = M (Aak V + a~ S^T),   Y = Aqk V + Aqb U + r~ S^T,   S <- (S + V^T k~ + U^T b~) diag(e^G_16),   S is [value, key]
 //
-// Domain: log decays w from -5 to 0 (a model's are from -0.6065 to 0). Below about -5.5 a whole chunk long, e^-G is beyond
-// what a bfloat16 holds, and outputs become inf and NaN, not wrong. What a token has that is inf or NaN reaches all
-// outputs of its chunk, those of earlier tokens too.
+// Domain: log decays w from -5.4 to 0 (a model's are from -0.6065 to 0). Where the 16 of a chunk add up to less than -87
+// in some channel, e^G is below what a float32 holds, e^-G is inf, and outputs become inf and NaN: never numbers that
+// are wrong. What a token has that is inf or NaN reaches all outputs that it should, and those of earlier tokens of its
+// chunk.
 //
 // The preparation by kThreads threads:
 //   fetch_chunk of w (float32) and r, k, a, b (bfloat16) as they are; cp_async_wait; barrier
 //   scale_chunk, all threads: makes r~, k~, a~, b~ in place; barrier
 //   score_chunk, four warps: the matrices of 16 x 16; barrier before others read them
-// It costs 2.1 exponentials for each token and key (kN = 64, 128 threads), 4 kN / 8 products of 16 x 8 x 16, and in one
-// of the warps 120 products and sums a thread one after the other, for M.
+// For each token and key it costs 1.25 exponentials (kN = 64 and 128 threads) and an inverse; in all 4 kN / 8 products
+// of 16 x 8 x 16, by four warps; and in one of these 120 products and sums a lane, one after the other, for M.
 
 #pragma once
 
