@@ -7,6 +7,8 @@ import torch
 
 from rwkv_train.benchmarks import kernels
 from rwkv_train.benchmarks.kernel_sizes import KernelSize
+from rwkv_train.benchmarks.kernels import default_backends
+from rwkv_train.benchmarks.stopwatch import cold_stopwatch
 from rwkv_train.benchmarks.tuning import GRIDS, Grid, count_fastest, table_text, tune, tuning_sizes
 from rwkv_train.errors import BackendError
 from rwkv_train.ops.backends import choose_backend
@@ -135,3 +137,20 @@ def test_the_grid_of_a_gpu_holds_the_sizes_that_the_goals_are_stated_for():
         assert {(256, 4096), (16, 32768), (32, 1)} <= measured
         assert max(size.B * size.T * size.H for size in sizes) * head_size == grid.most_numbers
     assert set(tuning_sizes("wkv7", grid)) == {64, 128}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_every_backend_that_auto_may_choose_has_a_time_at_every_size():
+    device = torch.device("cuda")
+    grid, dtype = Grid((64,), (8, 64), (1, 100), 2**20), torch.bfloat16
+    watch = cold_stopwatch(device)
+    found = tune("wkv7", grid, 2, device=device, dtype=dtype, stopwatch=watch, report=lambda line: None)
+    known = default_backends(KernelSize("wkv7", 1, 1, 8, 64), device, dtype)
+    names = {name for name in known if OPERATORS["wkv7"][name].in_auto}
+    assert found.left_out == []
+    assert [len(case["points"]) for case in found.cases] == [4, 4]
+    for case in found.cases:
+        for point in case["points"]:
+            assert set(point["ms"]) == names
+            assert min(point["ms"].values()) > 0
