@@ -8,6 +8,8 @@ from rwkv_train.ops.chip import capability_of
 from rwkv_train.ops.context import PLAIN, packed_context
 from rwkv_train.ops.cuda import CUDA
 from rwkv_train.ops.prepare import prepare_backend
+from tests.ops.chunked_kernels import chunked_kernels
+from tests.ops.chunked_table import ChunkedTable
 from tests.ops.exact_kernels import exact_kernels
 from tests.ops.exact_table import ExactTable
 from tests.ops.kernel_table import KernelTable, loss
@@ -183,3 +185,7 @@ class TestExact(ExactTable, CudaTable):
         problem = problem_of(v, None if op == "wkv4" else v.shape[-1], is_packed=False)
         assert problem.capability == capability_of(v.device) is not None
         assert prepare_backend(op, problem, AUTO).name == "cuda_exact"
+
+
+class TestChunked(ChunkedTable, CudaTable):
+    kernels = chunked_kernels(CUDA, "cuda")
