@@ -177,6 +177,30 @@ def test_tf32_keeps_ten_bits_and_rounds_ties_away_from_zero(layer):
     torch.testing.assert_close(out.cpu().view(torch.float32), expected, rtol=0, atol=0)
 
 
+def roughly(layer, x):
+    out = torch.zeros(len(x), 2, device=layer.device)
+    layer.run("roughly", x.to(layer.device), out, len(x))
+    return out.cpu().T
+
+
+def test_rough_functions_are_as_near_as_16_bits_need(layer):
+    x = torch.cat((torch.linspace(-87.3, 88.7, 352), torch.logspace(-37.9, 37.9, 352)))
+    exp, inverse = roughly(layer, x)
+
+    exact = x.double()[:352]
+    assert ((exp[:352].double() / exact.exp() - 1).abs() <= 2**-22 + exact.abs() * 2**-24).all()
+    assert ((inverse[352:].double() * x.double()[352:] - 1).abs() <= 2**-23).all()
+
+
+def test_rough_functions_end_where_their_inverse_does(layer):
+    """What is too small for a float32 of full precision is 0 for both, so that no product is a wrong number."""
+    infinity = float("inf")
+    exp, _ = roughly(layer, torch.tensor([-87.4, -100.0, -infinity, 89.0] * 8))
+    assert exp[:4].tolist() == [0, 0, 0, infinity]
+    _, inverse = roughly(layer, torch.tensor([2**-126, 1e-38, 0.0, infinity] * 8))
+    assert inverse[:4].tolist() == [2**126, infinity, infinity, 0]
+
+
 # -------------------------------------------------------------------------------------------- tensor cores
 
 

@@ -84,6 +84,13 @@ __global__ void round_to_tf32(const float* x, unsigned* out) {
   out[number_of_thread()] = to_tf32(x[number_of_thread()]);
 }
 
+// out: [n, 2], e^x and 1 / x.
+__global__ void roughly(const float* x, float* out) {
+  const int64_t i = number_of_thread();
+  out[i * 2] = rough_exp(x[i]);
+  out[i * 2 + 1] = rough_inverse(x[i]);
+}
+
 // out: [n, 2], pairs as bfloat16 and as float16.
 __global__ void pack(const float* pairs, unsigned* out) {
   const int64_t i = number_of_thread();
@@ -177,6 +184,9 @@ RWKV_EXPORT int run_multiply_fragments(int dtype, const unsigned* a, const unsig
 }
 RWKV_EXPORT int run_round_to_tf32(const float* x, unsigned* out, int n) {
   return launch(round_to_tf32, n / 32, 32, 0, nullptr, x, out);
+}
+RWKV_EXPORT int run_roughly(const float* x, float* out, int n) {
+  return launch(roughly, n / 32, 32, 0, nullptr, x, out);
 }
 RWKV_EXPORT int run_pack(const float* pairs, unsigned* out, int n) {
   return launch(pack, n / 32, 32, 0, nullptr, pairs, out);
