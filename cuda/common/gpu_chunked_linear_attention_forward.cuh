@@ -23,8 +23,8 @@
 //
 // What a chunk costs. Products, mma of 16 x 8 x 16: N / 8 + 2 for y and N / 8 for S in each of the 4 warps that walk,
 // N / 16 in each of those that prepare: 18 and 4 for N = 64, 34 and 8 for N = 128. Exponentials: 17 N, RWKV-5 5 N. On
-// sm_90 and for N = 64 a warp that walks issues some 150 instructions, one that prepares 450. Registers of a thread: at
-// most 106 for N = 64 and 126 for N = 128, so that two blocks share a multiprocessor. Shared memory of a block in KB,
+// sm_90 and for N = 64 a warp that walks issues some 150 instructions, one that prepares 400. Registers of a thread: at
+// most 103 for N = 64 and 124 for N = 128, so that two blocks share a multiprocessor. Shared memory of a block in KB,
 // for N = 64 and 128: RWKV-6 53 and 92, RWKV-5 41 and 68; of `change_kernel` 33 and 56, 21 and 32. Workspace: none, or,
 // with segments, N N + N floats for each head of each slot (gpu_chunks.cuh).
 //
@@ -221,11 +221,27 @@ __device__ __forceinline__ void scale_chunk(const Levels<kN>& levels, const floa
   }
 }
 
-// Makes A of a chunk, [16, 16], with its diagonal and zeros above it. u: [kN], in shared memory. A warp takes a level,
-// and then 8 lanes the diagonal's number of a token. `levels` must be there, A is there after a barrier.
+// Where a thread's two numbers of the product of a level belong in A, in numbers from its start; below 0 where they are
+// of no pair.
+struct Entries {
+  int at[2];
+
+  __device__ __forceinline__ explicit Entries(int level) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int i = lane_g(), j = 2 * lane_t() + c;
+      const int place = token_of_row(level, i) * Matrix<kChunkTokens>::kStride + token_of_row(level, 8 + j);
+      at[c] = is_pair(level, i, j) ? place : -1;
+    }
+  }
+};
+
+// Makes A of a chunk, [16, 16], its diagonal and what is below. u: [kN], in shared memory. A warp takes a level, whose
+// entries these are, and then 8 lanes the diagonal's number of a token. `levels` must be there, A is there after a
+// barrier.
 template <int kN>
 __device__ __forceinline__ void put_attention(const Levels<kN>& levels, const float* u, int thread,
-                                              const Matrix<kChunkTokens>& attention) {
+                                              const Entries& entries, const Matrix<kChunkTokens>& attention) {
   constexpr int kLanes = kLevels * kWarp / kChunkTokens;
   const int level = thread / kWarp, token = thread / kLanes, first_key = thread % kLanes * 2;
   float even[4] = {}, odd[4] = {};  // two chains of products, half as long
@@ -246,12 +262,8 @@ __device__ __forceinline__ void put_attention(const Levels<kN>& levels, const fl
   }
   const float bonus = sum_lanes<1, kLanes>(sum);
 #pragma unroll
-  for (int c = 0; c < 2; ++c) {  // rows 8 to 15 of the product are of no use
-    const int i = lane_g(), j = 2 * lane_t() + c, row = token_of_row(level, i), column = token_of_row(level, 8 + j);
-    if (!is_pair(level, i, j)) continue;
-    *attention.at(row, column) = float_to_bfloat16(even[c] + odd[c]);
-    *attention.at(column, row) = 0;
-  }
+  for (int c = 0; c < 2; ++c)  // rows 8 to 15 of the product are of no use
+    if (entries.at[c] >= 0) attention.first[entries.at[c]] = float_to_bfloat16(even[c] + odd[c]);
   if (thread % kLanes == 0) *attention.at(token, token) = float_to_bfloat16(bonus);
 }
 
@@ -261,6 +273,7 @@ constexpr int kBlockValues = 64;
 constexpr int kWalkThreads = kBlockValues / 16 * kWarp;
 constexpr int kPrepareThreads = kLevels * kWarp;
 constexpr int kForwardThreads = kWalkThreads + kPrepareThreads;
+static_assert(kWalkThreads % kPrepareThreads == 0, "threads that prepare are counted from 0, after those that walk");
 
 // A block's shared memory. kStateAlone: without what only y needs.
 template <int kN, bool kStatic, bool kStateAlone>
@@ -439,15 +452,19 @@ __device__ __forceinline__ void advance(const StateFactors<kN>& factors, const u
 template <int kN, bool kStatic, bool kStateAlone>
 __device__ __forceinline__ void prepare(const Heads& heads, const Span& span, const Inputs& in,
                                         const ForwardMemory<kN, kStatic, kStateAlone>& memory) {
-  const int thread = static_cast<int>(threadIdx.x) - kWalkThreads, n_chunks = static_cast<int>(span.n_chunks());
+  const int thread = static_cast<int>(threadIdx.x % kPrepareThreads), n_chunks = static_cast<int>(span.n_chunks());
   const int last_tokens = static_cast<int>(span.n_tokens - static_cast<int64_t>(n_chunks - 1) * kChunkTokens);
   Fetch<kN, kStatic, kStateAlone> fetch(heads, span, in, thread, memory);
+  const Entries entries(thread / kWarp);
   fetch.start_next(0);
   fetch.start_next(1);
   for (int key = thread; key < kN; key += kPrepareThreads) {
     memory.u_or_total[key] = kStateAlone ? 0.f : in.u[span.head * kN + key];
     if (kStatic) memory.head_w[key] = in.w[span.head * kN + key];
   }
+  if constexpr (!kStateAlone)  // above the diagonal it stays 0
+    for (int i = thread; i < memory.kAttention; i += kPrepareThreads)
+      *memory.attention(0).at(0, i) = *memory.attention(1).at(0, i) = 0;
   cp_async_wait<1>();
   __syncthreads();
 #pragma unroll 1
@@ -458,7 +475,7 @@ __device__ __forceinline__ void prepare(const Heads& heads, const Span& span, co
         memory.state(chunk), kStateAlone ? memory.u_or_total : nullptr);
     if constexpr (!kStateAlone) {
       __syncthreads();
-      put_attention(memory.levels(chunk), memory.u_or_total, thread, memory.attention(chunk));
+      put_attention(memory.levels(chunk), memory.u_or_total, thread, entries, memory.attention(chunk));
     }
     cp_async_wait<1>();  // for all but the copies that this step has started
     __syncthreads();
@@ -528,7 +545,7 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
   if (!span.is_used || span.is_last) return;
   if (threadIdx.x >= kWalkThreads) {
     prepare(heads, span, in, memory);
-    const int thread = static_cast<int>(threadIdx.x) - kWalkThreads;
+    const int thread = static_cast<int>(threadIdx.x % kPrepareThreads);
     if (span.part == 0)
       for (int key = thread; key < kN; key += kPrepareThreads)
         totals[(span.slot * heads.H + span.head) * kN + key] = memory.u_or_total[key];
