@@ -31,24 +31,26 @@ __device__ __forceinline__ int lane_t() { return lane_of_thread() % 4; }
 
 // ---------------------------------------------------------------------------------------------- from shared memory
 
+// lane: this thread's; one that the compiler knows nothing of keeps it from computing addresses long before their use.
+
 // a[i][k] = m[row + i][column + k], 16 x 16.
 template <int kColumns>
-__device__ __forceinline__ void load_a(const Matrix<kColumns>& m, int row, int column, unsigned (&a)[4]) {
-  const int lane = lane_of_thread();
+__device__ __forceinline__ void load_a(const Matrix<kColumns>& m, int row, int column, unsigned (&a)[4],
+                                       int lane = lane_of_thread()) {
   ldmatrix<4>(a, m.at(row + lane % 16, column + lane / 16 * 8));
 }
 
 // a[i][k] = m[row + k][column + i].
 template <int kColumns>
-__device__ __forceinline__ void load_a_transposed(const Matrix<kColumns>& m, int row, int column, unsigned (&a)[4]) {
-  const int lane = lane_of_thread();
+__device__ __forceinline__ void load_a_transposed(const Matrix<kColumns>& m, int row, int column, unsigned (&a)[4],
+                                                  int lane = lane_of_thread()) {
   ldmatrix_transposed<4>(a, m.at(row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8));
 }
 
 // b[j / 8][k][j % 8] = m[row + k][column + j], two tiles of 16 x 8 side by side.
 template <int kColumns>
-__device__ __forceinline__ void load_b(const Matrix<kColumns>& m, int row, int column, unsigned (&b)[2][2]) {
-  const int lane = lane_of_thread();
+__device__ __forceinline__ void load_b(const Matrix<kColumns>& m, int row, int column, unsigned (&b)[2][2],
+                                       int lane = lane_of_thread()) {
   unsigned x[4];
   ldmatrix_transposed<4>(x, m.at(row + lane % 16, column + lane / 16 * 8));
   b[0][0] = x[0], b[0][1] = x[1], b[1][0] = x[2], b[1][1] = x[3];
@@ -57,8 +59,7 @@ __device__ __forceinline__ void load_b(const Matrix<kColumns>& m, int row, int c
 // b[j / 8][k][j % 8] = m[row + j][column + k].
 template <int kColumns>
 __device__ __forceinline__ void load_b_transposed(const Matrix<kColumns>& m, int row, int column,
-                                                  unsigned (&b)[2][2]) {
-  const int lane = lane_of_thread();
+                                                  unsigned (&b)[2][2], int lane = lane_of_thread()) {
   unsigned x[4];
   ldmatrix<4>(x, m.at(row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8));
   b[0][0] = x[0], b[0][1] = x[1], b[1][0] = x[2], b[1][1] = x[3];
