@@ -43,7 +43,7 @@ class TrainerConfig(Config):
     precision: Literal["fp32", "bf16-autocast", "bf16-params"] = "fp32"
     """"fp32"; "bf16-autocast": matrix products in bfloat16; "bf16-params": the forward sees bfloat16 parameters."""
     compile: bool = False
-    """Compile each block with torch.compile: a slower start, then faster steps."""
+    """Compile each block with torch.compile for training: a slower start, then faster steps. Not for deepspeed_3."""
     grad_checkpointing: bool = False
     """Keep only the inputs of each block and compute it again in the backward: less memory, a third more time."""
     wkv_backend: str = "auto"
@@ -105,6 +105,15 @@ class TrainerConfig(Config):
             raise ValueError(
                 f"offload {self.offload!r} needs strategy 'deepspeed_3', not {self.strategy!r}; "
                 "set offload to 'optimizer'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gathered_layers_cannot_be_compiled(self) -> Self:
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile cannot take strategy 'deepspeed_3', which cuts blocks into pieces where it gathers the "
+                "parameters of each layer; set the strategy to 'fsdp2', or compile to false"
             )
         return self
 

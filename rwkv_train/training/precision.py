@@ -6,7 +6,7 @@ while the optimizer updates float32 masters: the published recipe. Under DeepSpe
 the module's parameters are bfloat16; FSDP2 casts what it gathers; else :func:`cast_in_forward` does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -33,10 +33,24 @@ def prepare_forward(model: LanguageModel, settings: TrainerConfig) -> None:
     if settings.compile:
         for block in model.blocks:
             # Not block.compile(): hooks and casts around the forward stay outside of what is compiled.
-            block.forward = torch.compile(block.forward)
+            block.forward = _compiled_in_training(block.forward)
     # FSDP and DeepSpeed cast by themselves.
     if settings.precision == "bf16-params" and settings.strategy in {"auto", "ddp"}:
         cast_in_forward(model, torch.bfloat16)
+
+
+def _compiled_in_training(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile the calls whose gradient is wanted: their shapes are the same in every step.
+
+    Validation and samples have shapes of their own. PyTorch compiles a function for eight of them; what comes later,
+    training too, would run as it is.
+    """
+    compiled = torch.compile(forward, fullgraph=True)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+    return run
 
 
 def cast_in_forward(model: LanguageModel, dtype: torch.dtype) -> None:
