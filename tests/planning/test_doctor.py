@@ -478,6 +478,17 @@ def test_an_operator_without_any_backend_keeps_a_run_from_starting():
     assert judged(results).obstacles == ("no backend of wkv6 runs on cuda; see the table of backends",)
 
 
+def test_a_backend_for_those_who_ask_for_it_is_not_what_auto_takes():
+    good = {"status": "available", "reason": None}
+    rows = judge_backends(
+        {
+            "cuda:0 wkv7 cuda_bf16 bfloat16": good | {"in_auto": False},
+            "cuda:0 wkv7 cuda_exact bfloat16": good | {"in_auto": True},
+        }
+    )
+    assert [row.is_auto for row in rows] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("facts", "words"),
     [

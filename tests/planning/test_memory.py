@@ -90,6 +90,15 @@ def test_the_cuda_backend_is_counted_without_a_gpu(section, precision):
     assert estimate == estimate_memory(config, "cpp").activation_bytes + more
 
 
+@pytest.mark.parametrize("section", [RWKV7], ids=["rwkv7"])
+def test_the_backend_on_tensor_cores_is_counted_with_states_in_bfloat16_every_64_tokens(section):
+    config = settings(section)
+    exact = L * 4 * C * 16 * (B * T // 16 + B)
+    chunked = L * 2 * C * 16 * (B * T // 64 + B)
+    estimate = estimate_memory(config, "cuda").activation_bytes
+    assert estimate == estimate_memory(config, "cuda_exact").activation_bytes + chunked - exact
+
+
 def bytes_of_block_inputs(section):
     """The stream into each block and its state; in RWKV-7 also the first layer's values."""
     stream = 4 * B * T * C

@@ -6,7 +6,7 @@ from rwkv_train.ops.backends import AUTO, Backend, register_operator
 from rwkv_train.ops.by_sequence import reference_recurrence
 from rwkv_train.ops.context import SequenceContext
 from rwkv_train.ops.cpp import refuses_cpp
-from rwkv_train.ops.cuda import refuses_cuda_exact
+from rwkv_train.ops.cuda import refuses_cuda, refuses_cuda_exact
 from rwkv_train.ops.matrix_state import run_with_matrix_state, zero_matrix_state
 from rwkv_train.ops.wkv7 import cpp, cuda
 from rwkv_train.ops.wkv7.chunked import wkv7_torch
@@ -16,7 +16,9 @@ _loop = reference_recurrence(wkv7_reference, ("r", "w", "k", "v", "a", "b", "sta
 
 # Fastest first. A new backend is one line here and one file beside this one.
 BACKENDS = {
-    "cuda_exact": Backend(refuses=refuses_cuda_exact, load=cuda.load, run=cuda.wkv7_cuda_exact),
+    "cuda": Backend(refuses=refuses_cuda, load=cuda.load_cuda, run=cuda.wkv7_cuda),
+    "cuda_bf16": Backend(refuses=refuses_cuda, load=cuda.load_bf16, run=cuda.wkv7_cuda_bf16, in_auto=False),
+    "cuda_exact": Backend(refuses=refuses_cuda_exact, load=cuda.load_exact, run=cuda.wkv7_cuda_exact),
     "cpp": Backend(refuses=refuses_cpp, load=cpp.load, run=cpp.wkv7_cpp),
     "torch": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv7_torch),
     "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=_loop),
@@ -46,7 +48,10 @@ def wkv7(
         y_t = S_t r_t
 
     Computed in float32, or in float64 where ``v`` is float64. Every argument may be of any floating dtype and
-    gets its gradient in that dtype. There is no second derivative except with ``reference``.
+    gets its gradient in that dtype. There is no second derivative except with ``reference``. ``cuda`` takes r, k, v,
+    a, b in bfloat16, to which it brings others, and adds up in float32 products of numbers of 8 bits or, where that
+    would be too few, 16; with ``cuda_bf16`` all have 8. Both need ``w`` to be -5 or more: below, outputs may become
+    inf or NaN.
 
     Args:
         r: receptance, ``[B, T, H, N]``.

@@ -45,7 +45,8 @@ def judge_backends(results: Mapping[str, Mapping[str, Any]]) -> list[BackendRow]
     usable: dict[tuple[str, str, str], str] = {}
     for name, status in outcomes.items():
         device, op, backend, dtype = name.split()
-        if status not in ("refuses", "unavailable"):  # a choice does not see what happens when it runs
+        # A choice does not see what happens when it runs.
+        if status not in ("refuses", "unavailable") and results[name].get("in_auto", True):
             autos.setdefault((device, op, dtype), backend)
         if status == "available":
             usable.setdefault((device, op, dtype), backend)

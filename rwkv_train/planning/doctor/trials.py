@@ -253,7 +253,12 @@ def try_backend(
         return {"status": "fails", "reason": sentence(error), "is_lasting": _is_lasting(device)}
     if not error_size <= TOLERANCE:
         return {"status": "wrong", "reason": f"its numbers are wrong (relative error {error_size:.2g})"}
-    return {"status": "available", "reason": None, "load_seconds": round(load_seconds, 2)}
+    return {
+        "status": "available",
+        "reason": None,
+        "load_seconds": round(load_seconds, 2),
+        "in_auto": backend.in_auto,
+    }
 
 
 def _error_of(op: str, backend: str, device: "torch.device", dtype: "torch.dtype") -> float:
