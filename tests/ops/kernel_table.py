@@ -4,7 +4,7 @@ A class for a family of kernels (``exact_table.py``, ``chunked_table.py``) adds 
 module the platform. Expected values are those of the float64 loop, on the CPU.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -332,18 +332,21 @@ class KernelTable:
 class EmulatedTable(KernelTable):
     """What only an emulation can show."""
 
+    orders: ClassVar[tuple[dict[str, Any], ...]]
+    """Options of the packed rows that are computed by blocks and threads in several orders."""
+
     def test_the_order_of_blocks_and_threads_changes_no_bit(self, operators, op, form):
         """Where it does, threads do not wait for each other where they should, or outputs are not added up in order."""
-        operator, lengths = operators[op], [40, 0, 37]
-        problem = self.problem(operator, op, lengths)
-        scale = torch.zeros(3, 1, 1, dtype=torch.float64)
         set_order = self.kernels[op, form].load().rwkv_emulation_order
-        try:
-            found = []
-            for order in (0, 1, 2):
-                set_order(order)
-                found.append(self.results(operator, op, problem, lengths, form, scale))
-        finally:
-            set_order(0)
-        for other in found[1:]:
-            assert all(torch.equal(x, y) for x, y in zip(other, found[0], strict=True))
+        for options in self.orders:
+            problem, lengths = self.problem(operators[op], op, **options), options["lengths"]
+            scale = torch.zeros(len(lengths), 1, 1, dtype=torch.float64)
+            try:
+                found = []
+                for order in (0, 1, 2):
+                    set_order(order)
+                    found.append(self.results(operators[op], op, problem, lengths, form, scale))
+            finally:
+                set_order(0)
+            for other in found[1:]:
+                assert all(torch.equal(x, y) for x, y in zip(other, found[0], strict=True)), options

@@ -9,3 +9,4 @@ class TestChunked(ChunkedTable, EmulatedTable):
     platform = EMULATED
     kernels = CHUNKED_KERNELS
     device = "cpu"
+    orders = ({"lengths": [130, 0, 37]}, {"lengths": [70, 0, 17], "head_size": 128})
