@@ -13,6 +13,7 @@ from rwkv_train.config.optim import OptimConfig
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.models.registry import build_model, initialize
 from rwkv_train.training.engine import make_optimizer
+from rwkv_train.training.precision import compile_blocks
 
 
 class StepTimes(NamedTuple):
@@ -49,6 +50,7 @@ def bench_training(
     backends: Sequence[str],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    compiles: bool = False,
     repeats: int = 5,
     warmup: int = 2,
 ) -> list[dict[str, Any]]:
@@ -59,11 +61,13 @@ def bench_training(
         backends: names of recurrence backends.
         device: where to run.
         dtype: float32, or bfloat16 for autocast.
+        compiles: whether to measure each backend with compiled blocks, too.
         repeats: steps that are measured; the median counts.
         warmup: steps before those.
 
     Returns:
-        One row for each backend: its name, sizes, milliseconds of each part, tokens per second.
+        One row for each backend, compiled or not: its name, sizes, seconds of the very first step, in which blocks are
+        compiled, milliseconds of each part of the others, tokens per second.
     """
     config = case.config
     tokens = torch.randint(
@@ -71,19 +75,20 @@ def bench_training(
         (case.micro_batch_size, config.ctx_len + 1),
         generator=torch.Generator().manual_seed(0),
     ).to(device)
-    models = {}
-    for backend in backends:
+    ways = [(name, compiled) for name in backends for compiled in ((False, True) if compiles else (False,))]
+    models: dict[tuple[str, bool], LanguageModel] = {}
+    for backend, compiled in ways:
         model = build_model(config, wkv_backend=backend)
         initialize(model, seed=0)
-        models[backend] = model.to(device)
-    optimizers = {name: make_optimizer(model, config.arch, OptimConfig()) for name, model in models.items()}
-    times: dict[str, list[StepTimes]] = {name: [] for name in backends}
-    for i in range(warmup + repeats):
-        for name in backends:  # in turn, so that a machine that slows down slows all of them
-            measured = _step(models[name], optimizers[name], tokens, dtype)
-            if i >= warmup:
-                times[name].append(measured)
-    return [_row(case, name, times[name]) for name in backends]
+        models[backend, compiled] = model.to(device)
+        if compiled:
+            compile_blocks(model)
+    optimizers = {way: make_optimizer(model, config.arch, OptimConfig()) for way, model in models.items()}
+    times: dict[tuple[str, bool], list[StepTimes]] = {way: [] for way in ways}
+    for _ in range(warmup + repeats):
+        for way in ways:  # in turn, so that a machine that slows down slows all of them
+            times[way].append(_step(models[way], optimizers[way], tokens, dtype))
+    return [_row(case, way, times[way][0], times[way][warmup:]) for way in ways]
 
 
 def _step(
@@ -109,16 +114,19 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _row(case: Case, backend: str, times: list[StepTimes]) -> dict[str, Any]:
+def _row(case: Case, way: tuple[str, bool], first: StepTimes, times: list[StepTimes]) -> dict[str, Any]:
     config, batch = case
+    backend, compiled = way
     median = statistics.median(step.total for step in times)
     return {
         "arch": config.arch,
         "backend": backend,
+        "compiled": compiled,
         "L": config.n_layer,
         "C": config.n_embd,
         "B": batch,
         "T": config.ctx_len,
+        "first_step_seconds": first.total,
         "forward_ms": 1e3 * statistics.median(step.forward for step in times),
         "backward_ms": 1e3 * statistics.median(step.backward for step in times),
         "update_ms": 1e3 * statistics.median(step.update for step in times),

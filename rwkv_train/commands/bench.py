@@ -43,6 +43,7 @@ class What(StrEnum):
     """What is measured."""
 
     KERNELS = "kernels"
+    HEAD = "head"
     TRAINING = "training"
     STRATEGIES = "strategies"
     SAVING = "saving"
@@ -54,9 +55,9 @@ class What(StrEnum):
 Subject = Annotated[
     What,
     typer.Argument(
-        help="The recurrences alone; training steps; steps under each strategy; checkpoints under each strategy; "
-        "conversions of weights; eval-ppl beside lm-evaluation-harness with the same RWKV-4 in transformers; "
-        "prepare-data beside its tokenizer alone."
+        help="The recurrences alone; the loss of the head alone; training steps; steps under each strategy; "
+        "checkpoints under each strategy; conversions of weights; eval-ppl beside lm-evaluation-harness with the same "
+        "RWKV-4 in transformers; prepare-data beside its tokenizer alone."
     ),
 ]
 Backends = Annotated[
@@ -73,6 +74,9 @@ Strategies = Annotated[
     typer.Option(
         "--strategy", metavar="NAME", help="For strategies and saving. May be repeated. By default all."
     ),
+]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="For training: measure each backend with compiled blocks, too.")
 ]
 Config = Annotated[
     str | None,
@@ -101,6 +105,7 @@ EVALUATED_CHARACTERS = 1500
 
 _SUBJECTS = {
     "--backend": (What.KERNELS, What.TRAINING),
+    "--compile": (What.TRAINING,),
     "--strategy": (What.STRATEGIES, What.SAVING),
     "--config": (What.CONVERTING, What.EVALUATING),
     "--input": (What.PREPARING,),
@@ -121,6 +126,7 @@ _SAME_IN_EVERY_ROW = frozenset({"device", "dtype", "repeats"})
 def bench(
     what: Subject,
     backend: Backends = None,
+    compile: Compile = False,  # noqa: A002 - the option's name
     strategy: Strategies = None,
     config: Config = None,
     input: Input = None,  # noqa: A002 - the option's name
@@ -141,6 +147,7 @@ def bench(
 
     given = {
         "--backend": backend,
+        "--compile": compile,
         "--strategy": strategy,
         "--config": config,
         "--input": input,
@@ -180,11 +187,13 @@ def bench(
         rows = list(bench_converting(model, repeats=repeats))
     elif what is What.EVALUATING:
         rows = _measure_evaluating(config or "rwkv4-169m", repeats, place)
+    elif what is What.HEAD:
+        rows = _measure_head(repeats, place)
     elif what is What.PREPARING:
         rows = _measure_preparing(input, repeats)
     else:
         backends = backend or (["torch", "cpp"] if place.type == "cpu" else ["torch"])
-        rows = _measure_training(backends, repeats, place)
+        rows = _measure_training(backends, repeats, place, compiles=compile)
     print_table(_table(title, rows))
     if what is What.KERNELS:
         for line in kernel_failures(measured):
@@ -297,13 +306,24 @@ def _shown(rows: "Iterator[dict[str, Any]]") -> list[dict[str, Any]]:
     return found
 
 
-def _measure_training(backends: list[str], repeats: int, device: "torch.device") -> list[dict[str, Any]]:
+def _measure_head(repeats: int, device: "torch.device") -> list[dict[str, Any]]:
+    import torch
+
+    from rwkv_train.benchmarks.head import STANDARD_CPU, STANDARD_GPU, bench_head
+
+    sizes, dtype = (STANDARD_GPU, torch.bfloat16) if device.type == "cuda" else (STANDARD_CPU, torch.float32)
+    return [row for size in sizes for row in bench_head(size, device=device, dtype=dtype, repeats=repeats)]
+
+
+def _measure_training(
+    backends: list[str], repeats: int, device: "torch.device", *, compiles: bool
+) -> list[dict[str, Any]]:
     from rwkv_train.benchmarks.training import STANDARD, bench_training
 
     return [
         row
         for case in STANDARD
-        for row in bench_training(case, backends=backends, device=device, repeats=repeats)
+        for row in bench_training(case, backends=backends, device=device, compiles=compiles, repeats=repeats)
     ]
 
 

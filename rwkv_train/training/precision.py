@@ -31,12 +31,17 @@ def prepare_forward(model: LanguageModel, settings: TrainerConfig) -> None:
     """Let the blocks be compiled, blocks and logits recomputed, and parameters be cast, as the settings say."""
     model.recompute_blocks = model.head.recompute_logits = settings.grad_checkpointing
     if settings.compile:
-        for block in model.blocks:
-            # Not block.compile(): hooks and casts around the forward stay outside of what is compiled.
-            block.forward = _compiled_in_training(block.forward)
+        compile_blocks(model)
     # FSDP and DeepSpeed cast by themselves.
     if settings.precision == "bf16-params" and settings.strategy in {"auto", "ddp"}:
         cast_in_forward(model, torch.bfloat16)
+
+
+def compile_blocks(model: LanguageModel) -> None:
+    """Let each block be compiled when it is first trained."""
+    for block in model.blocks:
+        # Not block.compile(): hooks and casts around the forward stay outside of what is compiled.
+        block.forward = _compiled_in_training(block.forward)
 
 
 def _compiled_in_training(forward: Callable[..., Any]) -> Callable[..., Any]:

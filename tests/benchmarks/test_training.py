@@ -19,6 +19,17 @@ def test_a_step_is_the_sum_of_its_parts():
         assert row["tokens_per_second"] == pytest.approx(2 * 8 / (row["step_ms"] / 1000))
 
 
+def test_a_backend_is_also_measured_with_compiled_blocks(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+    rows = bench_training(
+        CASE, backends=["torch"], device=torch.device("cpu"), compiles=True, repeats=1, warmup=1
+    )
+    assert [(row["backend"], row["compiled"]) for row in rows] == [("torch", False), ("torch", True)]
+    assert len(compiled) == CASE.config.n_layer
+    assert all(row["first_step_seconds"] > 0 for row in rows)
+
+
 def test_the_environment_says_where_and_with_what():
     environment = describe_environment(torch.device("cpu"))
 
