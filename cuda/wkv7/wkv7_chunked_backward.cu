@@ -97,6 +97,14 @@ struct Visit {
 
 // ---------------------------------------------------------------------------------------------- shared memory
 
+// Where a block's numbers lie in tensors, in elements. In shared memory, for there are no registers to keep it in.
+struct Place {
+  int64_t tokens;           // the row of the first token
+  int64_t checkpoints;      // the first checkpoint
+  int64_t state;            // before the sequence; -1 where the block has not its first token
+  int n_chunks, last_rows;  // last_rows: tokens of the last chunk
+};
+
 template <int kN>
 struct Memory {
   static constexpr bool kOverlaps = kN == 64;  // the roles
@@ -111,7 +119,8 @@ struct Memory {
   static constexpr int kW = kRing * kSlot, kDecay = kW + kPair * kFloats, kLow = kDecay + kPair * kFloats;
   static constexpr int kScores = kLow + 2 * kKeys, kScratch = kScores + Scores::size_of(true);
   static constexpr int kGradientScores = kScratch + 2 * kScratchFloats, kU = kGradientScores + 4 * kSquare;
-  static constexpr int kDp = kU + kValues, kD = kDp + kValues, kS = kD + kState, kSize = kS + kState;
+  static constexpr int kDp = kU + kValues, kD = kDp + kValues, kS = kD + kState, kPlace = kS + kState;
+  static constexpr int kSize = kPlace + sizeof(Place) / 2;
   static constexpr size_t kBytes = 2 * kSize;
 
   uint16_t* first;
@@ -142,6 +151,7 @@ struct Memory {
   __device__ Matrix<kN> d() const { return {first + kD}; }
   __device__ Matrix<kN> s() const { return {first + kS}; }
   __device__ Scores scores() const { return Scores(first + kScores); }
+  __device__ Place& place() const { return *reinterpret_cast<Place*>(first + kPlace); }
   __device__ float* scratch() const { return floats(kScratch); }
   __device__ Matrix<16> d_qk() const { return {first + kGradientScores}; }
   __device__ Matrix<16> d_qb() const { return {first + kGradientScores + kSquare}; }
@@ -151,28 +161,29 @@ struct Memory {
 
 // ---------------------------------------------------------------------------------------------- walking warps
 
-// A sum of products, its small addends apart: both chains are shorter, and nothing small is rounded off one by one.
-template <bool kSplit>
+// A sum of products; with kApart that of its small addends is another one until the end, so that both chains are
+// shorter.
+template <bool kSplit, bool kApart>
 struct SplitSum {
-  float sum[2][4] = {}, small[2][4] = {};
+  float sum[2][4] = {}, small[2][4] = {};  // small: unused without kApart
 
   // Adds a b, of which the low parts are used only with kSplit.
   __device__ __forceinline__ void add(const unsigned (&a)[4], const unsigned (&a_low)[4], const unsigned (&b)[2][2],
                                       const unsigned (&b_low)[2][2]) {
     multiply_add(sum, a, b);
     if constexpr (kSplit) {
-      multiply_add(small, a_low, b);
-      multiply_add(small, a, b_low);
+      multiply_add(kApart ? small : sum, a_low, b);
+      multiply_add(kApart ? small : sum, a, b_low);
     }
   }
   // The same where `a` is exact.
   __device__ __forceinline__ void add(const unsigned (&a)[4], const unsigned (&b)[2][2],
                                       const unsigned (&b_low)[2][2]) {
     multiply_add(sum, a, b);
-    if constexpr (kSplit) multiply_add(small, a, b_low);
+    if constexpr (kSplit) multiply_add(kApart ? small : sum, a, b_low);
   }
   __device__ __forceinline__ void finish() {
-    if constexpr (kSplit)
+    if constexpr (kSplit && kApart)
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum[i / 4][i % 4] += small[i / 4][i % 4];
   }
@@ -226,7 +237,7 @@ struct Walk {
   __device__ __forceinline__ void removed(const StateRows<kN>& s, unsigned (&u)[4]) const {
     const Operands<kN> x = memory.operands(visit);
     const Scores scores = memory.scores();
-    SplitSum<kSplit> rhs, sum;
+    SplitSum<kSplit, false> rhs, sum;  // two states are there already: registers are short
     unsigned a[4], low[4], b[2][2], b_low[2][2];
     load_a_transposed(memory.v(visit), 0, value, a);
     load_b_transposed(scores.ak, 0, 0, b);
@@ -276,7 +287,7 @@ struct Walk {
   __device__ __forceinline__ void removed_gradient(const StateRows<kN>& d, unsigned (&dp)[4]) const {
     const Operands<kN> x = memory.operands(visit);
     const Scores scores = memory.scores();
-    SplitSum<kSplit> du, sum;
+    SplitSum<kSplit, true> du, sum;
     unsigned a[4], low[4], b[2][2], b_low[2][2];
     load_a_transposed(memory.dy(visit), 0, value, a);
     load_b(scores.qb, 0, 0, b);
@@ -334,8 +345,7 @@ struct Walk {
   }
 
   // Rows of dv from dV^T, by way of the warp's rows of memory.d(), of which nothing is left.
-  __device__ __forceinline__ void store_values(const float (&dv)[2][4], int n_rows, int64_t stride,
-                                               uint16_t* to) const {
+  __device__ __forceinline__ void store_values(const float (&dv)[2][4], int n_rows, int stride, uint16_t* to) const {
     const Matrix<kN> staged = memory.d();
     store_tile_transposed(dv[0], staged, value, 0);
     store_tile_transposed(dv[1], staged, value + 8, 0);
@@ -354,10 +364,8 @@ struct Kept {
   static constexpr int kStates = kIntervalChunks - 1, kUs = kIntervalChunks - 1, kPieces = kN / 16;
   static constexpr int kBytes = (kStates * kPieces + kUs) * kRoleThreads * sizeof(uint4);
 
-  uint4* own;
+  char* all;  // of all blocks
 
-  __device__ Kept(char* all, int64_t block)
-      : own(reinterpret_cast<uint4*>(all + block * kBytes) + threadIdx.x % kRoleThreads) {}
 
   __device__ __forceinline__ static void put(uint4* at, const unsigned (&a)[4]) {
     *at = make_uint4(a[0], a[1], a[2], a[3]);
@@ -366,10 +374,14 @@ struct Kept {
     const uint4 four = *at;
     a[0] = four.x, a[1] = four.y, a[2] = four.z, a[3] = four.w;
   }
-  __device__ __forceinline__ uint4* u(int chunk) const { return own + (kStates * kPieces + chunk) * kRoleThreads; }
+  __device__ __forceinline__ uint4* u(int chunk) const { return piece(kStates * kPieces + chunk); }
   // Of the state after a chunk.
-  __device__ __forceinline__ uint4* state(int chunk, int piece) const {
-    return own + (chunk * kPieces + piece) * kRoleThreads;
+  __device__ __forceinline__ uint4* state(int chunk) const { return piece(chunk * kPieces); }
+
+ private:
+  __device__ __forceinline__ uint4* piece(int number) const {
+    const int at = number * kRoleThreads + static_cast<int>(threadIdx.x) % kRoleThreads;
+    return reinterpret_cast<uint4*>(all + static_cast<int64_t>(blockIdx.x) * kBytes) + at;
   }
 };
 
@@ -377,7 +389,7 @@ struct Kept {
 
 // Starts the copies of the n_rows rows of a chunk, of which the first and its head begin at `at`; of dy, n_dy_rows.
 template <int kN, bool kSummary>
-__device__ __forceinline__ void fetch_inputs(const Memory<kN>& memory, const Inputs& in, int64_t at, int64_t stride,
+__device__ __forceinline__ void fetch_inputs(const Memory<kN>& memory, const Inputs& in, int64_t at, int stride,
                                              int values, int n_rows, int n_dy_rows, int visit, bool is_backward,
                                              int thread) {
   const Operands<kN> x = memory.operands(visit);
@@ -417,7 +429,7 @@ __device__ __forceinline__ float4 four_columns(const float (&x)[2][4], int half)
 
 // Two tiles of [token, key] to global memory, float32 or bfloat16; `to` is the first token's first of 16 keys.
 template <typename Element>
-__device__ __forceinline__ void store_keys(const float (&x)[2][4], int n_rows, int64_t stride, Element* to) {
+__device__ __forceinline__ void store_keys(const float (&x)[2][4], int n_rows, int stride, Element* to) {
   const int column = lane_t() % 2 * 8 + lane_t() / 2 * 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -438,7 +450,7 @@ __device__ __forceinline__ float upper_of(unsigned two) { return __uint_as_float
 // dr, dw, dk, da, db of 16 keys, or a block's share of them. `to`: where the chunk's first token and the head begin in
 // a tensor; part_size: from one share to the next.
 template <int kN>
-__device__ __forceinline__ void key_gradients(const Memory<kN>& memory, int visit, int key, int n_rows, int64_t stride,
+__device__ __forceinline__ void key_gradients(const Memory<kN>& memory, int visit, int key, int n_rows, int stride,
                                               int64_t to, const Outputs& out, float* parts, int64_t part_size) {
   float xr[2][4] = {}, xk[2][4] = {}, xa[2][4] = {}, xb[2][4] = {};  // xk, xb: with sk, sb
   float state[2] = {0.f, 0.f};  // sums over values of S D, of key g of both tiles
@@ -582,10 +594,16 @@ __global__ void __launch_bounds__(kThreads, Memory<kN>::kOverlaps ? 2 : 1)
   const int warp = static_cast<int>(threadIdx.x) / kWarp % kRoleWarps;
   const Shared memory(shared_memory());
   const int n_chunks = static_cast<int>(span.n_chunks());
-  const int last_rows = static_cast<int>(span.n_tokens - static_cast<int64_t>(n_chunks - 1) * kChunkTokens);
-  const auto rows_of = [&](int chunk) { return chunk + 1 == n_chunks ? last_rows : kChunkTokens; };
-  const int64_t stride = heads.row_stride(), start = heads.row(span.first_token, span.head);
-  const auto row_of = [&](int chunk) { return start + chunk * (kChunkTokens * stride); };
+  if (threadIdx.x == 0)
+    memory.place() = {heads.row(span.first_token, span.head), heads.state(span.first_checkpoint, span.head),
+                      span.is_first ? heads.state(span.s, span.head) : -1, n_chunks,
+                      static_cast<int>(span.n_tokens - (n_chunks - 1) * int64_t{kChunkTokens})};
+  __syncthreads();
+  const auto rows_of = [&](int chunk) {
+    return chunk + 1 == memory.place().n_chunks ? memory.place().last_rows : kChunkTokens;
+  };
+  const int stride = heads.H * kN;
+  const auto row_of = [&](int chunk) { return memory.place().tokens + int64_t{chunk} * (kChunkTokens * stride); };
   int visit = 0;
 
   // Both roles come to the same barriers, each in code of its own: so the states are not alive where they are not used.
@@ -597,7 +615,10 @@ __global__ void __launch_bounds__(kThreads, Memory<kN>::kOverlaps ? 2 : 1)
     } else {
       d.load(d_ends + heads.state(span.slot, span.head), values + value);
     }
-    const Kept<kN> kept(kept_memory, blockIdx.x);
+    const Kept<kN> kept{kept_memory};
+    const auto checkpoint_of = [&](int first) {
+      return checkpoints + memory.place().checkpoints + int64_t{first / kIntervalChunks} * (kN * stride);
+    };
     const auto wait_for_operands = [] {
       if constexpr (kOverlaps) return;
       __syncthreads();
@@ -609,16 +630,15 @@ __global__ void __launch_bounds__(kThreads, Memory<kN>::kOverlaps ? 2 : 1)
       __syncthreads();
       __syncthreads();
     }
-    for (int first = (n_chunks - 1) / kInterval * kInterval; first >= 0 && n_chunks > 0; first -= kInterval) {
-      const int last = (n_chunks - first < kInterval ? n_chunks - first : kInterval) - 1;
-      const uint16_t* const checkpoint =
-          checkpoints + heads.state(span.first_checkpoint + first / kIntervalChunks, span.head);
+    const int n_intervals = (n_chunks + kInterval - 1) / kInterval;
+    for (int first = (n_intervals - 1) * kInterval; first >= 0; first -= kInterval) {
+      const int left = memory.place().n_chunks - first, last = (left < kInterval ? left : kInterval) - 1;
       unsigned u[4];
       if constexpr (!kSummary) {
         StateRows<kN> s;
-        load_checkpoint(checkpoint, values + value, s);
+        load_checkpoint(checkpoint_of(first), values + value, s);
         for (int chunk = 0;; ++chunk, ++visit) {
-          const Walk<kN, kSplit> walk{memory, visit, value};
+          const Walk<kN, kSplit> walk{memory, not_before(visit), not_before(value)};
           wait_for_operands();
           walk.removed(s, u);
           if (chunk == last) break;  // the visit goes on below
@@ -630,14 +650,14 @@ __global__ void __launch_bounds__(kThreads, Memory<kN>::kOverlaps ? 2 : 1)
           for (int key = 0; key < kN; key += 16) {
             unsigned a[4];
             as_a(s.s[key / 8], s.s[key / 8 + 1], a);
-            kept.put(kept.state(chunk, key / 16), a);
+            kept.put(kept.state(chunk) + key / 16 * kRoleThreads, a);
           }
           __syncthreads();
           if constexpr (!kOverlaps) __syncthreads();
         }
       }
       for (int chunk = last; chunk >= 0; --chunk, ++visit) {
-        const Walk<kN, kSplit> walk{memory, visit, value};
+        const Walk<kN, kSplit> walk{memory, not_before(visit), not_before(value)};
         if (kSummary || chunk < last) wait_for_operands();
         if (!kSummary && chunk < last) kept.get(kept.u(chunk), u);
         unsigned dp[4];
@@ -657,9 +677,9 @@ __global__ void __launch_bounds__(kThreads, Memory<kN>::kOverlaps ? 2 : 1)
           for (int key = 0; key < kN; key += 16) {
             unsigned a[4];
             if (chunk == 0)
-              load_checkpoint_a<kN>(checkpoint, values + value, key, a);
+              load_checkpoint_a<kN>(checkpoint_of(first), values + value, key, a);
             else
-              kept.get(kept.state(chunk - 1, key / 16), a);
+              kept.get(kept.state(chunk - 1) + key / 16 * kRoleThreads, a);
             store_a(a, memory.s(), value, key);
             as_a(d.s[key / 8], d.s[key / 8 + 1], a);
             store_a(a, memory.d(), value, key);
@@ -672,8 +692,8 @@ __global__ void __launch_bounds__(kThreads, Memory<kN>::kOverlaps ? 2 : 1)
     }
     if constexpr (kSummary)
       d.store(summaries + 2 * heads.state(span.slot, span.head) + (is_transition ? kN * kN : 0), values + value);
-    else if (span.is_first)
-      d.store(out.d_state + heads.state(span.s, span.head), values + value);
+    else if (memory.place().state >= 0)
+      d.store(out.d_state + memory.place().state, values + value);
   } else {
     const int thread = static_cast<int>(threadIdx.x) - kRoleThreads;
     ThisVisit now(n_chunks);
@@ -683,7 +703,7 @@ __global__ void __launch_bounds__(kThreads, Memory<kN>::kOverlaps ? 2 : 1)
                                  which.is_backward(), not_before(thread));
     };
     const auto scale = [&](int number) {
-      scale_chunk<kN, kRoleThreads, kSplit, true>(memory.w(number), memory.operands(number), thread);
+      scale_chunk<kN, kRoleThreads, kSplit, true>(memory.w(number), memory.operands(number), not_before(thread));
     };
     const auto score = [&](int number) {
       score_chunk<kN, kSplit, true>(memory.operands(number), memory.scores(), memory.scratch(), warp);
@@ -692,7 +712,7 @@ __global__ void __launch_bounds__(kThreads, Memory<kN>::kOverlaps ? 2 : 1)
       const int64_t part_size = heads.row(heads.T, 0);
 #pragma unroll 1
       for (int key = not_before(warp * 16); key < kN; key += kRoleWarps * 16)
-        key_gradients<kN>(memory, number, key, rows_of(chunk), stride, row_of(chunk), out,
+        key_gradients<kN>(memory, not_before(number), key, rows_of(chunk), stride, row_of(chunk), out,
                           parts + part * kKeyGradients * part_size, part_size);
     };
     if constexpr (kOverlaps) {
@@ -706,8 +726,9 @@ __global__ void __launch_bounds__(kThreads, Memory<kN>::kOverlaps ? 2 : 1)
       score(0);
       __syncthreads();
       int before = -1;  // the chunk of the visit before, if that went backward
-      for (; now.is_any(); now = now.after(1), ++visit) {
+      for (;; now = now.after(1), ++visit) {
         if (!kSummary && before >= 0) sum_up(before, visit - 1);
+        if (!now.is_any()) break;
         cp_async_wait<0>();
         __syncthreads();
         const bool has_next = now.after(1).is_any();
@@ -715,11 +736,10 @@ __global__ void __launch_bounds__(kThreads, Memory<kN>::kOverlaps ? 2 : 1)
         if (has_next) scale(visit + 1);
         __syncthreads();
         before = now.is_backward() ? now.chunk() : -1;
-        if (!kSummary && before >= 0) score_gradients(memory, visit, warp);
+        if (!kSummary && before >= 0) score_gradients(memory, not_before(visit), not_before(warp));
         if (has_next) score(visit + 1);
         __syncthreads();
       }
-      if (!kSummary && before >= 0) sum_up(before, visit - 1);
     } else {
       for (; now.is_any(); now = now.after(1)) {
         fetch(now, 0);
@@ -817,9 +837,11 @@ constexpr int kBadValue = 1;    // cudaErrorInvalidValue
 constexpr int kSegmentWork = 2;  // with segments, times that without: summaries are two passes of about half the work
 
 bool can_run(const Heads& heads) {
-  const int64_t most_blocks = (static_cast<int64_t>(heads.S) + heads.T / kStateTokens) * heads.H * 4;
+  constexpr int64_t kMost = 0x7fffffff;  // of blocks, and of what is counted in an int
+  const int64_t n_blocks = (static_cast<int64_t>(heads.S) + heads.T / kStateTokens) * heads.H * 4;
+  const int64_t states_size = int64_t{heads.H} * heads.N * heads.N;
   return heads.dtype == kBFloat16 && (heads.N == 64 || heads.N == 128) && heads.S >= 0 && heads.H >= 0 &&
-         heads.T >= 0 && most_blocks <= 0x7fffffff;
+         heads.T >= 0 && n_blocks <= kMost && states_size <= kMost;
 }
 
 int choose_segment_tokens(Segments segments, int S, int64_t T, int H, int N) {
