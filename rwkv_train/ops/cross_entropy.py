@@ -22,8 +22,10 @@ from rwkv_train.ops.registration import without_autocast
 CHUNK_LOGITS = 1 << 28
 """Logits that one matrix product makes: 4,096 rows of 65,536. With fewer, adding to the gradient of the weight once
 a chunk, of which each element is read and written, would take a larger part of the time of the products."""
-PART_LOGITS = 1 << 24
-"""Logits that a softmax is computed of at once in float32."""
+PART_LOGITS = 1 << 25
+"""Logits that a softmax is computed of at once in float32: 512 rows of 65,536, some for each processor of a GPU."""
+CPU_PART_LOGITS = 1 << 22
+"""Likewise on a CPU: 16 MiB, which it has used before, and not pages that the system has to clear first."""
 KEPT_BYTES = 1 << 32
 """Most memory that logits are kept in for a backward: 32,768 rows of 65,536 in bfloat16."""
 
@@ -89,7 +91,7 @@ def working_bytes(
     """Return the memory that a backward needs for a while, besides what the forward kept for it.
 
     It is that of a chunk's gradient, of the softmax of a part, of both gradients and of a weight that autocast casts.
-    A CPU needs more where the products are narrower than float32: their factors in float32.
+    That is on a GPU; a CPU needs less, or more where the products are narrower than float32: their factors in float32.
 
     Args:
         n_rows: tokens (R).
@@ -144,11 +146,12 @@ def _forward(
     outputs = _forward_shapes(x, weight, targets, ignore_index, with_penalty, keep_logits)
     losses, penalties, largest_ids, kept = outputs
     columns = weight.to(x.dtype).T  # [C, V]
+    n_at_once = CPU_PART_LOGITS if x.is_cpu else PART_LOGITS
     is_ignored = targets == ignore_index
     index = targets.masked_fill(is_ignored, 0)
     for rows in _slices(x.shape[0], CHUNK_LOGITS, weight.shape[0]):
         logits = torch.mm(x[rows], columns, out=kept[rows] if keep_logits else None)
-        for part in _slices(logits.shape[0], PART_LOGITS, weight.shape[0]):
+        for part in _slices(logits.shape[0], n_at_once, weight.shape[0]):
             losses[rows][part] = _losses(logits[part], index[rows][part], losses.dtype)
         if with_penalty:
             largest_ids[rows] = logits.argmax(dim=1)
@@ -199,6 +202,7 @@ def _backward(
     matrix = weight.to(x.dtype)
     d_x = x.new_empty(x.shape if wants_x else (0,))
     d_weight = x.new_zeros(weight.shape if wants_weight else (0,), dtype=_wide(x.dtype))
+    n_at_once = CPU_PART_LOGITS if x.is_cpu else PART_LOGITS
     is_ignored = targets == ignore_index
     index = targets.masked_fill(is_ignored, 0)
     d_losses = d_losses.masked_fill(is_ignored, 0)
@@ -209,7 +213,7 @@ def _backward(
             d_logits = torch.empty_like(logits)  # autograd may want the kept ones once more
         else:
             logits = d_logits = torch.mm(x[rows], matrix.T)
-        for part in _slices(logits.shape[0], PART_LOGITS, weight.shape[0]):
+        for part in _slices(logits.shape[0], n_at_once, weight.shape[0]):
             d_logits[part] = _d_logits(
                 logits[part],
                 index[rows][part],

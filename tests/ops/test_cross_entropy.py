@@ -27,7 +27,8 @@ def cut(monkeypatch):
     def into(chunk_rows, vocab_size=V):
         if chunk_rows is not None:
             monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk_rows * vocab_size)
-            monkeypatch.setattr(cross_entropy, "PART_LOGITS", 2 * vocab_size)
+            for name in ("PART_LOGITS", "CPU_PART_LOGITS"):
+                monkeypatch.setattr(cross_entropy, name, 2 * vocab_size)
 
     return into
 
