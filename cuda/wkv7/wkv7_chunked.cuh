@@ -170,7 +170,8 @@ __device__ __forceinline__ void invert(const float (&c)[2][4], float* scratch, c
     for (int i = 0; i < 4; ++i)  // transposed: a column in one piece
       scratch[(half * 8 + 2 * lane_t() + i % 2) * kScratchStride + lane_g() + i / 2 * 8] = c[half][i];
   __syncwarp();
-  const int column = lane_of_thread() % kChunkTokens;  // of M, two lanes for each
+  // Of M, two lanes for each. Not before, or the 16 numbers that M starts from wait in registers for the next chunk.
+  const int column = not_before(lane_of_thread()) % kChunkTokens;
   float m[kChunkTokens];
 #pragma unroll
   for (int i = 0; i < kChunkTokens; ++i) m[i] = i == column ? 1.f : 0.f;
