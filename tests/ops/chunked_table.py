@@ -27,7 +27,7 @@ BFLOAT16_PRODUCTS = 6.5e-3
 PARALLEL_KEYS = {"_chunked_whole": 12e-3, "_chunked_segments": 12e-3, "_chunked_bf16": 16e-3}
 
 FORMS = [
-    *((op, form) for op in ("wkv7",) for form in ("_chunked_whole", "_chunked_segments")),
+    *((op, form) for op in ("wkv7", "wkv6", "wkv5") for form in ("_chunked_whole", "_chunked_segments")),
     ("wkv7", "_chunked_bf16"),
 ]
 HEAD_SIZES = [64, 128]
@@ -63,7 +63,8 @@ def values_case(op, name):
 
 @functools.cache
 def packed_case(op, head_size):
-    problem = make_packed_problem(op, CASES[op]["realistic"], AROUND_CHUNKS, n_head=2, head_size=head_size)
+    n_head = 128 // head_size
+    problem = make_packed_problem(op, CASES[op]["realistic"], AROUND_CHUNKS, n_head, head_size)
     return problem, alone(OPERATORS[op], op, problem, AROUND_CHUNKS)[0]
 
 
@@ -112,6 +113,26 @@ class ChunkedTable(KernelTable):
         found = self.results(operators[op], op, problem, None, form)
         dw = 2 + 1
         assert relative_error(found[dw][..., ::2].cpu(), expected[dw][..., ::2]) < self.bound(op, form)
+
+    def test_small_gradients_are_as_exact_as_large_ones(self, operators, op, form):
+        """Those of a mean over many tokens are; and factors that fall with the decay must not end them."""
+        problem, expected = values_case(op, "fast decay")
+        scale = 2.0**-60
+        small = problem._replace(dy=problem.dy * scale, d_final=problem.d_final * scale)
+        found = self.results(operators[op], op, small, None, form)
+        self.assert_close(op, form, [x.double() / scale for x in found[2:]], expected[2:])
+
+    @pytest.mark.parametrize("w", [-6.0, -20.0, -1000.0])
+    def test_decays_that_no_rwkv7_has_give_no_wrong_number(self, operators, w):
+        """It divides by the decay since the start of a chunk; what that cannot give is inf or NaN."""
+        problem = self.problem(operators["wkv7"], "wkv7", n_tokens=70)
+        problem.inputs[1][:] = w
+        expected, _ = self.expected(operators["wkv7"], "wkv7", problem)
+        found = self.results(operators["wkv7"], "wkv7", problem, None, "_chunked_whole")
+        for x, y in zip(found, expected, strict=True):
+            there = x.isfinite().cpu()
+            assert not there.all()
+            assert relative_error(x.cpu()[there], y[there]) < REALISTIC
 
     # ---- the form that chooses
 
