@@ -68,6 +68,10 @@ __device__ __forceinline__ float* shared_memory() {
   return reinterpret_cast<float*>(rwkv_shared_memory);
 }
 
+// A barrier of all warps of a block, each of which may come to it in other code: PTX counts the warps that arrive, whereas
+// C++ promises that __syncthreads() holds threads together only where all of them come to the same one.
+__device__ __forceinline__ void meet() { asm volatile("bar.sync 0;" ::: "memory"); }
+
 // Bits of a 16-bit float to and from float32, rounding to nearest, ties to even.
 __device__ __forceinline__ float bfloat16_to_float(uint16_t bits) {
   return __uint_as_float(static_cast<unsigned>(bits) << 16);

@@ -466,7 +466,7 @@ __device__ __forceinline__ void prepare(const Heads& heads, const Span& span, co
     for (int i = thread; i < memory.kAttention; i += kPrepareThreads)
       *memory.attention(0).at(0, i) = *memory.attention(1).at(0, i) = 0;
   cp_async_wait<1>();
-  __syncthreads();
+  meet();
 #pragma unroll 1
   for (int chunk = 0; chunk < n_chunks; ++chunk) {
     fetch.start_next(chunk + 2);
@@ -474,14 +474,14 @@ __device__ __forceinline__ void prepare(const Heads& heads, const Span& span, co
         memory.levels(chunk), memory.w(chunk), chunk + 1 < n_chunks ? kChunkTokens : last_tokens, thread,
         memory.state(chunk), kStateAlone ? memory.u_or_total : nullptr);
     if constexpr (!kStateAlone) {
-      __syncthreads();
+      meet();
       put_attention(memory.levels(chunk), memory.u_or_total, thread, entries, memory.attention(chunk));
     }
     cp_async_wait<1>();  // for all but the copies that this step has started
-    __syncthreads();
+    meet();
   }
-  if constexpr (!kStateAlone) __syncthreads();  // the walk's last chunk
-  __syncthreads();
+  if constexpr (!kStateAlone) meet();  // the walk's last chunk
+  meet();
 }
 
 // Block (slot * H + head) * parts + part has 64 values of a head of a span. states: of each sequence, or, where there
@@ -509,7 +509,7 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
   float s[kN / 8][4];
   load_state<kN>(states + heads.state(segment_tokens == 0 ? span.s : span.slot, span.head), value_of_head, s);
 
-  for (int i = 0; i < 3; ++i) __syncthreads();  // the first chunk is prepared
+  for (int i = 0; i < 3; ++i) meet();  // the first chunk is prepared
 #pragma unroll 1
   for (int chunk = 0; chunk < n_chunks; ++chunk) {
     if (checkpoints != nullptr && chunk % kChunksOfState == 0) {
@@ -524,9 +524,9 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
     if (chunk + 1 < n_chunks || has_last_token)
       *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(v.at(token, value + lane % 2 * 8));
     to += kChunkTokens * heads.row_stride();
-    __syncthreads();
+    meet();
     advance<kN>(memory.state(chunk), v_transposed, s);
-    __syncthreads();
+    meet();
   }
 
   if (last_state != nullptr) store_state<kN>(s, last_state, value_of_head);
@@ -553,15 +553,15 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
   }
   const int value = static_cast<int>(threadIdx.x) / kWarp * 16;
   float s[kN / 8][4] = {};
-  __syncthreads();
-  __syncthreads();  // the first chunk is prepared
+  meet();
+  meet();  // the first chunk is prepared
   const int n_chunks = static_cast<int>(span.n_chunks());
 #pragma unroll 1
   for (int chunk = 0; chunk < n_chunks; ++chunk) {
     unsigned v_transposed[4];
     load_a_transposed(memory.v(chunk), 0, value, v_transposed);
     advance<kN>(memory.state(chunk), v_transposed, s);
-    __syncthreads();
+    meet();
   }
   store_state<kN>(s, states + heads.state(span.slot, span.head), span.part * kBlockValues + value);
 }

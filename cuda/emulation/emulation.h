@@ -664,6 +664,8 @@ inline const char* error_text(int code) { return code == 0 ? "no error" : rwkv_e
 
 inline float* shared_memory() { return reinterpret_cast<float*>(rwkv_emulation::machine.shared); }
 
+inline void meet() { __syncthreads(); }
+
 inline float bfloat16_to_float(uint16_t bits) { return __uint_as_float(static_cast<unsigned>(bits) << 16); }
 
 inline uint16_t float_to_bfloat16(float x) {

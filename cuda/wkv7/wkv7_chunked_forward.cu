@@ -253,7 +253,7 @@ __device__ __forceinline__ void prepare(const Heads& heads, const Inputs& in, co
 
   for (int chunk = 0; chunk < kStages - 2; ++chunk) fetch(chunk);
   cp_async_wait<kStages - 3>();
-  __syncthreads();
+  meet();
 #pragma unroll 1
   for (int chunk = 0; chunk <= n_chunks; ++chunk) {  // while the one before it is walked
     // With only one chunk on its way, it has to set out at once; else while the first warp is busy alone.
@@ -261,12 +261,12 @@ __device__ __forceinline__ void prepare(const Heads& heads, const Inputs& in, co
     if constexpr (kEarly) fetch(chunk + kStages - 2);
     if (chunk < n_chunks)
       scale_chunk<kN, kPrepareThreads, kSplit, false>(memory.decays(chunk), memory.operands(chunk), thread);
-    __syncthreads();
+    meet();
     if (chunk < n_chunks)
       score_chunk<kN, kSplit, false>(memory.operands(chunk), memory.scores(chunk), memory.scratch(), warp);
     if constexpr (!kEarly) fetch(chunk + kStages - 2);
     cp_async_wait<kStages - 3>();
-    __syncthreads();
+    meet();
   }
 }
 
@@ -285,7 +285,7 @@ __device__ __forceinline__ void walk(const Heads& heads, const Span& span, State
   const int n_last_rows = rows_of_chunk(span, n_chunks - 1);
   const int64_t stride = heads.row_stride();
 
-  for (int i = 0; i < 3; ++i) __syncthreads();  // the first chunk is there
+  for (int i = 0; i < 3; ++i) meet();  // the first chunk is there
 #pragma unroll 1
   for (int chunk = 0; chunk < n_chunks; ++chunk) {
     if constexpr (kHasOutputs)
@@ -296,13 +296,13 @@ __device__ __forceinline__ void walk(const Heads& heads, const Span& span, State
     Columns columns;
     read_state<kN, kSplit, kHasOutputs>(state, memory.operands(chunk), memory.scores(chunk), memory.values(chunk),
                                         warp * 16, columns);
-    __syncthreads();
+    meet();
     change_state<kN, kSplit, kHasOutputs>(state, memory.operands(chunk), memory.scores(chunk), columns);
     if constexpr (kHasOutputs) {
       write_outputs(columns.y, memory.output(warp), stride, chunk + 1 < n_chunks ? kChunkTokens : n_last_rows, out.y);
       out.y += kChunkTokens * stride;
     }
-    __syncthreads();
+    meet();
   }
 }
 
