@@ -47,7 +47,8 @@ class TrainerConfig(Config):
     grad_checkpointing: bool = False
     """Keep only the inputs of each block and compute it again in the backward: less memory, a third more time."""
     wkv_backend: str = "auto"
-    """Backend of the recurrence: "auto" (the fastest that fits), "cuda_exact", "cpp", "torch" or "reference"."""
+    """Backend of the recurrence: "auto" (the fastest that fits), "cuda", "cuda_exact", "cpp", "torch" or "reference";
+    of RWKV-7 also "cuda_bf16", faster and less precise than "cuda", which "auto" never takes."""
     seed: Annotated[NonNegativeInt, Field(lt=1 << 63)] = 42
     """Seed of the initial values, of the order of the data and of dropout."""
     hang_timeout_seconds: Annotated[PositiveFloat, Field(le=_LONGEST_WAIT)] = 600.0

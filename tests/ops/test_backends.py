@@ -51,7 +51,7 @@ def test_auto_takes_the_fastest_backend_that_fits(backends, problem, expected):
     assert choose_backend(backends, problem, "auto").name == expected
 
 
-@pytest.mark.parametrize("op", ["wkv7"])
+@pytest.mark.parametrize("op", ["wkv5", "wkv6", "wkv7"])
 @pytest.mark.parametrize(
     "change",
     [{}, {"head_size": 128}, {"capability": 80}, {"is_packed": True}],

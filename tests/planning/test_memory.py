@@ -90,7 +90,7 @@ def test_the_cuda_backend_is_counted_without_a_gpu(section, precision):
     assert estimate == estimate_memory(config, "cpp").activation_bytes + more
 
 
-@pytest.mark.parametrize("section", [RWKV7], ids=["rwkv7"])
+@pytest.mark.parametrize("section", [RWKV5, RWKV6, RWKV7], ids=["rwkv5", "rwkv6", "rwkv7"])
 def test_the_backend_on_tensor_cores_is_counted_with_states_in_bfloat16_every_64_tokens(section):
     config = settings(section)
     exact = L * 4 * C * 16 * (B * T // 16 + B)

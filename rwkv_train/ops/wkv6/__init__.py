@@ -6,7 +6,7 @@ from rwkv_train.ops.backends import AUTO, Backend, register_operator
 from rwkv_train.ops.by_sequence import reference_recurrence
 from rwkv_train.ops.context import SequenceContext
 from rwkv_train.ops.cpp import refuses_cpp
-from rwkv_train.ops.cuda import refuses_cuda_exact
+from rwkv_train.ops.cuda import refuses_cuda, refuses_cuda_exact
 from rwkv_train.ops.matrix_state import run_with_matrix_state, zero_matrix_state
 from rwkv_train.ops.wkv6 import cpp, cuda
 from rwkv_train.ops.wkv6.chunked import wkv6_torch
@@ -16,7 +16,8 @@ _loop = reference_recurrence(wkv6_reference, ("r", "w", "k", "v", "u", "state"),
 
 # Fastest first. A new backend is one line here and one file beside this one.
 BACKENDS = {
-    "cuda_exact": Backend(refuses=refuses_cuda_exact, load=cuda.load, run=cuda.wkv6_cuda_exact),
+    "cuda": Backend(refuses=refuses_cuda, load=cuda.load_cuda, run=cuda.wkv6_cuda),
+    "cuda_exact": Backend(refuses=refuses_cuda_exact, load=cuda.load_exact, run=cuda.wkv6_cuda_exact),
     "cpp": Backend(refuses=refuses_cpp, load=cpp.load, run=cpp.wkv6_cpp),
     "torch": Backend(refuses=lambda problem: None, load=lambda: None, run=wkv6_torch),
     "reference": Backend(refuses=lambda problem: None, load=lambda: None, run=_loop),
@@ -45,7 +46,8 @@ def wkv6(
         S_t = S_{t-1} diag(exp(w_t)) + v_t k_t^T
 
     Computed in float32, or in float64 where ``v`` is float64. Every argument may be of any floating dtype and
-    gets its gradient in that dtype. There is no second derivative except with ``reference``.
+    gets its gradient in that dtype. There is no second derivative except with ``reference``. ``cuda`` takes r, k, v
+    in bfloat16, to which it brings others, and adds up in float32 products of numbers rounded to bfloat16.
 
     Args:
         r: receptance, ``[B, T, H, N]``.

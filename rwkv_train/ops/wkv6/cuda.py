@@ -1,7 +1,11 @@
-"""RWKV-6 on a GPU in CUDA (``cuda/wkv6/wkv6.cu``): float32 inside, whatever the dtype of the inputs."""
+"""RWKV-6 on a GPU in CUDA (``cuda/wkv6/``).
+
+``cuda_exact``: float32 inside, whatever the dtype of the inputs. ``cuda``: chunks of tokens on tensor cores, from
+bfloat16 to bfloat16.
+"""
 
 from rwkv_train.ops.compiled import Signature
-from rwkv_train.ops.cuda_recurrence import cuda_recurrence
+from rwkv_train.ops.cuda_recurrence import chunked, cuda_recurrence
 
 SIGNATURE = Signature(
     "wkv6",
@@ -11,4 +15,5 @@ SIGNATURE = Signature(
     shared=("u",),
 )
 
-load, wkv6_cuda_exact = cuda_recurrence(SIGNATURE, "cuda_exact")
+load_exact, wkv6_cuda_exact = cuda_recurrence(SIGNATURE, "cuda_exact")
+load_cuda, wkv6_cuda = cuda_recurrence(chunked(SIGNATURE), "cuda")
