@@ -575,12 +575,21 @@ __device__ __forceinline__ void key_gradients(const Memory<kN>& memory, int visi
 template <int kN>
 constexpr int kParts = kN / kBlockValues;
 
+// Blocks on a multiprocessor. Two want 192 KB of its shared memory, which Hopper and Blackwell's large chips have.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+template <int kN>
+constexpr int kResident = 1;
+#else
+template <int kN>
+constexpr int kResident = Memory<kN>::kOverlaps ? 2 : 1;
+#endif
+
 // d_ends: gradients of the states after the spans, [slots, H, N, N]. kept_memory: see Kept.
 // parts: [kParts, kKeyGradients, T, H, N]. In summary form the blocks of a slot and head are twice as many, the later
 // half for P^T; all that is written is `summaries`, [slots, H, 2, N, N], Q and P^T; and checkpoints, d_ends,
 // kept_memory and parts are not used.
 template <int kN, bool kSplit, bool kSummary>
-__global__ void __launch_bounds__(kThreads, Memory<kN>::kOverlaps ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kResident<kN>)
     backward_kernel(Heads heads, int segment_tokens, Inputs in, const uint16_t* checkpoints, const float* d_ends,
                     Outputs out, char* kept_memory, float* parts, float* summaries) {
   using Shared = Memory<kN>;
@@ -616,8 +625,8 @@ __global__ void __launch_bounds__(kThreads, Memory<kN>::kOverlaps ? 2 : 1)
       d.load(d_ends + heads.state(span.slot, span.head), values + value);
     }
     const Kept<kN> kept{kept_memory};
-    const auto checkpoint_of = [&](int first) {
-      return checkpoints + memory.place().checkpoints + int64_t{first / kIntervalChunks} * (kN * stride);
+    const auto checkpoint_of = [&](int chunk) {
+      return checkpoints + memory.place().checkpoints + int64_t{chunk / kIntervalChunks} * (kN * stride);
     };
     const auto wait_for_operands = [] {
       if constexpr (kOverlaps) return;
@@ -631,18 +640,19 @@ __global__ void __launch_bounds__(kThreads, Memory<kN>::kOverlaps ? 2 : 1)
       __syncthreads();
     }
     const int n_intervals = (n_chunks + kInterval - 1) / kInterval;
-    for (int first = (n_intervals - 1) * kInterval; first >= 0; first -= kInterval) {
-      const int left = memory.place().n_chunks - first, last = (left < kInterval ? left : kInterval) - 1;
+    int chunk = (n_intervals - 1) * kInterval;
+    while (chunk >= 0) {
       unsigned u[4];
       if constexpr (!kSummary) {
         StateRows<kN> s;
-        load_checkpoint(checkpoint_of(first), values + value, s);
-        for (int chunk = 0;; ++chunk, ++visit) {
+        load_checkpoint(checkpoint_of(chunk), values + value, s);
+        for (;; ++chunk, ++visit) {
           const Walk<kN, kSplit> walk{memory, not_before(visit), not_before(value)};
           wait_for_operands();
           walk.removed(s, u);
-          if (chunk == last) break;  // the visit goes on below
-          kept.put(kept.u(chunk), u);
+          // The visit of the last chunk goes on below.
+          if ((chunk + 1) % kInterval == 0 || chunk + 1 == memory.place().n_chunks) break;
+          kept.put(kept.u(chunk % kInterval), u);
           __syncthreads();
           __syncthreads();
           walk.advance(u, s);
@@ -650,16 +660,17 @@ __global__ void __launch_bounds__(kThreads, Memory<kN>::kOverlaps ? 2 : 1)
           for (int key = 0; key < kN; key += 16) {
             unsigned a[4];
             as_a(s.s[key / 8], s.s[key / 8 + 1], a);
-            kept.put(kept.state(chunk) + key / 16 * kRoleThreads, a);
+            kept.put(kept.state(chunk % kInterval) + key / 16 * kRoleThreads, a);
           }
           __syncthreads();
           if constexpr (!kOverlaps) __syncthreads();
         }
       }
-      for (int chunk = last; chunk >= 0; --chunk, ++visit) {
+      bool is_new = kSummary, goes_on = true;
+      for (; goes_on; is_new = true, --chunk, ++visit) {
         const Walk<kN, kSplit> walk{memory, not_before(visit), not_before(value)};
-        if (kSummary || chunk < last) wait_for_operands();
-        if (!kSummary && chunk < last) kept.get(kept.u(chunk), u);
+        if (is_new) wait_for_operands();
+        if (!kSummary && is_new) kept.get(kept.u(chunk % kInterval), u);
         unsigned dp[4];
         float dv[2][4];
         walk.decay(d);
@@ -672,23 +683,31 @@ __global__ void __launch_bounds__(kThreads, Memory<kN>::kOverlaps ? 2 : 1)
         }
         __syncthreads();
         if constexpr (!kSummary) {
-          walk.store_values(dv, rows_of(first + chunk), stride, out.dv + row_of(first + chunk) + values);
+          unsigned s[kN / 16][4];
+#pragma unroll
+          for (int key = 0; key < kN; key += 16)
+            if (chunk % kInterval == 0)
+              load_checkpoint_a<kN>(checkpoint_of(chunk), values + value, key, s[key / 16]);
+            else
+              kept.get(kept.state(chunk % kInterval - 1) + key / 16 * kRoleThreads, s[key / 16]);
+          walk.store_values(dv, rows_of(chunk), stride, out.dv + row_of(chunk) + values);
 #pragma unroll
           for (int key = 0; key < kN; key += 16) {
             unsigned a[4];
-            if (chunk == 0)
-              load_checkpoint_a<kN>(checkpoint_of(first), values + value, key, a);
-            else
-              kept.get(kept.state(chunk - 1) + key / 16 * kRoleThreads, a);
-            store_a(a, memory.s(), value, key);
             as_a(d.s[key / 8], d.s[key / 8 + 1], a);
             store_a(a, memory.d(), value, key);
           }
+          walk.step_back(dp, d);
+#pragma unroll
+          for (int key = 0; key < kN; key += 16) store_a(s[key / 16], memory.s(), value, key);
+        } else {
+          walk.step_back(dp, d);
         }
-        walk.step_back(dp, d);
+        goes_on = chunk % kInterval != 0;
         __syncthreads();
         if constexpr (!kOverlaps) __syncthreads();
       }
+      chunk -= kInterval - 1;
     }
     if constexpr (kSummary)
       d.store(summaries + 2 * heads.state(span.slot, span.head) + (is_transition ? kN * kN : 0), values + value);
