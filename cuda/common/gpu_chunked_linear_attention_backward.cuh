@@ -717,18 +717,255 @@ __device__ __forceinline__ void put_values(const float (&x)[kTiles][2][4], int n
     }
 }
 
+// What the phases of a chunk have in common.
+template <int kN, bool kStatic>
+struct Pass {
+  static constexpr int kTiles = Block<kN>::kTiles;
+
+  const Memory<kN, kStatic, false> memory;
+  const Places& places;
+  const Inputs& in;
+  const uint16_t *checkpoints, *dy;
+  const Gradients& out;
+  const int H, stride;  // stride: from token to token
+
+  __device__ __forceinline__ int64_t ahead(int chunk) const {
+    return static_cast<int64_t>(chunk) * (kChunkTokens * stride);
+  }
+  __device__ __forceinline__ const uint16_t* checkpoint_of(int chunk) const {
+    return checkpoints + places.checkpoint + static_cast<int64_t>(chunk / kChunksOfState) * H * (kN * kN);
+  }
+  __device__ __forceinline__ void start(int chunk, bool goes_back, int turn) const {
+    fetch<kStatic, kN>(places, stride, chunk, in.k, memory.x(1), goes_back ? in.r : nullptr, memory.x(0), in.w,
+                       memory.w(), in.v, memory.values(turn), goes_back ? dy : nullptr, memory.values(2 + turn));
+  }
+
+  // Leaves the states before the chunks that are taken back next, from `last` on, in shared memory, but for that of a
+  // checkpoint. What `last` needs of memory is there then, for all warps.
+  __device__ __forceinline__ void go_forward(int last, int& turn) const {
+    int chunk = last / kChunksOfState * kChunksOfState;
+    State<kTiles> s;
+    {
+      const Place<kTiles> here(places);
+      s.template load_checkpoint<kN>(here.lane, checkpoint_of(chunk), here.value);
+    }
+#pragma unroll 1
+    for (; chunk < last; ++chunk, turn ^= 1) {
+      cp_async_wait<0>();
+      __syncwarp();
+      const Place<kTiles> here(places);
+      const Matrix<kChunkTokens> scaled = memory.scaled(chunk % 2);
+      {
+        float w[4][2];
+        unsigned k[4];
+        load_a_transposed(memory.x(1), 0, here.first_key, k, here.lane.number);
+        read_decays<kStatic>(memory.w(), memory.own_w(), places.rows(chunk), here.lane, here.first_key, w);
+        const Decays decays(here.lane, w);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) k[i] = scale_pair(k[i], {decays.to_end(i, 0), decays.to_end(i, 1)});
+        put_operand(k, here.lane, scaled, here.first_key);
+        put_decays(here.lane, here.first_key, decays, memory.decay(turn));
+      }
+      __syncthreads();
+      start(chunk + 1, chunk + 1 == last, turn ^ 1);
+      cp_async_commit();
+      s.template advance<kN>(here.lane, memory.decay(turn), memory.values(turn), here.value, scaled);
+      if (chunk + 1 >= last / Block<kN>::kTogether * Block<kN>::kTogether)
+        s.put(here.lane, memory.state(chunk + 1), here.value);
+    }
+    cp_async_wait<0>();
+    __syncthreads();  // nobody reads what is scaled any more
+  }
+
+  // All that does not depend on the states, up to a barrier.
+  __device__ __forceinline__ Decays prepare(int chunk, int turn, Sums& sums) const {
+    const Matrix<kChunkTokens> scratch[2] = {memory.scaled(0), memory.scaled(1)};
+    const Place<kTiles> here(places);
+    unsigned r[4], k[4];
+    float w[4][2];
+    load_a_transposed(memory.x(0), 0, here.first_key, r, here.lane.number);
+    load_a_transposed(memory.x(1), 0, here.first_key, k, here.lane.number);
+    read_decays<kStatic>(memory.w(), memory.own_w(), places.rows(chunk), here.lane, here.first_key, w);
+    const Decays decays(here.lane, w);
+    put_decays(here.lane, here.first_key, decays, memory.decay(turn));
+    {
+      unsigned d_pairs[2][2];
+      float own[2][2], bonus[2], products[4][2];
+      const float u[2] = {memory.u()[here.first_key + here.lane.g], memory.u()[here.first_key + here.lane.g + 8]};
+      multiply_outputs(here.lane, memory.values(turn), memory.values(2 + turn), d_pairs, own);
+      float2 du = *memory.du(here.thread);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float of_r = c == 0 ? lower_of(r[i]) : upper_of(r[i]);
+          const float of_k = c == 0 ? lower_of(k[i]) : upper_of(k[i]);
+          const float of_own = u[i % 2] * own[i / 2][c];
+          sums.r[i][c] = of_k * of_own;
+          sums.k[i][c] = of_r * of_own;
+          sums.w[i][c] = 0.f;
+          products[i][c] = of_r * of_k;
+          (i % 2 == 0 ? du.x : du.y) += products[i][c] * own[i / 2][c];
+        }
+      *memory.du(here.thread) = du;
+      sum_bonus(here.lane, products, u, bonus);
+      Share share(here.lane, bonus);
+      float* const to = memory.share(here.warp);
+      float4* const waiting = memory.waiting(here.thread);
+      take_level<2>(here.lane, r, k, decays, d_pairs, scratch[0], here.first_key, share, to, sums, waiting);
+      take_level<1>(here.lane, r, k, decays, d_pairs, scratch[1], here.first_key, share, to, sums, waiting);
+      take_level<0>(here.lane, r, k, decays, d_pairs, scratch[0], here.first_key, share, to, sums, waiting);
+      share.put(here.lane, to);
+      take_level<3>(here.lane, r, k, decays, d_pairs, scratch[1], here.first_key, share, to, sums, waiting);
+      __syncwarp();
+      put_aside(sums.w, waiting + 2 * kThreads);
+      // Never: the assembler would put off the sums until they are needed, and what they are made of takes more
+      // registers than they do.
+      if (places.zero != 0) {
+        put_aside(sums.r, waiting);
+        put_aside(sums.k, waiting);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      r[i] = scale_pair(r[i], {decays.from_start(i, 0), decays.from_start(i, 1)});
+      k[i] = scale_pair(k[i], {decays.to_end(i, 0), decays.to_end(i, 1)});
+    }
+    put_operand(r, here.lane, scratch[0], here.first_key);
+    put_operand(k, here.lane, scratch[1], here.first_key);
+    return decays;
+  }
+
+  // Starts the copy of this warp's values of a checkpoint to where the states of the others are.
+  __device__ __forceinline__ void fetch_checkpoint(int chunk) const {
+    constexpr int kPieces = kBlockKeys / 8;  // of 16 bytes, in a row
+    const Place<kTiles> here(places);
+    const uint16_t* const checkpoint = checkpoint_of(not_before(chunk));
+    const int first_row = here.value + here.lane.number / kPieces, column = here.lane.number % kPieces * 8;
+#pragma unroll
+    for (int i = 0; i < 16 * kTiles * kPieces / kWarp; ++i) {
+      const int row = first_row + i * (kWarp / kPieces);
+      cp_async<16>(memory.state(chunk).at(row, column), checkpoint + row * kN + column);
+    }
+  }
+
+  // dV, and g from the gradient of the state behind the chunk, which it leaves for all warps, to that before it.
+  __device__ __forceinline__ void take_back(int chunk, int turn, State<kTiles>& g) const {
+    const Place<kTiles> here(places);
+    const Matrix<kN> d_outputs = memory.values(2 + turn);
+    float dv[kTiles][2][4] = {};  // [value, token]
+    unsigned a[4], b[2][2];
+    load_attention(here.lane, memory, b);
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      load_a_transposed(d_outputs, 0, here.value + 16 * m, a, here.lane.number);
+      multiply_add(dv[m], a, b);
+    }
+#pragma unroll
+    for (int tile = 0; tile < kBlockKeys / 8; tile += 2) {
+      load_b(memory.scaled(1), 8 * tile, 0, b, here.lane.number);
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        as_a(g.x[m][tile], g.x[m][tile + 1], a);
+        multiply_add(dv[m], a, b);
+      }
+    }
+    if constexpr (Block<kN>::kParts == 1) {
+      static_assert(Block<kN>::kParts > 1 || kTiles == 1, "16 values of a warp");
+      as_a(dv[0][0], dv[0][1], a);
+      store_rows(here.lane, a, memory.gradient(), here.value,
+                 out.v + places.token + here.value + ahead(not_before(chunk)), stride, places.rows(chunk));
+      __syncwarp();  // the gradient comes there next
+    } else {
+      put_values<kTiles>(dv, places.rows(chunk), stride,
+                         out.v_parts + places.values + here.value + ahead(not_before(chunk)));
+    }
+    g.put(here.lane, memory.gradient(), here.value);
+    g.template advance<kN>(here.lane, memory.decay(turn), d_outputs, here.value, memory.scaled(0));
+  }
+
+  // What goes through the states; then dr, dk, dw are done.
+  __device__ __forceinline__ void finish(int chunk, int turn, const Decays& decays, const Sums& sums) const {
+    const Place<kTiles> here(places);
+    const Matrix<kN> v = memory.values(turn), d_outputs = memory.values(2 + turn);
+    float of_r[2][4] = {}, of_k[2][4] = {}, of_states[2][4] = {};
+#pragma unroll
+    for (int from = 0; from < kN; from += 16) {
+      unsigned s[4], g[4], b[2][2];
+      load_a_transposed(memory.state(chunk), from, here.first_key, s, here.lane.number);
+      load_b_transposed(d_outputs, 0, from, b, here.lane.number);
+      multiply_add(of_r, s, b);
+      load_a_transposed(memory.gradient(), from, here.first_key, g, here.lane.number);
+      load_b_transposed(v, 0, from, b, here.lane.number);
+      multiply_add(of_k, g, b);
+      as_transposed_b(g, b);
+      multiply_add(of_states, s, b);
+    }
+    unsigned scaled_r[4], scaled_k[4], packed[4];
+    take_operand(here.lane, memory.scaled(0), here.first_key, scaled_r);
+    take_operand(here.lane, memory.scaled(1), here.first_key, scaled_k);
+    __syncwarp();
+    const int rows = places.rows(not_before(chunk));
+    const int64_t at_keys = places.keys + here.first_key + ahead(not_before(chunk));
+    float z_r[4][2], z_k[4][2], w[4][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float x[2] = {of_r[i / 2][2 * (i % 2)], of_r[i / 2][2 * (i % 2) + 1]};
+      z_r[i][0] = lower_of(scaled_r[i]) * x[0];
+      z_r[i][1] = upper_of(scaled_r[i]) * x[1];
+      packed[i] = pack_bfloat16(sums.r[i][0] + decays.from_start(i, 0) * x[0],
+                                sums.r[i][1] + decays.from_start(i, 1) * x[1]);
+    }
+    store_rows(here.lane, packed, memory.scaled(0), here.first_key, out.r + at_keys, stride, rows);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float x[2] = {of_k[i / 2][2 * (i % 2)], of_k[i / 2][2 * (i % 2) + 1]};
+      z_k[i][0] = lower_of(scaled_k[i]) * x[0];
+      z_k[i][1] = upper_of(scaled_k[i]) * x[1];
+      packed[i] =
+          pack_bfloat16(sums.k[i][0] + decays.to_end(i, 0) * x[0], sums.k[i][1] + decays.to_end(i, 1) * x[1]);
+    }
+    store_rows(here.lane, packed, memory.scaled(1), here.first_key, out.k + at_keys, stride, rows);
+    sum_decays(here.lane, z_r, z_k, memory.waiting(here.thread), w);
+
+    // The diagonal: of key g in row g, column g % 8, so in the lane of that row with t = g / 2.
+    const int from = 4 * here.lane.g + here.lane.g / 2;
+    const bool odd = here.lane.g % 2 != 0;
+    const float* const decay = memory.decay(turn) + here.first_key + here.lane.g;
+    const float through[2] = {decay[0] * from_lane(odd ? of_states[0][1] : of_states[0][0], from),
+                              decay[8] * from_lane(odd ? of_states[1][3] : of_states[1][2], from)};
+    float2 dw = make_float2(0.f, 0.f);
+    if constexpr (kStatic) dw = *memory.dw(here.thread);
+#pragma unroll
+    for (int q = 0; q < 2; ++q)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int token = 8 * q + 2 * here.lane.t + c;
+        if (token >= rows) continue;
+        const float x[2] = {w[2 * q][c] + through[0], w[2 * q + 1][c] + through[1]};
+        if constexpr (kStatic) {
+          dw.x += x[0];
+          dw.y += x[1];
+        } else {
+          float* const to = out.w + at_keys + token * stride + here.lane.g;
+          to[0] = x[0];
+          to[8] = x[1];
+        }
+      }
+    if constexpr (kStatic) *memory.dw(here.thread) = dw;
+  }
+};
+
 // Block (slot * H + head) * kParts + part has 64 keys of a head of a span. d_ends: the gradients of the states behind
 // the spans, of each sequence or slot.
 template <int kN, bool kStatic>
 __global__ void __launch_bounds__(kThreads, Block<kN>::kResident)
     backward_kernel(Heads heads, int segment_tokens, Inputs in, const uint16_t* checkpoints, const uint16_t* dy,
                     const float* d_ends, Gradients out, float* d_state) {
-  constexpr int kTiles = Block<kN>::kTiles, kTogether = Block<kN>::kTogether;
+  constexpr int kTiles = Block<kN>::kTiles;
   const Span span = span_of_block(heads, Block<kN>::kParts, segment_tokens);
   if (!span.is_used) return;
   const Memory<kN, kStatic, false> memory{shared_memory()};
-  const Matrix<kChunkTokens> scratch[2] = {memory.scaled(0), memory.scaled(1)};
-
   if (threadIdx.x < kBlockKeys) {
     const int of_head = span.head * kN + span.part * kBlockKeys + static_cast<int>(threadIdx.x);
     memory.u()[threadIdx.x] = in.u[of_head];
@@ -745,268 +982,49 @@ __global__ void __launch_bounds__(kThreads, Block<kN>::kResident)
     if (kStatic) *memory.dw(here.thread) = make_float2(0.f, 0.f);
     g.template load<kN>(here.lane, d_ends + heads.state(span.slot, span.head) + span.part * kBlockKeys, here.value);
   }
-
-  const int stride = heads.H * kN;
-  const auto start = [&](int chunk, bool goes_back, int turn) {
-    fetch<kStatic, kN>(places, stride, chunk, in.k, memory.x(1), goes_back ? in.r : nullptr, memory.x(0), in.w,
-                       memory.w(), in.v, memory.values(turn), goes_back ? dy : nullptr, memory.values(2 + turn));
-  };
-  int turn = 0;
-  if (places.n_chunks > 0) {
-    const int last = places.n_chunks - 1, first = last / kChunksOfState * kChunksOfState;
-    start(first, first == last, turn);
-  }
+  const Pass<kN, kStatic> pass{memory, places, in, checkpoints, dy, out, heads.H, heads.H * kN};
+  int last = places.n_chunks - 1, turn = 0;
+  if (last >= 0) pass.start(last / kChunksOfState * kChunksOfState, last % kChunksOfState == 0, turn);
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
 
 #pragma unroll 1
-  for (int last = places.n_chunks - 1; last >= 0;) {
-    if (last % kChunksOfState != 0) {
-      int chunk = last / kChunksOfState * kChunksOfState;
-      State<kTiles> s;
-      {
-        const Place<kTiles> here(places);
-        s.template load_checkpoint<kN>(
-            here.lane,
-            checkpoints + places.checkpoint + static_cast<int64_t>(chunk / kChunksOfState) * heads.H * (kN * kN),
-            here.value);
-      }
-#pragma unroll 1
-      for (; chunk < last; ++chunk, turn ^= 1) {
-        cp_async_wait<0>();
-        __syncwarp();
-        const Place<kTiles> here(places);
-        const Matrix<kChunkTokens> scaled = memory.scaled(chunk % 2);
-        {
-          float w[4][2];
-          unsigned k[4];
-          load_a_transposed(memory.x(1), 0, here.first_key, k, here.lane.number);
-          read_decays<kStatic>(memory.w(), memory.own_w(), places.rows(chunk), here.lane, here.first_key, w);
-          const Decays decays(here.lane, w);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) k[i] = scale_pair(k[i], {decays.to_end(i, 0), decays.to_end(i, 1)});
-          put_operand(k, here.lane, scaled, here.first_key);
-          put_decays(here.lane, here.first_key, decays, memory.decay(turn));
-        }
-        __syncthreads();
-        start(chunk + 1, chunk + 1 == last, turn ^ 1);
-        cp_async_commit();
-        s.template advance<kN>(here.lane, memory.decay(turn), memory.values(turn), here.value, scaled);
-        if (chunk + 1 >= last / kTogether * kTogether) s.put(here.lane, memory.state(chunk + 1), here.value);
-      }
-      cp_async_wait<0>();
-      __syncthreads();  // nobody reads what is scaled any more
-    }
-
+  while (last >= 0) {
+    if (last % kChunksOfState != 0) pass.go_forward(last, turn);
 #pragma unroll 1
     for (bool goes_on = true; goes_on; turn ^= 1) {
       const int chunk = last--;
-      goes_on = chunk % kTogether != 0;
+      goes_on = chunk % Block<kN>::kTogether != 0;
       __syncwarp();
-      const Place<kTiles> here(places);
-      unsigned r[4], k[4], scaled_r[4], scaled_k[4];
-      float w[4][2];
-      load_a_transposed(memory.x(0), 0, here.first_key, r, here.lane.number);
-      load_a_transposed(memory.x(1), 0, here.first_key, k, here.lane.number);
-      read_decays<kStatic>(memory.w(), memory.own_w(), places.rows(chunk), here.lane, here.first_key, w);
-      const Decays decays(here.lane, w);
-      put_decays(here.lane, here.first_key, decays, memory.decay(turn));
-      Sums sums = {};
-      {
-        unsigned d_pairs[2][2];
-        float own[2][2], bonus[2], products[4][2];
-        const float u[2] = {memory.u()[here.first_key + here.lane.g], memory.u()[here.first_key + here.lane.g + 8]};
-        multiply_outputs(here.lane, memory.values(turn), memory.values(2 + turn), d_pairs, own);
-        float2 du = *memory.du(here.thread);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const float of_r = c == 0 ? lower_of(r[i]) : upper_of(r[i]);
-            const float of_k = c == 0 ? lower_of(k[i]) : upper_of(k[i]);
-            const float of_own = u[i % 2] * own[i / 2][c];
-            sums.r[i][c] = of_k * of_own;
-            sums.k[i][c] = of_r * of_own;
-            products[i][c] = of_r * of_k;
-            (i % 2 == 0 ? du.x : du.y) += products[i][c] * own[i / 2][c];
-          }
-        *memory.du(here.thread) = du;
-        sum_bonus(here.lane, products, u, bonus);
-        Share share(here.lane, bonus);
-        float* const to = memory.share(here.warp);
-        float4* const waiting = memory.waiting(here.thread);
-        take_level<2>(here.lane, r, k, decays, d_pairs, scratch[0], here.first_key, share, to, sums, waiting);
-        take_level<1>(here.lane, r, k, decays, d_pairs, scratch[1], here.first_key, share, to, sums, waiting);
-        take_level<0>(here.lane, r, k, decays, d_pairs, scratch[0], here.first_key, share, to, sums, waiting);
-        share.put(here.lane, to);
-        take_level<3>(here.lane, r, k, decays, d_pairs, scratch[1], here.first_key, share, to, sums, waiting);
-        __syncwarp();
-        put_aside(sums.w, waiting + 2 * kThreads);
-        // Never: the assembler would put off the sums until they are needed, and what they are made of takes more
-        // registers than they do.
-        if (places.zero != 0) {
-          put_aside(sums.r, waiting);
-          put_aside(sums.k, waiting);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        scaled_r[i] = scale_pair(r[i], {decays.from_start(i, 0), decays.from_start(i, 1)});
-        scaled_k[i] = scale_pair(k[i], {decays.to_end(i, 0), decays.to_end(i, 1)});
-      }
-      put_operand(scaled_r, here.lane, scratch[0], here.first_key);
-      put_operand(scaled_k, here.lane, scratch[1], here.first_key);
+      Sums sums;
+      const Decays decays = pass.prepare(chunk, turn, sums);
       __syncthreads();
 
-      if (chunk % kChunksOfState == 0) {
-        const uint16_t* const checkpoint =
-            checkpoints + places.checkpoint +
-            static_cast<int64_t>(not_before(chunk) / kChunksOfState) * heads.H * (kN * kN);
-        constexpr int kPieces = kBlockKeys / 8;
-        const unsigned thread = threadIdx.x ^ static_cast<unsigned>(places.zero), number = thread % kWarp;
-        const int first_row = static_cast<int>(thread / kWarp) * 16 * kTiles + static_cast<int>(number / kPieces);
-        const int column = static_cast<int>(number % kPieces) * 8;
-#pragma unroll
-        for (int i = 0; i < 16 * kTiles * kPieces / kWarp; ++i) {
-          const int row = first_row + i * (kWarp / kPieces);
-          cp_async<16>(memory.state(chunk).at(row, column), checkpoint + row * kN + column);
-        }
-      }
-      if (chunk > 0) start(goes_on ? chunk - 1 : (chunk - 1) / kChunksOfState * kChunksOfState, goes_on, turn ^ 1);
+      if (chunk % kChunksOfState == 0) pass.fetch_checkpoint(chunk);
+      if (chunk > 0) pass.start(goes_on ? chunk - 1 : (chunk - 1) / kChunksOfState * kChunksOfState, goes_on, turn ^ 1);
       cp_async_commit();
-
-      {
-        const Place<kTiles> here(places);
-        const int here_turn = turn + static_cast<int>(places.zero);
-        const Matrix<kN> d_outputs = memory.values(2 + here_turn);
-        float dv[kTiles][2][4] = {};  // [value, token]
-        {
-          unsigned a[4], b[2][2];
-          load_attention(here.lane, memory, b);
-#pragma unroll
-          for (int m = 0; m < kTiles; ++m) {
-            load_a_transposed(d_outputs, 0, here.value + 16 * m, a, here.lane.number);
-            multiply_add(dv[m], a, b);
-          }
-#pragma unroll
-          for (int tile = 0; tile < kBlockKeys / 8; tile += 2) {
-            load_b(scratch[1], 8 * tile, 0, b, here.lane.number);
-#pragma unroll
-            for (int m = 0; m < kTiles; ++m) {
-              as_a(g.x[m][tile], g.x[m][tile + 1], a);
-              multiply_add(dv[m], a, b);
-            }
-          }
-        }
-        if constexpr (Block<kN>::kParts == 1) {
-          static_assert(Block<kN>::kParts > 1 || kTiles == 1, "dv of a warp fits into its scratch");
-          unsigned packed[4];
-          as_a(dv[0][0], dv[0][1], packed);
-          store_rows(
-              here.lane, packed, memory.gradient(), here.value,
-              out.v + places.token + here.value + static_cast<int64_t>(not_before(chunk)) * (kChunkTokens * stride),
-              stride, places.rows(chunk));
-          __syncwarp();  // the gradient comes there next
-        } else {
-          put_values<kTiles>(dv, places.rows(chunk), stride,
-                             out.v_parts + places.values + here.value +
-                                 static_cast<int64_t>(not_before(chunk)) * (kChunkTokens * stride));
-        }
-        g.put(here.lane, memory.gradient(), here.value);
-        g.template advance<kN>(here.lane, memory.decay(here_turn), d_outputs, here.value, scratch[0]);
-      }
+      pass.take_back(chunk, turn + static_cast<int>(places.zero), g);
       cp_async_wait<0>();
       __syncthreads();
 
-      const Place<kTiles> writer(places);
-      const int writer_turn = turn + static_cast<int>(places.zero);
-      const Matrix<kN> v = memory.values(writer_turn), d_outputs = memory.values(2 + writer_turn);
-      float of_r[2][4] = {}, of_k[2][4] = {}, of_states[2][4] = {};
-#pragma unroll
-      for (int from = 0; from < kN; from += 16) {
-        unsigned a[4], b[2][2];
-        load_a_transposed(memory.state(chunk), from, writer.first_key, a, writer.lane.number);
-        load_b_transposed(d_outputs, 0, from, b, writer.lane.number);
-        multiply_add(of_r, a, b);
-        unsigned d[4];
-        load_a_transposed(memory.gradient(), from, writer.first_key, d, writer.lane.number);
-        load_b_transposed(v, 0, from, b, writer.lane.number);
-        multiply_add(of_k, d, b);
-        as_transposed_b(d, b);
-        multiply_add(of_states, a, b);
-      }
-      take_operand(writer.lane, scratch[0], writer.first_key, scaled_r);
-      take_operand(writer.lane, scratch[1], writer.first_key, scaled_k);
-      __syncwarp();
-      const int rows = places.rows(not_before(chunk));
-      const int64_t at_keys =
-          places.keys + writer.first_key + static_cast<int64_t>(not_before(chunk)) * (kChunkTokens * stride);
-      float z_r[4][2], z_k[4][2];
-      unsigned packed[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float x[2] = {of_r[i / 2][2 * (i % 2)], of_r[i / 2][2 * (i % 2) + 1]};
-        z_r[i][0] = lower_of(scaled_r[i]) * x[0];
-        z_r[i][1] = upper_of(scaled_r[i]) * x[1];
-        packed[i] = pack_bfloat16(sums.r[i][0] + decays.from_start(i, 0) * x[0],
-                                  sums.r[i][1] + decays.from_start(i, 1) * x[1]);
-      }
-      store_rows(writer.lane, packed, scratch[0], writer.first_key, out.r + at_keys, stride, rows);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float x[2] = {of_k[i / 2][2 * (i % 2)], of_k[i / 2][2 * (i % 2) + 1]};
-        z_k[i][0] = lower_of(scaled_k[i]) * x[0];
-        z_k[i][1] = upper_of(scaled_k[i]) * x[1];
-        packed[i] =
-            pack_bfloat16(sums.k[i][0] + decays.to_end(i, 0) * x[0], sums.k[i][1] + decays.to_end(i, 1) * x[1]);
-      }
-      store_rows(writer.lane, packed, scratch[1], writer.first_key, out.k + at_keys, stride, rows);
-      float w_sums[4][2];
-      sum_decays(writer.lane, z_r, z_k, memory.waiting(writer.thread), w_sums);
-
-      const float* const decay = memory.decay(writer_turn) + writer.first_key;
-      // The diagonal: of key g in row g, column g % 8, so in the lane of that row with t = g / 2.
-      const int from = 4 * writer.lane.g + writer.lane.g / 2;
-      const bool odd = writer.lane.g % 2 != 0;
-      const float through[2] = {decay[writer.lane.g] * from_lane(odd ? of_states[0][1] : of_states[0][0], from),
-                                decay[writer.lane.g + 8] * from_lane(odd ? of_states[1][3] : of_states[1][2], from)};
-      float2 dw = make_float2(0.f, 0.f);
-      if (kStatic) dw = *memory.dw(writer.thread);
-#pragma unroll
-      for (int q = 0; q < 2; ++q)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int token = 8 * q + 2 * writer.lane.t + c;
-          if (token >= rows) continue;
-          const float x[2] = {w_sums[2 * q][c] + through[0], w_sums[2 * q + 1][c] + through[1]};
-          if constexpr (kStatic) {
-            dw.x += x[0];
-            dw.y += x[1];
-          } else {
-            float* const to = out.w + at_keys + token * stride + writer.lane.g;
-            to[0] = x[0];
-            to[8] = x[1];
-          }
-        }
-      if (kStatic) *memory.dw(writer.thread) = dw;
+      pass.finish(chunk, turn + static_cast<int>(places.zero), decays, sums);
     }
   }
 
-  const Place<kTiles> writer(places);
-  if (places.d_state >= 0) g.template store<kN>(writer.lane, d_state + places.d_state, writer.value);
-  const int64_t at = places.sum + writer.first_key + writer.lane.g;
+  const Place<kTiles> here(places);
+  if (places.d_state >= 0) g.template store<kN>(here.lane, d_state + places.d_state, here.value);
   const auto put_sum = [&](float2 sum, float* to) {
     sum.x += from_other(sum.x, 1);
     sum.y += from_other(sum.y, 1);
     sum.x += from_other(sum.x, 2);
     sum.y += from_other(sum.y, 2);
-    if (writer.lane.t != 0) return;
-    to[at] = sum.x;
-    to[at + 8] = sum.y;
+    if (here.lane.t != 0) return;
+    to[places.sum + here.first_key + here.lane.g] = sum.x;
+    to[places.sum + here.first_key + here.lane.g + 8] = sum.y;
   };
-  put_sum(*memory.du(writer.thread), out.u);
-  if constexpr (kStatic) put_sum(*memory.dw(writer.thread), out.w);
+  put_sum(*memory.du(here.thread), out.u);
+  if constexpr (kStatic) put_sum(*memory.dw(here.thread), out.w);
 }
 
 // ---------------------------------------------------------------------------------------------- segments
