@@ -30,8 +30,12 @@ template <int kN>
 struct Operands {
   Matrix<kN> r, k, a, b;    // as they came, then r~, k~, a~, b~
   Matrix<kN> a_low, b_low;  // what rounding took from a~ and b~; used only where the pass needs them, see scale_chunk
-  float* decay;             // e^G of every token, [kChunkTokens, kN]; the same
+  float* decay;             // e^G of every token, rows as those of a matrix; the same
   float* end_decay;         // e^G of the last one, [kN]
+
+  __device__ __forceinline__ float* decay_at(int token, int key) const {
+    return decay + token * Matrix<kN>::kStride + key;
+  }
 };
 
 // The matrices of a chunk in shared memory, [16, 16]. "low" is what rounding took.
@@ -105,7 +109,7 @@ __device__ __forceinline__ void scale_chunk(const float* w, const Operands<kN>& 
       write_split_pair(b.x * shrunk.x, b.y * shrunk.y, x.b.at(token, column), x.b_low.at(token, column));
     else
       write_pair(b.x * shrunk.x, b.y * shrunk.y, x.b.at(token, column));
-    if constexpr (kIsBackward) *reinterpret_cast<float2*>(x.decay + token * kN + column) = grown;
+    if constexpr (kIsBackward) *reinterpret_cast<float2*>(x.decay_at(token, column)) = grown;
   }
   // What a state is multiplied by, chunk after chunk, must be right to its last bit.
   if (first + kTokens == kChunkTokens)

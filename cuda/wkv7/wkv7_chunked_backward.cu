@@ -25,7 +25,8 @@
 //   1    U (forward), dU, dP (backward)                  dr, dw, dk, da, db of the visit before
 //   2    dV; U and dP to shared memory                   operands of the next visit; fetch those of the one after
 //   3    S (forward); D and S to shared memory, dS       gradients of the scores; scores of the next visit
-// Where N is 128 shared memory has room for one chunk only, and the two take turns, with 7 barriers a visit.
+// Where N is 128 shared memory has room for one chunk only: the two take turns, with 7 barriers a visit, and the inputs
+// of the next chunk wait in registers.
 // What the walk forward leaves for that back, 3 states in bfloat16 and 3 U, goes to the workspace as it lies in a
 // thread's registers, and comes back within microseconds: most of it never leaves the second-level cache.
 //
@@ -37,7 +38,7 @@
 //
 // Costs of a visit, products of 16 x 8 x 16 a warp where N is 64 (128): walking, forward 50 (90) with kSplit, 28 (52)
 // without, backward 62 (110) and 40 (72); assisting, preparation 8 (16), gradients 56 (104). Shared memory of a block:
-// 96,000 (96,768) bytes. Registers: at most 128 (255) a thread, so that two blocks (one) fit on a multiprocessor.
+// 97,056 (97,312) bytes. Registers: at most 128 (255) a thread, so that two blocks (one) fit on a multiprocessor.
 // Workspace: 30,720 (55,296) bytes a block; where N is 128, 10 T H N floats; with segments, 3 N^2 floats for each of
 // them and head.
 
@@ -112,11 +113,11 @@ struct Memory {
 
   // In numbers of 2 bytes, each a multiple of 16 bytes.
   static constexpr int kKeys = Matrix<kN>::size_of(kChunkTokens), kValues = Matrix<kBlockValues>::size_of(kChunkTokens);
-  static constexpr int kFloats = 2 * kChunkTokens * kN, kState = Matrix<kN>::size_of(kBlockValues);
+  static constexpr int kFloats = 2 * kChunkTokens * kN, kDecays = 2 * kKeys, kState = Matrix<kN>::size_of(kBlockValues);
   static constexpr int kSquare = Scores::kMatrixSize;
   static constexpr int kSlot = 4 * kKeys + 2 * kValues + 2 * kN;  // r, k, a, b, v, dy, end_decay
 
-  static constexpr int kW = kRing * kSlot, kDecay = kW + kPair * kFloats, kLow = kDecay + kPair * kFloats;
+  static constexpr int kW = kRing * kSlot, kDecay = kW + kPair * kFloats, kLow = kDecay + kPair * kDecays;
   static constexpr int kScores = kLow + 2 * kKeys, kScratch = kScores + Scores::size_of(true);
   static constexpr int kGradientScores = kScratch + 2 * kScratchFloats, kU = kGradientScores + 4 * kSquare;
   static constexpr int kDp = kU + kValues, kD = kDp + kValues, kS = kD + kState, kPlace = kS + kState;
@@ -130,7 +131,7 @@ struct Memory {
   __device__ uint16_t* slot(int visit) const { return first + visit % kRing * kSlot; }
   __device__ float* floats(int at) const { return reinterpret_cast<float*>(first + at); }
   __device__ float* w(int visit) const { return floats(kW + visit % kPair * kFloats); }
-  __device__ float* decay(int visit) const { return floats(kDecay + visit % kPair * kFloats); }
+  __device__ float* decay(int visit) const { return floats(kDecay + visit % kPair * kDecays); }
   __device__ Operands<kN> operands(int visit) const {
     uint16_t* const at = slot(visit);
     return {{at},
@@ -406,6 +407,62 @@ __device__ __forceinline__ void fetch_inputs(const Memory<kN>& memory, const Inp
   cp_async_commit();
 }
 
+// The inputs of a chunk on their way in registers, where shared memory has no room for another one.
+template <int kN>
+struct Incoming {
+  template <int kColumns, typename Element>
+  struct Rows {
+    static constexpr int kEach = 16 / sizeof(Element), kPieces = kColumns / kEach;
+    static constexpr int kCount = kChunkTokens * kPieces / kRoleThreads;
+    uint4 pieces[kCount];
+
+    // Rows from n_rows on are 0 and not read.
+    __device__ __forceinline__ void fetch(const Element* from, int stride, int n_rows, int thread) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int number = i * kRoleThreads + thread, row = number / kPieces, column = number % kPieces * kEach;
+        pieces[i] = make_uint4(0, 0, 0, 0);
+        if (row < n_rows) pieces[i] = *reinterpret_cast<const uint4*>(from + row * stride + column);
+      }
+    }
+    // to: rows `stride` numbers apart
+    __device__ __forceinline__ void put(Element* to, int stride, int thread) const {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int number = i * kRoleThreads + thread, row = number / kPieces, column = number % kPieces * kEach;
+        *reinterpret_cast<uint4*>(to + row * stride + column) = pieces[i];
+      }
+    }
+  };
+
+  Rows<kN, uint16_t> r, k, a, b;
+  Rows<kN, float> w;
+  Rows<kBlockValues, uint16_t> v, dy;
+
+  // As fetch_inputs; of r, v and dy other numbers of rows.
+  __device__ __forceinline__ void fetch(const Inputs& in, int64_t at, int stride, int values, int n_rows, int n_r_rows,
+                                        int n_v_rows, int n_dy_rows, int thread) {
+    r.fetch(in.r + at, stride, n_r_rows, thread);
+    w.fetch(in.w + at, stride, n_rows, thread);
+    k.fetch(in.k + at, stride, n_rows, thread);
+    v.fetch(in.v + at + values, stride, n_v_rows, thread);
+    a.fetch(in.a + at, stride, n_rows, thread);
+    b.fetch(in.b + at, stride, n_rows, thread);
+    dy.fetch(in.dy + at + values, stride, n_dy_rows, thread);
+  }
+
+  __device__ __forceinline__ void put(const Memory<kN>& memory, int thread) const {
+    const Operands<kN> x = memory.operands(0);
+    r.put(x.r.first, Matrix<kN>::kStride, thread);
+    w.put(memory.w(0), kN, thread);
+    k.put(x.k.first, Matrix<kN>::kStride, thread);
+    v.put(memory.v(0).first, Matrix<kBlockValues>::kStride, thread);
+    a.put(x.a.first, Matrix<kN>::kStride, thread);
+    b.put(x.b.first, Matrix<kN>::kStride, thread);
+    dy.put(memory.dy(0).first, Matrix<kBlockValues>::kStride, thread);
+  }
+};
+
 // The gradients of the scores, each by one of four warps.
 template <int kN>
 __device__ __forceinline__ void score_gradients(const Memory<kN>& memory, int visit, int warp) {
@@ -518,9 +575,9 @@ __device__ __forceinline__ void key_gradients(const Memory<kN>& memory, int visi
       const int row = g + 8 * half, column = key + 8 * tile + 2 * t;
       const float2 r = read_pair(x.r.at(row, column)), k = read_pair(x.k.at(row, column));
       const float2 a = read_pair(x.a.at(row, column)), b = read_pair(x.b.at(row, column));
-      const float2 decay = *reinterpret_cast<const float2*>(x.decay + row * kN + column);
+      const float2 decay = *reinterpret_cast<const float2*>(x.decay_at(row, column));
       float2 before = make_float2(1.f, 1.f);
-      if (row > 0) before = *reinterpret_cast<const float2*>(x.decay + (row - 1) * kN + column);
+      if (row > 0) before = *reinterpret_cast<const float2*>(x.decay_at(row - 1, column));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int j = 2 * half + i;
@@ -760,14 +817,22 @@ __global__ void __launch_bounds__(kThreads, kResident<kN>)
         __syncthreads();
       }
     } else {
+      Incoming<kN> incoming;
+      const auto start = [&](const ThisVisit& which) {
+        if (!which.is_any()) return;
+        const int chunk = which.chunk(), n_rows = rows_of(chunk), n_back_rows = which.is_backward() ? n_rows : 0;
+        incoming.fetch(in, row_of(chunk), stride, values, n_rows, n_back_rows, kSummary ? 0 : n_rows,
+                       is_transition ? 0 : n_back_rows, thread);
+      };
+      start(now);
       for (; now.is_any(); now = now.after(1)) {
-        fetch(now, 0);
-        cp_async_wait<0>();
+        incoming.put(memory, thread);
         __syncthreads();
         scale(0);
         __syncthreads();
         score(0);
         __syncthreads();
+        start(now.after(1));
         __syncthreads();
         __syncthreads();
         const bool has_sums = !kSummary && now.is_backward();
