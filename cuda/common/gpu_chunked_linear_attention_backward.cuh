@@ -875,11 +875,11 @@ struct Pass {
       as_a(dv[0][0], dv[0][1], a);
       store_rows(here.lane, a, memory.gradient(), here.value,
                  out.v + places.token + here.value + ahead(not_before(chunk)), stride, places.rows(chunk));
-      __syncwarp();  // the gradient comes there next
     } else {
       put_values<kTiles>(dv, places.rows(chunk), stride,
                          out.v_parts + places.values + here.value + ahead(not_before(chunk)));
     }
+    __syncwarp();  // dV is read, and the gradient may come there
     g.put(here.lane, memory.gradient(), here.value);
     g.template advance<kN>(here.lane, memory.decay(turn), d_outputs, here.value, memory.scaled(0));
   }
