@@ -66,8 +66,7 @@ struct Gradients {
   float* v_parts;
 };
 
-// ---------------------------------------------------------------------------------------------- keys and tokens of a
-// lane
+// ---------------------------------------------------------------------------------------------- a lane's part
 
 // A lane has of [16 keys, 16 tokens] what an operand `a` has: [i][c] is of key g + 8 (i % 2) and token 8 (i / 2) + 2t
 // + c, as pairs of bfloat16 in 4 registers or as 4 x 2 floats. Results of products, two tiles side by side, have it as
