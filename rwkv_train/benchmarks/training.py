@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rwkv_train.config.model import ModelConfig, Rwkv4Config, Rwkv7Config
+from rwkv_train.config.model import ModelConfig, Rwkv4Config, Rwkv6Config, Rwkv7Config
 from rwkv_train.config.optim import OptimConfig
 from rwkv_train.models.lm import LanguageModel
-from rwkv_train.models.registry import build_model, initialize
+from rwkv_train.models.registry import build_model, initialize, recurrence_of
+from rwkv_train.ops.prepare import OPERATORS
 from rwkv_train.training.engine import make_optimizer
 from rwkv_train.training.precision import compile_blocks
 
@@ -37,11 +38,26 @@ class Case(NamedTuple):
     micro_batch_size: int
 
 
-STANDARD = (
+STANDARD_CPU = (
     Case(Rwkv7Config(n_layer=8, n_embd=512, vocab_size=257, ctx_len=512), 4),
     Case(Rwkv4Config(n_layer=8, n_embd=512, vocab_size=257, ctx_len=512), 4),
 )
-"""What ``rwkv-train bench training`` measures."""
+STANDARD_GPU = (
+    # 1.5 billion parameters; and the small model that the official trainer shows, with its batch.
+    Case(Rwkv7Config(n_layer=24, n_embd=2048, ctx_len=4096), 2),
+    Case(Rwkv7Config(n_layer=12, n_embd=768, ctx_len=512), 16),
+    Case(Rwkv6Config(n_layer=24, n_embd=2048, ctx_len=4096), 2),
+    Case(Rwkv4Config(n_layer=24, n_embd=2048, ctx_len=1024), 8),
+)
+"""What ``rwkv-train bench training`` measures. On a GPU two models of the first size with what their backward keeps
+fit into 141 GB, on smaller ones name a single ``--backend``."""
+
+
+def default_backends(case: Case, device: torch.device) -> list[str]:
+    """Return the backends of the case's recurrence that training on a device comes down to."""
+    op, _ = recurrence_of(case.config)
+    names = ("cuda", "cuda_exact") if device.type == "cuda" else ("torch", "cpp")
+    return [name for name in names if name in OPERATORS[op]]
 
 
 def bench_training(
@@ -67,7 +83,8 @@ def bench_training(
 
     Returns:
         One row for each backend, compiled or not: its name, sizes, seconds of the very first step, in which blocks are
-        compiled, milliseconds of each part of the others, tokens per second.
+        compiled, milliseconds of each part of the others, tokens per second, and 10^12 operations per second where a
+        token takes 6 for each parameter, as they are commonly counted.
     """
     config = case.config
     tokens = torch.randint(
@@ -88,7 +105,8 @@ def bench_training(
     for _ in range(warmup + repeats):
         for way in ways:  # in turn, so that a machine that slows down slows all of them
             times[way].append(_step(models[way], optimizers[way], tokens, dtype))
-    return [_row(case, way, times[way][0], times[way][warmup:]) for way in ways]
+    n_parameters = sum(parameter.numel() for parameter in models[ways[0]].parameters())
+    return [_row(case, n_parameters, way, times[way][0], times[way][warmup:]) for way in ways]
 
 
 def _step(
@@ -114,10 +132,13 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _row(case: Case, way: tuple[str, bool], first: StepTimes, times: list[StepTimes]) -> dict[str, Any]:
+def _row(
+    case: Case, n_parameters: int, way: tuple[str, bool], first: StepTimes, times: list[StepTimes]
+) -> dict[str, Any]:
     config, batch = case
     backend, compiled = way
     median = statistics.median(step.total for step in times)
+    tokens_per_second = batch * config.ctx_len / median
     return {
         "arch": config.arch,
         "backend": backend,
@@ -131,5 +152,7 @@ def _row(case: Case, way: tuple[str, bool], first: StepTimes, times: list[StepTi
         "backward_ms": 1e3 * statistics.median(step.backward for step in times),
         "update_ms": 1e3 * statistics.median(step.update for step in times),
         "step_ms": 1e3 * median,
-        "tokens_per_second": batch * config.ctx_len / median,
+        "tokens_per_second": tokens_per_second,
+        "parameters": n_parameters,
+        "tflops_6n": 6e-12 * n_parameters * tokens_per_second,
     }

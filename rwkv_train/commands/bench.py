@@ -65,8 +65,9 @@ Backends = Annotated[
     typer.Option(
         "--backend",
         metavar="NAME",
-        help="Of the recurrences, for kernels and training. May be repeated. By default for training torch, and cpp "
-        "on a CPU; for kernels all but reference. Kernels: the first is what the others' results are compared with.",
+        help="Of the recurrences, for kernels and training. May be repeated. By default for training torch and cpp on "
+        "a CPU, cuda and cuda_exact on a GPU; for kernels all but reference. Kernels: the first is what the others' "
+        "results are compared with.",
     ),
 ]
 Strategies = Annotated[
@@ -192,8 +193,7 @@ def bench(
     elif what is What.PREPARING:
         rows = _measure_preparing(input, repeats)
     else:
-        backends = backend or (["torch", "cpp"] if place.type == "cpu" else ["torch"])
-        rows = _measure_training(backends, repeats, place, compiles=compile)
+        rows = _measure_training(backend, repeats, place, compiles=compile)
     print_table(_table(title, rows))
     if what is What.KERNELS:
         for line in kernel_failures(measured):
@@ -316,15 +316,21 @@ def _measure_head(repeats: int, device: "torch.device") -> list[dict[str, Any]]:
 
 
 def _measure_training(
-    backends: list[str], repeats: int, device: "torch.device", *, compiles: bool
+    backends: list[str] | None, repeats: int, device: "torch.device", *, compiles: bool
 ) -> list[dict[str, Any]]:
-    from rwkv_train.benchmarks.training import STANDARD, bench_training
+    import torch
 
-    return [
-        row
-        for case in STANDARD
-        for row in bench_training(case, backends=backends, device=device, compiles=compiles, repeats=repeats)
-    ]
+    from rwkv_train.benchmarks.training import STANDARD_CPU, STANDARD_GPU, bench_training, default_backends
+
+    cases, dtype = (STANDARD_GPU, torch.bfloat16) if device.type == "cuda" else (STANDARD_CPU, torch.float32)
+    rows = []
+    for case in cases:
+        names = backends or default_backends(case, device)
+        rows += bench_training(
+            case, backends=names, device=device, dtype=dtype, compiles=compiles, repeats=repeats
+        )
+        typer.echo(f"{case.config.arch} L{case.config.n_layer} C{case.config.n_embd}: done", err=True)
+    return rows
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> "Table":

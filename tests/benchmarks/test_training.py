@@ -17,6 +17,7 @@ def test_a_step_is_the_sum_of_its_parts():
     for row in rows:
         assert row["step_ms"] == pytest.approx(row["forward_ms"] + row["backward_ms"] + row["update_ms"])
         assert row["tokens_per_second"] == pytest.approx(2 * 8 / (row["step_ms"] / 1000))
+        assert row["tflops_6n"] * 1e12 == pytest.approx(6 * row["parameters"] * row["tokens_per_second"])
 
 
 def test_a_backend_is_also_measured_with_compiled_blocks(monkeypatch):
