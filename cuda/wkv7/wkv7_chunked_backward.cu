@@ -686,16 +686,11 @@ __global__ void __launch_bounds__(kThreads, kResident<kN>)
       return checkpoints + memory.place().checkpoints + int64_t{chunk / kIntervalChunks} * (kN * stride);
     };
     const auto wait_for_operands = [] {
-      if constexpr (kOverlaps) return;
-      __syncthreads();
-      __syncthreads();
-      __syncthreads();
+      if constexpr (!kOverlaps)
+        for (int i = 0; i < 3; ++i) meet();
     };
-    if (kOverlaps && n_chunks > 0) {
-      __syncthreads();
-      __syncthreads();
-      __syncthreads();
-    }
+    if (kOverlaps && n_chunks > 0)
+      for (int i = 0; i < 3; ++i) meet();  // the first chunk is prepared
     const int n_intervals = (n_chunks + kInterval - 1) / kInterval;
     int chunk = (n_intervals - 1) * kInterval;
     while (chunk >= 0) {
@@ -710,8 +705,8 @@ __global__ void __launch_bounds__(kThreads, kResident<kN>)
           // The visit of the last chunk goes on below.
           if ((chunk + 1) % kInterval == 0 || chunk + 1 == memory.place().n_chunks) break;
           kept.put(kept.u(chunk % kInterval), u);
-          __syncthreads();
-          __syncthreads();
+          meet();
+          meet();
           walk.advance(u, s);
 #pragma unroll
           for (int key = 0; key < kN; key += 16) {
@@ -719,8 +714,8 @@ __global__ void __launch_bounds__(kThreads, kResident<kN>)
             as_a(s.s[key / 8], s.s[key / 8 + 1], a);
             kept.put(kept.state(chunk % kInterval) + key / 16 * kRoleThreads, a);
           }
-          __syncthreads();
-          if constexpr (!kOverlaps) __syncthreads();
+          meet();
+          if constexpr (!kOverlaps) meet();
         }
       }
       bool is_new = kSummary, goes_on = true;
@@ -732,13 +727,13 @@ __global__ void __launch_bounds__(kThreads, kResident<kN>)
         float dv[2][4];
         walk.decay(d);
         walk.removed_gradient(d, dp);
-        __syncthreads();
+        meet();
         if constexpr (!kSummary) {
           store_a_transposed(u, memory.u(), value);
           store_a_transposed(dp, memory.dp(), value);
           walk.value_gradient(d, dp, dv);
         }
-        __syncthreads();
+        meet();
         if constexpr (!kSummary) {
           unsigned s[kN / 16][4];
 #pragma unroll
@@ -761,8 +756,8 @@ __global__ void __launch_bounds__(kThreads, kResident<kN>)
           walk.step_back(dp, d);
         }
         goes_on = chunk % kInterval != 0;
-        __syncthreads();
-        if constexpr (!kOverlaps) __syncthreads();
+        meet();
+        if constexpr (!kOverlaps) meet();
       }
       chunk -= kInterval - 1;
     }
@@ -796,25 +791,25 @@ __global__ void __launch_bounds__(kThreads, kResident<kN>)
       fetch(now, 0);
       if (now.after(1).is_any()) fetch(now.after(1), 1);
       cp_async_wait<0>();
-      __syncthreads();
+      meet();
       scale(0);
-      __syncthreads();
+      meet();
       score(0);
-      __syncthreads();
+      meet();
       int before = -1;  // the chunk of the visit before, if that went backward
       for (;; now = now.after(1), ++visit) {
         if (!kSummary && before >= 0) sum_up(before, visit - 1);
         if (!now.is_any()) break;
         cp_async_wait<0>();
-        __syncthreads();
+        meet();
         const bool has_next = now.after(1).is_any();
         if (now.after(2).is_any()) fetch(now.after(2), visit + 2);
         if (has_next) scale(visit + 1);
-        __syncthreads();
+        meet();
         before = now.is_backward() ? now.chunk() : -1;
         if (!kSummary && before >= 0) score_gradients(memory, not_before(visit), not_before(warp));
         if (has_next) score(visit + 1);
-        __syncthreads();
+        meet();
       }
     } else {
       Incoming<kN> incoming;
@@ -827,19 +822,19 @@ __global__ void __launch_bounds__(kThreads, kResident<kN>)
       start(now);
       for (; now.is_any(); now = now.after(1)) {
         incoming.put(memory, thread);
-        __syncthreads();
+        meet();
         scale(0);
-        __syncthreads();
+        meet();
         score(0);
-        __syncthreads();
+        meet();
         start(now.after(1));
-        __syncthreads();
-        __syncthreads();
+        meet();
+        meet();
         const bool has_sums = !kSummary && now.is_backward();
         if (has_sums) score_gradients(memory, 0, warp);
-        __syncthreads();
+        meet();
         if (has_sums) sum_up(now.chunk(), 0);
-        __syncthreads();
+        meet();
       }
     }
   }
