@@ -1,6 +1,7 @@
 """Settings of the whole suite."""
 
 import os
+from pathlib import Path
 
 BEGIN_FIRST = (
     "campaigns/test_slices.py",
@@ -16,6 +17,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 # One thread each where several processes share out the tests; read when torch is loaded.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tables of speeds that a developer measured lie beside the built kernels. They must not choose what the tests, and the
+# processes that these start, compute with: so the suite builds into a folder of its own.
+kernels = Path(os.environ.get("RWKV_TRAIN_KERNELS") or "~/.cache/rwkv-train/kernels").expanduser().absolute()
+if kernels.name != "of-the-tests":  # else it is a process of the suite
+    os.environ["RWKV_TRAIN_KERNELS"] = str(kernels / "of-the-tests")
 
 
 def pytest_collection_modifyitems(items):
