@@ -396,16 +396,18 @@ def results_of(torch_facts=TORCH, device="cuda", **outcomes):
     """Trials that went well, but for ``outcomes``: name of a backend -> what came of it on that device."""
     results = {
         "torch": torch_facts,
-        "backends": {"trials": []},
+        "backends": {"trials": [], "preferences": {}},
         "lightning": {"version": "2.6.0"},
         "training": {"device": device},
         "deepspeed": {"version": "0.19.0", "ops": {"cpu_adam": None, "fused_adam": None}},
     }
     place = "cuda:0" if device == "cuda" else device
     good = {"status": "available", "reason": None}
+    names = ("cuda_exact", "torch", "reference")
     for op in OPS:
-        for backend in ("cuda_exact", "torch", "reference"):
-            for dtype in ("float32", "bfloat16"):
+        for dtype in ("float32", "bfloat16"):
+            results["backends"]["preferences"][f"{place} {op} {dtype}"] = names
+            for backend in names:
                 results[f"{place} {op} {backend} {dtype}"] = outcomes.get(backend, good)
     return results
 
@@ -478,15 +480,48 @@ def test_an_operator_without_any_backend_keeps_a_run_from_starting():
     assert judged(results).obstacles == ("no backend of wkv6 runs on cuda; see the table of backends",)
 
 
-def test_a_backend_for_those_who_ask_for_it_is_not_what_auto_takes():
-    good = {"status": "available", "reason": None}
-    rows = judge_backends(
-        {
-            "cuda:0 wkv7 cuda_bf16 bfloat16": good | {"in_auto": False},
-            "cuda:0 wkv7 cuda_exact bfloat16": good | {"in_auto": True},
-        }
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [
+        (("available", "available", "available"), "cuda"),
+        (("crashes", "unavailable", "available"), "cuda_exact"),
+        (("available", "unavailable", "refuses"), None),
+    ],
+    ids=["all", "the first cannot be loaded", "none of its own"],
+)
+def test_auto_takes_the_first_of_its_preferences_that_can_be_loaded(statuses, expected):
+    names = ("cuda_bf16", "cuda", "cuda_exact")  # the first is for those who ask for it
+    results = {
+        f"cuda:0 wkv7 {name} bfloat16": {"status": status, "reason": "it cannot; do without"}
+        for name, status in zip(names, statuses, strict=True)
+    }
+    rows = judge_backends(results, {"cuda:0 wkv7 bfloat16": ("cuda", "cuda_exact")})
+    assert [row.backend for row in rows if row.is_auto] == ([expected] if expected else [])
+
+
+def test_what_auto_prefers_is_what_was_measured_to_be_faster(monkeypatch):
+    from rwkv_train.ops import backends
+    from rwkv_train.ops.crossover import Speeds
+    from rwkv_train.planning.doctor.trials import _list_backends
+
+    monkeypatch.setattr(backends, "speeds_for", lambda op, problem: Speeds({}, "nothing"))
+    assert _list_backends()["preferences"]["cpu wkv7 bfloat16"] == [
+        "cuda",
+        "cuda_exact",
+        "cpp",
+        "torch",
+        "reference",
+    ]
+    asked = []
+    monkeypatch.setattr(
+        backends, "speeds_for", lambda *given: asked.append(given) or Speeds({"torch": 1, "cpp": 2}, "here")
     )
-    assert [row.is_auto for row in rows] == [False, True]
+    assert _list_backends()["preferences"]["cpu wkv7 float32"][:2] == ["torch", "cpp"]
+    assert {(op, problem.n_recurrences) for op, problem in asked} == {
+        ("wkv4", 256 * 64),
+        *((op, 256) for op in ("wkv5", "wkv6", "wkv7")),
+    }
+    assert all(problem.needs_backward for _, problem in asked)
 
 
 @pytest.mark.parametrize(
@@ -507,7 +542,7 @@ def test_a_backend_for_those_who_ask_for_it_is_not_what_auto_takes():
     ids=["architecture", "memory", "numbers", "compiles not", "no remedy of its own"],
 )
 def test_every_backend_that_does_not_work_has_a_remedy(facts, words):
-    (row,) = judge_backends({"cuda:0 wkv7 cuda_exact bfloat16": facts})
+    (row,) = judge_backends({"cuda:0 wkv7 cuda_exact bfloat16": facts}, {})
     assert words in row.remedy
 
 

@@ -26,36 +26,45 @@ class BackendRow(NamedTuple):
     dtype: str
     status: BackendStatus
     is_auto: bool
-    """Whether training takes it where ``trainer.wkv_backend`` is "auto"."""
+    """Whether training takes it where ``trainer.wkv_backend`` is "auto": where speeds were measured on this chip, at
+    the sizes of the trials' ``TRAINED_TOKENS`` and ``TRAINED_HEADS``."""
     reason: str | None
     """Why it is not available."""
     remedy: str | None
     """What to do; ``None`` where nothing needs to be done."""
 
 
-def judge_backends(results: Mapping[str, Mapping[str, Any]]) -> list[BackendRow]:
+def judge_backends(
+    results: Mapping[str, Mapping[str, Any]], preferences: Mapping[str, Sequence[str]]
+) -> list[BackendRow]:
     """Return a row for each trial of a backend.
 
     Args:
-        results: name of a trial, ``"DEVICE OP BACKEND DTYPE"`` -> what came of it, an operator's backends from the
-            fastest on.
+        results: name of a trial, ``"DEVICE OP BACKEND DTYPE"`` -> what came of it.
+        preferences: ``"DEVICE OP DTYPE"`` -> the backends that "auto" may take, the one that it takes first first.
     """
     outcomes = {name: _status(facts) for name, facts in results.items()}
     autos: dict[tuple[str, str, str], str] = {}
+    for case, preferred in preferences.items():
+        device, op, dtype = case.split()
+        # A choice does not see what happens when it runs.
+        loaded = (
+            backend
+            for backend in preferred
+            if outcomes.get(f"{device} {op} {backend} {dtype}") not in (None, "refuses", "unavailable")
+        )
+        autos[device, op, dtype] = next(loaded, "")
     usable: dict[tuple[str, str, str], str] = {}
     for name, status in outcomes.items():
         device, op, backend, dtype = name.split()
-        # A choice does not see what happens when it runs.
-        if status not in ("refuses", "unavailable") and results[name].get("in_auto", True):
-            autos.setdefault((device, op, dtype), backend)
         if status == "available":
             usable.setdefault((device, op, dtype), backend)
     rows = []
     for name, status in outcomes.items():
         device, op, backend, dtype = name.split()
-        case = device, op, dtype
-        reason, remedy = _explain(status, results[name], usable.get(case))
-        is_auto = autos.get(case) == backend
+        place = device, op, dtype
+        reason, remedy = _explain(status, results[name], usable.get(place))
+        is_auto = autos.get(place) == backend
         rows.append(BackendRow(device, op, backend, dtype, status, is_auto, reason, remedy))
     return rows
 

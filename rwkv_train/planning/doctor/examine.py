@@ -109,7 +109,8 @@ def judge(
         judge_lightning(lightning, torch_works=torch_works, requirement=wanted_lightning),
         judge_training(training, packages_work=lightning_works),
     )
-    rows = judge_backends({name: facts for name, facts in results.items() if " " in name})
+    trials = {name: facts for name, facts in results.items() if " " in name}
+    rows = judge_backends(trials, backends.get("preferences", {}))
     device = training.get("device")
     # Not what only follows from another one.
     roots = zip(packages, (True, torch_works, lightning_works), strict=True)

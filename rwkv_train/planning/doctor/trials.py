@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ N_HEADS = 2
 N_TOKENS = 70
 """More than the kernels keep between two of their checkpoints, and no multiple of it."""
 DTYPES = ("float32", "bfloat16")
+TRAINED_TOKENS = 4096
+"""Of a sequence in a step of training, for which it is said what "auto" takes."""
+TRAINED_HEADS = 256
+"""Of all its sequences, likewise; of the operator without heads HEAD_SIZE channels for each."""
 TOLERANCE = 0.05
 """Greatest error, relative to the greatest value. Rounding to bfloat16 costs 0.01; a wrong kernel is off by about 1."""
 
@@ -84,7 +89,7 @@ def attempts(done: Mapping[str, bool]) -> Iterator[Attempt]:
     """
     packages: tuple[tuple[str, str | None, Callable[[], Facts]], ...] = (
         ("torch", None, _try_torch),
-        ("backends", "torch", _list_trials),
+        ("backends", "torch", _list_backends),
         ("lightning", "torch", lambda: _try_package("lightning.pytorch", "lightning")),
         ("training", "lightning", _try_training),
         ("deepspeed", "torch", _try_deepspeed),
@@ -94,7 +99,7 @@ def attempts(done: Mapping[str, bool]) -> Iterator[Attempt]:
             yield name, attempt
     if done.get("backends"):
         failures: dict[tuple[str, str], str] = {}
-        for name in _list_trials()["trials"]:
+        for name in _trials():
             if name not in done:
                 yield name, functools.partial(try_backend, *name.split(), failures=failures)
 
@@ -191,22 +196,63 @@ def _op_problem(builder: Any, *, needs_cuda: bool = False) -> str | None:
     return None
 
 
-def _list_trials() -> Facts:
-    """Name the trials of all backends, ``"DEVICE OP BACKEND DTYPE"``."""
-    import torch  # noqa: PLC0415
-
+def _list_backends() -> Facts:
+    """Name the trials, and for each ``"DEVICE OP DTYPE"`` what "auto" takes, if not that, and so on."""
     from rwkv_train.ops.prepare import OPERATORS  # noqa: PLC0415
 
-    devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] + ["cpu"]
-    return {
-        "trials": [
-            f"{device} {op} {backend} {dtype}"
-            for device in devices
-            for op, backends in OPERATORS.items()
-            for backend in backends
-            for dtype in DTYPES
-        ]
+    preferences = {
+        f"{device} {op} {dtype}": _preferred(op, device, dtype)
+        for device in _devices()
+        for op in OPERATORS
+        for dtype in DTYPES
     }
+    return {"trials": _trials(), "preferences": preferences}
+
+
+def _trials() -> list[str]:
+    """Name the trials of all backends, ``"DEVICE OP BACKEND DTYPE"``."""
+    from rwkv_train.ops.prepare import OPERATORS  # noqa: PLC0415
+
+    return [
+        f"{device} {op} {backend} {dtype}"
+        for device in _devices()
+        for op, backends in OPERATORS.items()
+        for backend in backends
+        for dtype in DTYPES
+    ]
+
+
+def _devices() -> list[str]:
+    import torch  # noqa: PLC0415
+
+    return [*(f"cuda:{index}" for index in range(torch.cuda.device_count())), "cpu"]
+
+
+def _preferred(op: str, device_name: str, dtype_name: str) -> list[str]:
+    """Return what "auto" may take for a step of training: measured backends by their times, then the others."""
+    import torch  # noqa: PLC0415
+
+    from rwkv_train.ops.backends import NOTHING_MEASURED, Problem, speeds_for  # noqa: PLC0415
+    from rwkv_train.ops.chip import capability_of, chip_name  # noqa: PLC0415
+    from rwkv_train.ops.prepare import OPERATORS  # noqa: PLC0415
+
+    device, head_size = torch.device(device_name), None if op == "wkv4" else HEAD_SIZE
+    speeds = NOTHING_MEASURED
+    with suppress(RuntimeError, AssertionError):  # where CUDA does not start, its trials say so
+        problem = Problem(
+            device.type,
+            getattr(torch, dtype_name),
+            head_size,
+            capability=capability_of(device),
+            chip=chip_name(device),
+            n_recurrences=TRAINED_HEADS * (HEAD_SIZE if head_size is None else 1),
+            n_tokens=TRAINED_TOKENS,
+            needs_backward=True,
+        )
+        speeds = speeds_for(op, problem)
+    times = speeds.milliseconds
+    names = (name for name, backend in OPERATORS[op].items() if backend.in_auto)
+    return sorted(names, key=lambda name: times.get(name, math.inf))
 
 
 def try_backend(
@@ -253,12 +299,7 @@ def try_backend(
         return {"status": "fails", "reason": sentence(error), "is_lasting": _is_lasting(device)}
     if not error_size <= TOLERANCE:
         return {"status": "wrong", "reason": f"its numbers are wrong (relative error {error_size:.2g})"}
-    return {
-        "status": "available",
-        "reason": None,
-        "load_seconds": round(load_seconds, 2),
-        "in_auto": backend.in_auto,
-    }
+    return {"status": "available", "reason": None, "load_seconds": round(load_seconds, 2)}
 
 
 def _error_of(op: str, backend: str, device: "torch.device", dtype: "torch.dtype") -> float:
