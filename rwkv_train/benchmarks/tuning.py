@@ -85,7 +85,8 @@ def tune(
 ) -> Tuned:
     """Time all backends that ``"auto"`` may choose for an operator, but for the loop over tokens.
 
-    What cannot be loaded here, does not fit into memory or computes something else is left out, and that is reported.
+    What cannot be loaded here, does not fit into memory, computes something else or cannot be compared is left out,
+    and that is reported.
 
     Args:
         op: name of the operator.
@@ -191,7 +192,9 @@ def _times(rows: Sequence[Row], leave_out: Report) -> dict[str, dict[str, float]
     for row in rows:
         difference, milliseconds = row["difference"], row["min_ms"]
         why_not = row["failed"]
-        if isinstance(difference, float) and difference > LARGEST_DIFFERENCE:
+        if why_not is None and not isinstance(difference, float):
+            why_not = f"{rows[0]['backend']}, which its result is held to, did not run"
+        elif isinstance(difference, float) and difference > LARGEST_DIFFERENCE:
             why_not = f"its result differs by {difference:.2g} from that of {rows[0]['backend']}"
         if why_not is None and isinstance(milliseconds, float) and milliseconds > 0:
             times.setdefault(str(row["pass"]), {})[str(row["backend"])] = milliseconds

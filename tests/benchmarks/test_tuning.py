@@ -79,7 +79,7 @@ def test_what_was_the_faster_one_is_what_auto_chooses(seconds, tmp_path, op):
 
 def test_the_loop_and_what_auto_never_takes_are_not_measured(seconds, monkeypatch):
     monkeypatch.setitem(OPERATORS["wkv7"], "cpp", OPERATORS["wkv7"]["cpp"]._replace(in_auto=False))
-    found, _ = tuned("wkv7", seconds)
+    found, _ = tuned("wkv7", seconds, SMALL._replace(n_heads=(1,), n_tokens=(1,)))
     assert {name for case in found.cases for point in case["points"] for name in point["ms"]} == {"torch"}
 
 
@@ -108,6 +108,17 @@ def test_a_fast_wrong_kernel_is_left_out(seconds, monkeypatch):
         f"wkv7 B1T3H1N64 cpp {kind}: its result differs by 0.25 from that of torch"
         for kind in ("forward", "forward+backward")
     ]
+
+
+def test_what_cannot_be_compared_is_left_out(seconds, monkeypatch):
+    def too_large(*arguments):
+        raise MemoryError
+
+    table = OPERATORS["wkv7"]
+    monkeypatch.setitem(table, "torch", table["torch"]._replace(run=too_large))
+    found, _ = tuned("wkv7", seconds, SMALL._replace(n_heads=(1,), n_tokens=(3,)))
+    assert [case["points"] for case in found.cases] == [[], []]
+    assert "torch, which its result is held to, did not run" in found.left_out[-1]
 
 
 def test_a_size_that_does_not_fit_into_memory_is_left_out(seconds):
