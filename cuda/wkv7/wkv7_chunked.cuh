@@ -7,10 +7,11 @@
 // no decay is left inside the chunk:
 //   U = M (Aak V + a~ S^T),   Y = Aqk V + Aqb U + r~ S^T,   S <- (S + V^T k~ + U^T b~) diag(e^G_16),   S is [value, key]
 //
-// Domain: log decays w from -5.4 to 0 (a model's are from -0.6065 to 0). Where the 16 of a chunk add up to less than -87
-// in some channel, e^G is below what a float32 holds, e^-G is inf, and outputs become inf and NaN: never numbers that
-// are wrong. What a token has that is inf or NaN reaches all outputs that it should, and those of earlier tokens of its
-// chunk.
+// Domain: log decays w of -3 and above whatever the size of gradients (from 1e-16 on); down to -5 where gradients are not
+// much smaller than 1, as the product of the decays of 16 tokens underflows. A model's are from -0.6065 to 0. Where the
+// 16 of a chunk add up to less than -87 in some channel, e^G is below what a float32 holds, e^-G is inf, and outputs
+// become inf and NaN. What a token has that is inf or NaN reaches all outputs that it should, and those of earlier tokens
+// of its chunk.
 //
 // The preparation by kThreads threads:
 //   fetch_chunk of w (float32) and r, k, a, b (bfloat16) as they are; cp_async_wait; barrier

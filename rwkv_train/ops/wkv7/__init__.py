@@ -50,8 +50,9 @@ def wkv7(
     Computed in float32, or in float64 where ``v`` is float64. Every argument may be of any floating dtype and
     gets its gradient in that dtype. There is no second derivative except with ``reference``. ``cuda`` takes r, k, v,
     a, b in bfloat16, to which it brings others, and adds up in float32 products of numbers of 8 bits or, where that
-    would be too few, 16; with ``cuda_bf16`` all have 8. Both need ``w`` to be -5 or more: below, outputs may become
-    inf or NaN.
+    would be too few, 16; with ``cuda_bf16`` all have 8. Both need ``w`` to be -3 or more whatever the size of
+    gradients, or -5 or more where these are not much smaller than 1: below, gradients may be lost, and outputs become
+    inf or NaN, as the product of the decays of 16 tokens underflows. A model's are above -0.61.
 
     Args:
         r: receptance, ``[B, T, H, N]``.
