@@ -31,6 +31,7 @@ FORWARD = "forward"
 FORWARD_BACKWARD = "forward+backward"
 COMMITTED_FOLDER = Path(__file__).parent / "measured"
 TUNE = "rwkv-train bench kernels --tune"
+_LARGEST_SIZE = 1 << 62
 
 
 class Chip(NamedTuple):
@@ -148,7 +149,7 @@ def read_table(path: Path, chip: Chip) -> CrossoverTable:
         }
     except KeyError as error:
         raise ValueError(f"it is no table of speeds, or damaged: it has no {error}") from error
-    except (TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"it is no table of speeds, or damaged ({error})") from error
     return CrossoverTable(f"{path}, measured with {version}", cases)
 
@@ -209,9 +210,9 @@ def power_of_two_near(n: int) -> int:
 
 def _read_point(point: Any) -> Point:
     sizes = point["recurrences"], point["tokens"]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    if not all(isinstance(size, int) and 0 < size <= _LARGEST_SIZE for size in sizes):
         raise ValueError(f"it is damaged: the sizes of a point are {sizes}")
-    milliseconds = dict(point["ms"])
+    milliseconds = dict(point["ms"].items())
     for name, value in milliseconds.items():
         if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"it is damaged: a time of {name} is {value!r}")
