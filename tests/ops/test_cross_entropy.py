@@ -119,7 +119,7 @@ def test_losses_penalties_and_gradients_are_those_of_plain_pytorch(cut, keep_log
 
 
 @KEPT
-@pytest.mark.parametrize("rows", [(1, 1), (4, 1)], ids=["one row", "four rows"])
+@pytest.mark.parametrize("rows", [(0, 3), (1, 1), (4, 1)], ids=["no row", "one row", "four rows"])
 def test_any_number_of_rows_will_do(cut, keep_logits, rows):
     cut(3)
     expected = outputs_and_gradients(plain, *problem(rows=rows))
@@ -177,12 +177,11 @@ def test_autocast_rounds_what_it_rounds_for_a_linear_layer():
     torch.testing.assert_close([y.double() for y in found], list(expected), rtol=1e-6, atol=1e-6)
 
 
-@KEPT
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_gradient_of_a_weight_in_bfloat16_is_summed_in_float32(cut, keep_logits, weight_dtype):
+def test_the_gradient_of_a_weight_in_bfloat16_is_summed_in_float32(cut, weight_dtype):
     """Rows whose gradients have one sign: a sum in bfloat16 is soon too large for what is added to it."""
-    cut(4)
-    n_rows = 1024
+    cut(1)
+    n_rows = 400
     x = (1 + 0.1 * random(1, n_rows, C)).bfloat16()
     weight = (0.1 * random(V, C, seed=2)).to(weight_dtype).requires_grad_()
     targets = torch.zeros(1, n_rows, dtype=torch.int64)
@@ -190,9 +189,8 @@ def test_the_gradient_of_a_weight_in_bfloat16_is_summed_in_float32(cut, keep_log
     plain(x.double(), exact, targets)[0].sum().backward()
 
     with torch.autocast("cpu", torch.bfloat16, enabled=weight_dtype == torch.float32):
-        linear_cross_entropy(x, weight, targets, ignore_index=IGNORED, keep_logits=keep_logits)[
-            0
-        ].sum().backward()
+        losses, _ = linear_cross_entropy(x, weight, targets, ignore_index=IGNORED)
+    losses.sum().backward()
 
     def error(gradient):
         return ((gradient.double() - exact.grad).abs().amax() / exact.grad.abs().amax()).item()
@@ -203,7 +201,7 @@ def test_the_gradient_of_a_weight_in_bfloat16_is_summed_in_float32(cut, keep_log
     d_logits = torch.softmax(x[0].double() @ exact.detach().T, 1)
     d_logits[:, 0] -= 1
     narrow = torch.zeros(V, C, dtype=torch.bfloat16)
-    for rows in torch.arange(n_rows).split(4):
+    for rows in torch.arange(n_rows).split(1):
         narrow += (d_logits[rows].T @ x[0, rows].double()).bfloat16()
     assert error(narrow) > 10 * 2**-8
 

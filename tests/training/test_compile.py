@@ -51,11 +51,10 @@ def losses_and_gradients(arch, tokens, contexts, **trainer):
     return [*found, *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("arch", MODELS)
 @pytest.mark.parametrize(
-    ("precision", "recomputes", "is_packed"),
-    [("fp32", False, False), ("bf16-params", True, True)],
-    ids=["float32", "bf16-params-recomputed-packed"],
+    ("arch", "precision", "recomputes", "is_packed"),
+    [*((arch, "fp32", True, True) for arch in MODELS), ("rwkv7", "bf16-params", False, False)],
+    ids=[*(f"{arch}-recomputed-packed" for arch in MODELS), "rwkv7-bf16-params"],
 )
 def test_compiled_blocks_have_the_same_losses_and_gradients(graphs, arch, precision, recomputes, is_packed):
     tokens = torch.randint(50, (1, 48) if is_packed else (2, 24), generator=torch.Generator().manual_seed(3))
@@ -74,5 +73,5 @@ def test_compiled_blocks_have_the_same_losses_and_gradients(graphs, arch, precis
 
 def test_a_run_compiles_what_it_trains_and_nothing_else(graphs, settings):
     """Validation and samples come in shapes of their own, and would use up what PyTorch compiles of a function."""
-    run_pretraining(settings({"trainer.compile": True, "trainer.max_steps": 7}))
+    run_pretraining(settings({"trainer.compile": True, "trainer.max_steps": 1}))
     assert graphs.frame_count == 2
