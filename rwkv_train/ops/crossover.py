@@ -110,7 +110,7 @@ def find_tables(chip: Chip, folders: tuple[Path, ...]) -> tuple[CrossoverTable, 
     for path in (folder / chip.file_name for folder in folders):
         try:
             found.append(read_table(path, chip))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error

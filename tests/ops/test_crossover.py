@@ -272,6 +272,12 @@ def test_what_is_no_table_of_this_chip_is_passed_over_in_one_line(tmp_path, capl
     assert "\n" not in message
 
 
+def test_in_a_folder_that_cannot_be_there_are_no_tables(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    assert find_tables(H200, (tmp_path / "file" / "crossover",)) == ()
+    assert caplog.records == []
+
+
 def test_the_committed_tables_are_whole():
     from rwkv_train.ops.crossover import COMMITTED_FOLDER
 
