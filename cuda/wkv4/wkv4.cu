@@ -661,6 +661,9 @@ constexpr int kInvalidValue = 1;  // as CUDA numbers it
 
 dim3 blocks_for(int64_t n_threads) { return dim3(static_cast<unsigned>((n_threads + kThreads - 1) / kThreads)); }
 
+// A kernel has at most a block for each slot and 8 channels.
+bool can_run(const Row& row) { return row.n_slots() * ((row.C + kScanChannels - 1) / kScanChannels) <= 0x7fffffff; }
+
 dim3 blocks_of_tiles(const Row& row) {
   return dim3(static_cast<unsigned>(row.n_slots() * ((row.C + kChannels - 1) / kChannels)));
 }
@@ -700,6 +703,7 @@ int forward(bool scan, int dtype, int S, int64_t T, int C, const int64_t* cu_seq
             const float* state, void* y, float* final_state, float* checkpoints, void* workspace, void* stream) {
   if (S == 0 || C == 0) return 0;
   const Row row{T, S, C, cu_seqlens, scan ? kSegment : kNoEnd};
+  if (!can_run(row)) return kInvalidValue;
   const dim3 grid = blocks_of_tiles(row);
   return with_dtype(dtype, [&](auto constant) {
     constexpr int kType = decltype(constant)::value;
@@ -722,6 +726,7 @@ int backward(bool scan, int dtype, int S, int64_t T, int C, const int64_t* cu_se
              void* stream) {
   if (S == 0 || C == 0) return 0;
   const Row row{T, S, C, cu_seqlens, scan ? kSegment : kNoEnd};
+  if (!can_run(row)) return kInvalidValue;
   const dim3 grid = blocks_of_tiles(row);
   return with_dtype(dtype, [&](auto constant) {
     constexpr int kType = decltype(constant)::value;

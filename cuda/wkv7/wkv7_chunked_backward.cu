@@ -917,7 +917,7 @@ constexpr int kSegmentWork = 2;  // with segments, times that without: summaries
 
 bool can_run(const Heads& heads) {
   constexpr int64_t kMost = 0x7fffffff;  // of blocks, and of what is counted in an int
-  const int64_t n_blocks = (static_cast<int64_t>(heads.S) + heads.T / kStateTokens) * heads.H * 4;
+  const int64_t n_blocks = (static_cast<int64_t>(heads.S) + heads.T / kStateTokens) * heads.H * 8;
   const int64_t states_size = int64_t{heads.H} * heads.N * heads.N;
   return heads.dtype == kBFloat16 && (heads.N == 64 || heads.N == 128) && heads.S >= 0 && heads.H >= 0 &&
          heads.T >= 0 && n_blocks <= kMost && states_size <= kMost;
