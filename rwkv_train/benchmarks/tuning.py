@@ -49,8 +49,10 @@ GRIDS = {
 
 
 class Tuned(NamedTuple):
-    """What was measured of one operator, as it stands in the file."""
+    """What was measured of one operator in one dtype, as it stands in the file."""
 
+    op: str
+    dtype: str
     cases: list[Json]
     """One for each head size and pass, with its points."""
     left_out: list[str]
@@ -97,7 +99,6 @@ def tune(
         stopwatch: measures one call.
         report: is told of every size.
     """
-    dtype_name = str(dtype).removeprefix("torch.")
     cases: list[Json] = []
     left_out: list[str] = []
 
@@ -108,12 +109,14 @@ def tune(
     can_load = _Loader(op, leave_out)
     for head_size, sizes in tuning_sizes(op, grid).items():
         points: dict[str, list[Json]] = {kind: [] for kind in PASSES}
+        run: dict[str, None] = {}
         for size in sizes:
             names = [
                 name
                 for name in default_backends(size, device, dtype)
                 if OPERATORS[op][name].in_auto and can_load(name, size, device, dtype)
             ]
+            run |= dict.fromkeys(names)
             try:
                 rows = bench_kernels([size], names, repeats, device=device, dtype=dtype, stopwatch=stopwatch)
             except (MemoryError, RuntimeError) as error:
@@ -125,32 +128,44 @@ def tune(
                 points[kind].append(_point(size, times))
                 report(f"{op} {size.label} {kind}: {_in_words(times)}")
         cases += [
-            {"op": op, "head_size": head_size, "dtype": dtype_name, "pass": kind, "points": found}
+            {"head_size": head_size, "pass": kind, "backends": list(run), "points": found}
             for kind, found in points.items()
         ]
-    return Tuned(cases, left_out)
+    return Tuned(op, str(dtype).removeprefix("torch."), cases, left_out)
 
 
-def table_text(chip: Chip, environment: Mapping[str, Any], repeats: int, tuned: Sequence[Tuned]) -> str:
+def add_measured(
+    measured: Sequence[Json], tuned: Tuned, environment: Mapping[str, Any], repeats: int
+) -> list[Json]:
+    """Return the entries of a table with a new one, which replaces what is there of its operator and dtype. Pure.
+
+    Args:
+        measured: the entries, as :func:`rwkv_train.ops.crossover.read_measured` reads them.
+        tuned: what the new one says.
+        environment: of :func:`rwkv_train.benchmarks.environment.describe_environment`, when it was measured.
+        repeats: timed calls of each of its measurements.
+    """
+    entry = {
+        "op": tuned.op,
+        "dtype": tuned.dtype,
+        "environment": dict(environment),
+        "repeats": repeats,
+        "left_out": tuned.left_out,
+        "cases": tuned.cases,
+    }
+    return list({(found["op"], found["dtype"]): found for found in [*measured, entry]}.values())
+
+
+def table_text(chip: Chip, measured: Sequence[Json]) -> str:
     """Return the file of a chip's table, as :mod:`rwkv_train.ops.crossover` reads it, one point a line.
 
     Args:
         chip: what was measured.
-        environment: of :func:`rwkv_train.benchmarks.environment.describe_environment`.
-        repeats: timed calls of each measurement.
-        tuned: what was measured, one for each operator.
+        measured: the entries, of :func:`add_measured`.
     """
-    head = {
-        "format": FORMAT,
-        "chip": chip.name,
-        "capability": chip.capability,
-        "environment": dict(environment),
-        "repeats": repeats,
-        "left_out": [what for found in tuned for what in found.left_out],
-    }
-    cases = ",\n".join(_case_text(case) for found in tuned for case in found.cases)
-    opened = json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}")
-    return f'{opened},\n "cases": [\n{cases}\n ]\n}}\n'
+    head = {"format": FORMAT, "chip": chip.name, "capability": chip.capability}
+    entries = ",\n".join(_entry_text(entry) for entry in measured)
+    return f'{_opened(head, indent=1)},\n "measured": [\n{entries}\n ]\n}}\n'
 
 
 def count_fastest(case: Mapping[str, Any]) -> dict[str, int]:
@@ -213,7 +228,18 @@ def _in_words(times: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {times[name]:.3g} ms" for name in sorted(times, key=times.__getitem__))
 
 
-def _case_text(case: Mapping[str, Any]) -> str:
+def _entry_text(entry: Json) -> str:
+    head = {name: value for name, value in entry.items() if name != "cases"}
+    cases = ",\n".join(_case_text(case) for case in entry["cases"])
+    return f'{_opened(head, indent=1)},\n "cases": [\n{cases}\n ]}}'
+
+
+def _case_text(case: Json) -> str:
     head = {name: value for name, value in case.items() if name != "points"}
     points = ",\n".join(f"   {json.dumps(point)}" for point in case["points"])
-    return f'  {json.dumps(head).removesuffix("}")}, "points": [\n{points}\n  ]}}'
+    return f'  {_opened(head)}, "points": [\n{points}\n  ]}}'
+
+
+def _opened(head: Json, indent: int | None = None) -> str:
+    """Return an object in JSON without its end, so that more can follow."""
+    return json.dumps(head, indent=indent, ensure_ascii=False).removesuffix("}").rstrip("\n")

@@ -170,9 +170,11 @@ def bench(
     environment = describe_environment(place) | {"load_before": round(os.getloadavg()[0], 2)}
     title = what.value
     if tune:
-        table = tuning_target(output, place, overwrite=overwrite)
+        table, measured_before = tuning_target(output, place, overwrite=overwrite)
         _prepare_target(table, "--output")
-        print_table(_table(title, tune_kernels(op, dtype, repeats, place, table, environment)))
+        print_table(
+            _table(title, tune_kernels(op, dtype, repeats, place, table, measured_before, environment))
+        )
         typer.echo(f"wrote {table}")
         return
     if what is What.KERNELS:

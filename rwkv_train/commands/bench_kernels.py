@@ -68,7 +68,14 @@ TableFile = Annotated[
         "name of the chip.",
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="With --tune: replace the table if it exists.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="With --tune, where the table exists: replace its times of what is measured (--op, --dtype) and keep all "
+        "others. What is no table of this chip is replaced whole.",
+    ),
+]
 
 _PICTURES = (".png", ".svg")
 
@@ -159,19 +166,37 @@ def measure_kernels(
     }
 
 
-def tuning_target(output: Path | None, device: "torch.device", *, overwrite: bool) -> Path:
-    """Return the file that a table of a device goes to.
+def tuning_target(
+    output: Path | None, device: "torch.device", *, overwrite: bool
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Return the file that a table of a device goes to, and the entries that are in it.
+
+    There are none where it is no table of this device, which is said.
 
     Raises:
-        ConfigError: it is there already.
+        ConfigError: it is there already, and is not to be overwritten or cannot be read.
         BackendError: the user has no home, where it would go by default.
     """
-    from rwkv_train.ops.crossover import user_folder
+    from rwkv_train.ops.crossover import read_measured, user_folder
 
-    path = output or user_folder() / _chip_of(device).file_name
-    if path.is_file() and not overwrite:
-        raise ConfigError(f"{path} is already there; choose another --output, or replace it with --overwrite")
-    return path
+    chip = _chip_of(device)
+    path = output or user_folder() / chip.file_name
+    if not path.is_file():
+        return path, []
+    if not overwrite:
+        raise ConfigError(
+            f"{path} is already there; choose another --output, or replace its times of what is measured now with "
+            "--overwrite"
+        )
+    try:
+        return path, read_measured(path, chip)
+    except OSError as error:
+        raise ConfigError(
+            f"--output {path} cannot be read, to keep what is in it: {error.strerror}"
+        ) from error
+    except ValueError as error:
+        typer.echo(f"{path} will be replaced whole: {error}", err=True)
+        return path, []
 
 
 def tune_kernels(
@@ -180,9 +205,12 @@ def tune_kernels(
     repeats: int,
     device: "torch.device",
     path: Path,
+    measured: list[dict[str, Any]],
     environment: "Mapping[str, Any]",
 ) -> list[dict[str, Any]]:
-    """Measure a chip's table and write it, whole, after each operator; return what to show of it.
+    """Measure for a chip's table and write it, whole, after each operator; return what to show of what was measured.
+
+    What is in the table (``measured``) of other operators and dtypes stays.
 
     Raises:
         ConfigError: there is no such operator.
@@ -190,7 +218,7 @@ def tune_kernels(
     from rwkv_train.benchmarks.kernel_sizes import choose_sizes
     from rwkv_train.benchmarks.kernels import DEFAULT_DTYPES
     from rwkv_train.benchmarks.stopwatch import cold_stopwatch
-    from rwkv_train.benchmarks.tuning import GRIDS, count_fastest, table_text, tune
+    from rwkv_train.benchmarks.tuning import GRIDS, add_measured, count_fastest, table_text, tune
     from rwkv_train.checkpoints.tensors import DTYPES
 
     chosen = dict.fromkeys(size.op for size in choose_sizes(device.type, ops))
@@ -209,11 +237,13 @@ def tune_kernels(
                 report=lambda line: typer.echo(line, err=True),
             )
         )
-        write_whole(path, table_text(_chip_of(device), environment, repeats, tuned).encode())
+        measured = add_measured(measured, tuned[-1], environment, repeats)
+        # Python's escapes of what is not UTF-8 in the command are JSON's too.
+        write_whole(path, table_text(_chip_of(device), measured).encode(errors="backslashreplace"))
         typer.echo(f"{op} is in {path}", err=True)
     return [
         {
-            "op": case["op"],
+            "op": found.op,
             "head size": case["head_size"],
             "pass": case["pass"],
             "sizes": len(case["points"]),

@@ -8,7 +8,7 @@ that is traced afterwards calls only ``torch.ops.rwkv_train.*``.
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from rwkv_train.ops.crossover import (
     COMMITTED_FOLDER,
     FORWARD,
     FORWARD_BACKWARD,
+    NEVER_MEASURED,
     Case,
     Chip,
     Speeds,
@@ -28,6 +29,7 @@ from rwkv_train.ops.crossover import (
     look_up,
     power_of_two_near,
     user_folder,
+    warn_of_unmeasured,
 )
 
 logger = logging.getLogger(__name__)
@@ -260,9 +262,37 @@ def speeds_for(op: str, problem: Problem) -> Speeds:
     with suppress(BackendError):  # a user without a home has no tables
         folders.insert(0, user_folder())
     tables = () if chip is None else find_tables(chip, tuple(folders))
+    return look_up(tables, chip, _case_of(op, problem), problem.n_recurrences, problem.n_tokens)
+
+
+def newer_backends(
+    backends: Mapping[str, Backend], problem: Problem, unavailable: Collection[str], speeds: Speeds
+) -> list[str]:
+    """Return what ``"auto"`` passes over only because it did not run when the problem's case was measured. Pure.
+
+    What ran then and has no time at this size is not among them: it does not fit into memory there, or is wrong, and
+    would be again. Where no backend that can run was measured the order of the table decides, and passes over none.
+
+    Args:
+        backends: the operator's table.
+        problem: what is to be computed.
+        unavailable: names that could not be loaded.
+        speeds: what was measured of problems like this.
+    """
+    runnable = [
+        name
+        for name, backend in backends.items()
+        if backend.in_auto and name not in unavailable and backend.refuses(problem) is None
+    ]
+    if speeds.milliseconds.keys().isdisjoint(runnable):
+        return []
+    known = {NEVER_MEASURED, *speeds.milliseconds, *speeds.backends}
+    return [name for name in runnable if name not in known]
+
+
+def _case_of(op: str, problem: Problem) -> Case:
     dtype = str(problem.dtype).removeprefix("torch.")
-    case = Case(op, problem.head_size, dtype, FORWARD_BACKWARD if problem.needs_backward else FORWARD)
-    return look_up(tables, chip, case, problem.n_recurrences, problem.n_tokens)
+    return Case(op, problem.head_size, dtype, FORWARD_BACKWARD if problem.needs_backward else FORWARD)
 
 
 _TABLES: dict[str, Mapping[str, Backend]] = {}
@@ -278,6 +308,8 @@ def _auto_name(op: str, *fields: Any) -> str:
 
 @functools.cache
 def _resolve_auto(op: str, problem: Problem) -> ResolvedBackend:
-    choice = _resolve(_TABLES[op], problem, AUTO, speeds_for(op, problem), _UNAVAILABLE.setdefault(op, {}))
+    speeds, unavailable = speeds_for(op, problem), _UNAVAILABLE.setdefault(op, {})
+    choice = _resolve(_TABLES[op], problem, AUTO, speeds, unavailable)
+    warn_of_unmeasured(_case_of(op, problem), newer_backends(_TABLES[op], problem, unavailable, speeds))
     logger.debug("%s: %s", op, choice.reason)
     return choice

@@ -2,12 +2,15 @@
 
 A table is a JSON file for one chip, which ``rwkv-train bench kernels --tune`` writes::
 
-    {"format": 1, "chip": "NVIDIA H200", "capability": 90, "environment": {...}, "repeats": 5, "left_out": [...],
-     "cases": [{"op": "wkv7", "head_size": 64, "dtype": "bfloat16", "pass": "forward+backward", "points": [
-         {"recurrences": 256, "tokens": 4096, "ms": {"cuda_exact": 9.1, "torch": 210.0}}, ...]}, ...]}
+    {"format": 2, "chip": "NVIDIA H200", "capability": 90, "measured": [
+      {"op": "wkv7", "dtype": "bfloat16", "environment": {...}, "repeats": 5, "left_out": [...], "cases": [
+        {"head_size": 64, "pass": "forward+backward", "backends": ["cuda_exact", "torch"], "points": [
+          {"recurrences": 256, "tokens": 4096, "ms": {"cuda_exact": 9.1, "torch": 210.0}}, ...]}, ...]}, ...]}
 
-``environment`` is what :mod:`rwkv_train.benchmarks.environment` says: versions, commit, command. At each point stands
-for all backends that were measured there the least time of some calls; the fastest is the one of the least time.
+An operator is measured in one dtype at a time, and what was measured together stands together: ``environment`` is what
+:mod:`rwkv_train.benchmarks.environment` says of it: versions, commit, command. ``backends`` are those that were run. At
+each point stands for all backends that were measured there the least time of some calls; the fastest is the one of the
+least time.
 
 Two places hold tables: the user's folder, beside the built kernels, and ``rwkv_train/ops/measured``, which is
 committed and comes with the wheel. A case that the user's table has is taken from there.
@@ -18,7 +21,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +29,15 @@ from rwkv_train.ops.build import default_cache_folder
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 FORWARD = "forward"
 FORWARD_BACKWARD = "forward+backward"
 COMMITTED_FOLDER = Path(__file__).parent / "measured"
 TUNE = "rwkv-train bench kernels --tune"
+NEVER_MEASURED = "reference"
+"""The loop over tokens: far from the fastest, and too slow to be timed at most sizes."""
+_DTYPE_OPTIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""Name of a dtype in torch -> what ``--dtype`` calls it."""
 _LARGEST_SIZE = 1 << 62
 
 
@@ -72,12 +79,21 @@ class Point(NamedTuple):
     """Name of a backend -> time of a call."""
 
 
+class MeasuredCase(NamedTuple):
+    """What a table has of a case."""
+
+    points: Sequence[Point]
+    backends: Collection[str]
+    """Those that were run, at some size at least; not all have a time at every point."""
+    version: str
+    """Of what it was measured with: the commit, outside of a checkout the version of this package."""
+
+
 class CrossoverTable(NamedTuple):
     """A file that was read."""
 
-    origin: str
-    """Its path, and what it was measured with."""
-    cases: Mapping[Case, Sequence[Point]]
+    path: Path
+    cases: Mapping[Case, MeasuredCase]
 
 
 class Speeds(NamedTuple):
@@ -87,6 +103,8 @@ class Speeds(NamedTuple):
     """Name of a backend -> measured time; empty where nothing was measured."""
     said: str
     """At which size, on what and by which table; or why nothing is known."""
+    backends: Collection[str] = ()
+    """All that were run when this case was measured, also what has no time here."""
 
 
 def user_folder() -> Path:
@@ -130,28 +148,50 @@ def read_table(path: Path, chip: Chip) -> CrossoverTable:
         OSError: there is none, or it cannot be read.
         ValueError: it is damaged, of another format or of another chip.
     """
+    content = path.read_bytes()
+    return CrossoverTable(path, _read_cases(content, chip))
+
+
+def read_measured(path: Path, chip: Chip) -> list[dict[str, Any]]:
+    """Read the entries of a chip's table as they stand in the file, to be written again beside new ones.
+
+    Raises:
+        OSError, ValueError: as :func:`read_table`.
+    """
+    content = path.read_bytes()
+    _read_cases(content, chip)
+    return list(json.loads(content)["measured"])
+
+
+def _read_cases(text: bytes, chip: Chip) -> dict[Case, MeasuredCase]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(text)
         found = content["format"]
         if found != FORMAT:
             raise ValueError(f"its format is {found!r}, and this rwkv-train reads {FORMAT}")
         measured_on = Chip(content["chip"], content["capability"])
         if measured_on != chip:
             raise ValueError(f"it was measured on {_text(measured_on)}, not on {_text(chip)}")
-        environment = content["environment"]
-        commit = environment["commit"]
-        version = environment["rwkv_train"] if commit is None else f"commit {commit}"
-        cases = {
-            Case(case["op"], case["head_size"], case["dtype"], case["pass"]): [
-                _read_point(point) for point in case["points"]
-            ]
-            for case in content["cases"]
-        }
+        cases = {}
+        for entry in content["measured"]:
+            op, dtype, version = entry["op"], entry["dtype"], _version_in(entry["environment"])
+            if not isinstance(op, str) or not isinstance(dtype, str):
+                raise ValueError(f"it is damaged: an entry is of {op!r} in {dtype!r}")
+            for case in entry["cases"]:
+                points = [_read_point(point) for point in case["points"]]
+                cases[Case(op, case["head_size"], dtype, case["pass"])] = MeasuredCase(
+                    points, frozenset(case["backends"]), version
+                )
     except KeyError as error:
         raise ValueError(f"it is no table of speeds, or damaged: it has no {error}") from error
     except (TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"it is no table of speeds, or damaged ({error})") from error
-    return CrossoverTable(f"{path}, measured with {version}", cases)
+    return cases
+
+
+def _version_in(environment: Mapping[str, Any]) -> str:
+    commit = environment["commit"]
+    return str(environment["rwkv_train"]) if commit is None else f"commit {commit}"
 
 
 def look_up(
@@ -177,8 +217,9 @@ def look_up(
         return Speeds({}, "no speeds were measured: the chip is not known")
     if not tables:
         return Speeds({}, f"no speeds were measured on {chip.name} ('{TUNE}' does that)")
-    table = next((table for table in tables if table.cases.get(case)), None)
-    if table is None:
+    having = ((table.path, table.cases[case]) for table in tables if case in table.cases)
+    path, measured = next(((path, found) for path, found in having if found.points), (None, None))
+    if measured is None:
         heads = "" if case.head_size is None else f"with heads of {case.head_size} "
         return Speeds(
             {}, f"no speeds of {case.op} {heads}in {case.dtype}, {case.kind}, were measured on {chip.name}"
@@ -190,11 +231,37 @@ def look_up(
         away = math.log2(point.n_recurrences / n_recurrences) ** 2 + math.log2(point.n_tokens / n_tokens) ** 2
         return away, point.n_tokens, point.n_recurrences
 
-    nearest = min(table.cases[case], key=distance)
+    nearest = min(measured.points, key=distance)
     width = "B C" if case.head_size is None else "B H"
     return Speeds(
         nearest.milliseconds,
-        f"{case.kind} at {width} = {nearest.n_recurrences}, T = {nearest.n_tokens} on {chip.name}; {table.origin}",
+        f"{case.kind} at {width} = {nearest.n_recurrences}, T = {nearest.n_tokens} on {chip.name}; "
+        f"{path}, measured with {measured.version}",
+        measured.backends,
+    )
+
+
+def warn_of_unmeasured(case: Case, names: Sequence[str]) -> None:
+    """Say, once a process for a case, that backends are newer than the times that it is chosen by."""
+    if names:
+        _warn_once(case, tuple(names))
+
+
+@functools.cache
+def _warn_once(case: Case, names: tuple[str, ...]) -> None:
+    heads = "" if case.head_size is None else f", heads of {case.head_size}"
+    dtype = _DTYPE_OPTIONS.get(case.dtype)
+    logger.warning(
+        "%s (%s, %s%s): 'auto' chooses by times that were measured without %s, which is therefore never chosen; "
+        "measure again with '%s --op %s%s --overwrite'",
+        case.op,
+        case.dtype,
+        case.kind,
+        heads,
+        " and ".join(names),
+        TUNE,
+        case.op,
+        "" if dtype is None else f" --dtype {dtype}",
     )
 
 

@@ -9,10 +9,19 @@ from rwkv_train.benchmarks import kernels
 from rwkv_train.benchmarks.kernel_sizes import KernelSize
 from rwkv_train.benchmarks.kernels import default_backends
 from rwkv_train.benchmarks.stopwatch import cold_stopwatch
-from rwkv_train.benchmarks.tuning import GRIDS, Grid, count_fastest, table_text, tune, tuning_sizes
+from rwkv_train.benchmarks.tuning import (
+    GRIDS,
+    Grid,
+    Tuned,
+    add_measured,
+    count_fastest,
+    table_text,
+    tune,
+    tuning_sizes,
+)
 from rwkv_train.errors import BackendError
 from rwkv_train.ops.backends import choose_backend
-from rwkv_train.ops.crossover import FORWARD, FORWARD_BACKWARD, Case, Chip, look_up, read_table
+from rwkv_train.ops.crossover import FORWARD, FORWARD_BACKWARD, Case, Chip, look_up, read_measured, read_table
 from rwkv_train.ops.prepare import OPERATORS
 
 CPU = torch.device("cpu")
@@ -58,12 +67,13 @@ def test_what_was_the_faster_one_is_what_auto_chooses(seconds, tmp_path, op):
     chip = Chip("a chip", None)
     path = tmp_path / chip.file_name
     environment = {"rwkv_train": "0.1.0", "commit": "abc", "command": "rwkv-train bench kernels --tune"}
-    path.write_text(table_text(chip, environment, 1, [found]))
+    path.write_text(table_text(chip, add_measured([], found, environment, 1)))
     table = read_table(path, chip)
 
     head_size, width = (None, 64) if op == "wkv4" else (64, 1)
     for kind in (FORWARD, FORWARD_BACKWARD):
-        points = table.cases[Case(op, head_size, "float32", kind)]
+        points, backends, version = table.cases[Case(op, head_size, "float32", kind)]
+        assert (backends, version) == ({"torch", "cpp"}, "commit abc")
         sizes = [(width, 1), (width, 3), (64 * width, 1)]
         assert [(point.n_recurrences, point.n_tokens) for point in points] == sizes
         for n_tokens, expected in ((1, "torch"), (4, "cpp")):
@@ -71,16 +81,49 @@ def test_what_was_the_faster_one_is_what_auto_chooses(seconds, tmp_path, op):
             speeds = look_up([table], chip, case, width, n_tokens)
             problem = kernels.problem_of_size(KernelSize(op, 1, n_tokens, 1, 64), CPU, torch.float32)
             assert choose_backend(OPERATORS[op], problem, "auto", speeds=speeds).name == expected
-    assert json.loads(path.read_text())["environment"] == environment
+    (entry,) = json.loads(path.read_text())["measured"]
+    assert (entry["environment"], entry["repeats"]) == (environment, 1)
     assert [count_fastest(case) for case in found.cases] == [{"torch": 2, "cpp": 1}] * 2
     assert found.left_out == []
     assert len(said) == 6
+
+
+def test_a_new_measurement_replaces_its_operator_and_dtype_and_leaves_the_others_and_their_commits(tmp_path):
+    chip, path = Chip("a chip", None), tmp_path / "table.json"
+
+    def add(op, dtype, milliseconds, commit, left_out=()):
+        point = {"recurrences": 8, "tokens": 1, "ms": {"torch": milliseconds}}
+        cases = [{"head_size": 64, "pass": FORWARD, "backends": ["torch"], "points": [point]}]
+        before = read_measured(path, chip) if path.exists() else []
+        environment = {"rwkv_train": "0.1.0", "commit": commit}
+        after = add_measured(before, Tuned(op, dtype, cases, list(left_out)), environment, repeats=5)
+        path.write_text(table_text(chip, after))
+
+    add("wkv7", "float32", 1.0, "one")
+    add("wkv7", "bfloat16", 2.0, "two", ["wkv7 cuda: no compiler"])
+    add("wkv6", "float32", 3.0, None)
+    add("wkv7", "float32", 4.0, "four")
+
+    table = read_table(path, chip)
+    found = {
+        (case.op, case.dtype): (measured.points[0].milliseconds["torch"], measured.version)
+        for case, measured in table.cases.items()
+    }
+    assert found == {
+        ("wkv7", "float32"): (4.0, "commit four"),
+        ("wkv7", "bfloat16"): (2.0, "commit two"),
+        ("wkv6", "float32"): (3.0, "0.1.0"),
+    }
+    assert [entry["left_out"] for entry in read_measured(path, chip)] == [[], ["wkv7 cuda: no compiler"], []]
+    case = Case("wkv7", 64, "bfloat16", FORWARD)
+    assert look_up([table], chip, case, 8, 1).said.endswith(f"; {path}, measured with commit two")
 
 
 def test_the_loop_and_what_auto_never_takes_are_not_measured(seconds, monkeypatch):
     monkeypatch.setitem(OPERATORS["wkv7"], "cpp", OPERATORS["wkv7"]["cpp"]._replace(in_auto=False))
     found, _ = tuned("wkv7", seconds, SMALL._replace(n_heads=(1,), n_tokens=(1,)))
     assert {name for case in found.cases for point in case["points"] for name in point["ms"]} == {"torch"}
+    assert [case["backends"] for case in found.cases] == [["torch"], ["torch"]]
 
 
 def test_what_cannot_be_loaded_is_left_out_once(seconds, monkeypatch):
@@ -92,6 +135,7 @@ def test_what_cannot_be_loaded_is_left_out_once(seconds, monkeypatch):
     assert found.left_out == ["wkv7 cpp: no compiler"]
     assert said[0] == "wkv7 cpp: no compiler"
     assert all(list(point["ms"]) == ["torch"] for case in found.cases for point in case["points"])
+    assert [case["backends"] for case in found.cases] == [["torch"], ["torch"]]
 
 
 def test_a_fast_wrong_kernel_is_left_out(seconds, monkeypatch):
@@ -104,6 +148,7 @@ def test_a_fast_wrong_kernel_is_left_out(seconds, monkeypatch):
     monkeypatch.setitem(OPERATORS["wkv7"], "cpp", row._replace(run=wrong))
     found, _ = tuned("wkv7", seconds, SMALL._replace(n_heads=(1,), n_tokens=(3,)))
     assert [list(point["ms"]) for case in found.cases for point in case["points"]] == [["torch"], ["torch"]]
+    assert [set(case["backends"]) for case in found.cases] == [{"torch", "cpp"}] * 2
     assert found.left_out == [
         f"wkv7 B1T3H1N64 cpp {kind}: its result differs by 0.25 from that of torch"
         for kind in ("forward", "forward+backward")

@@ -73,21 +73,37 @@ def test_tuning_writes_the_table_where_auto_finds_it_and_replaces_it_only_when_t
     assert "wkv7 B1T3H2N8 forward+backward: " in err
 
     cases = read_table(path, chip).cases
-    points = cases[Case("wkv7", 8, "float32", "forward+backward")]
+    points = cases[Case("wkv7", 8, "float32", "forward+backward")].points
     assert [(point.n_recurrences, point.n_tokens) for point in points] == [(2, 1), (2, 3)]
     assert all(set(point.milliseconds) == {"cpp", "torch"} for point in points)
     assert {case.op for case in cases} == {"wkv7", "wkv4"}
-    environment = json.loads(path.read_text())["environment"]
-    assert {"device", "torch", "commit", "command", "threads"} <= set(environment)
+    for entry in json.loads(path.read_text())["measured"]:
+        assert {"device", "torch", "commit", "command", "threads"} <= set(entry["environment"])
 
     before = path.read_bytes()
     code, out, err = tune("--op", "wkv5")
     assert (code, out) == (2, "")
-    assert f"{path} is already there; choose another --output, or replace it with --overwrite" in err
+    assert f"{path} is already there; choose another --output, or replace its times" in err
     assert path.read_bytes() == before
     code, _, err = tune("--op", "wkv5", "--overwrite", "--dtype", "bf16")
     assert code == 0, err
-    assert {(case.op, case.dtype) for case in read_table(path, chip).cases} == {("wkv5", "bfloat16")}
+    assert "replaced whole" not in err
+    after = read_table(path, chip).cases
+    assert {case: after[case] for case in cases} == cases
+    assert {(case.op, case.dtype) for case in set(after) - set(cases)} == {("wkv5", "bfloat16")}
+
+
+def test_what_is_no_table_of_this_chip_is_replaced_whole_when_told(tune, tmp_path):
+    chip, path = Chip(chip_name(torch.device("cpu")), None), tmp_path / "table.json"
+    path.write_text('{"format": 2, "chip": "another", "capability": null, "measured": []}')
+    arguments = ("--op", "wkv4", "--output", str(path))
+    code, _, err = tune(*arguments)
+    assert code == 2
+    assert "is already there" in err
+    code, _, err = tune(*arguments, "--overwrite")
+    assert code == 0, err
+    assert f"{path} will be replaced whole: it was measured on another, not on {chip.name}" in err
+    assert {case.op for case in read_table(path, chip).cases} == {"wkv4"}
 
 
 def test_tuning_that_is_stopped_keeps_the_operators_that_are_done(tune, monkeypatch, tmp_path):
@@ -102,7 +118,16 @@ def test_tuning_that_is_stopped_keeps_the_operators_that_are_done(tune, monkeypa
     code, _, _ = tune("--op", "wkv7", "--op", "wkv6", "--output", str(path))
     assert code == 130
     chip = Chip(chip_name(torch.device("cpu")), None)
-    assert {case.op for case in read_table(path, chip).cases} == {"wkv7"}
+    first = read_table(path, chip).cases
+    assert {case.op for case in first} == {"wkv7"}
+
+    # And what was there before.
+    again = ("--op", "wkv7", "--op", "wkv6", "--dtype", "bf16", "--overwrite")
+    code, _, _ = tune(*again, "--output", str(path))
+    assert code == 130
+    after = read_table(path, chip).cases
+    assert {case: after[case] for case in first} == first
+    assert {(case.op, case.dtype) for case in after} == {("wkv7", "float32"), ("wkv7", "bfloat16")}
 
 
 @pytest.mark.parametrize("name", ["roofs.png", "roofs.svg"])

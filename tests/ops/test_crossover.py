@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rwkv_train.ops.backends import (
     Backend,
     Problem,
     choose_backend,
+    newer_backends,
     prepare,
     problem_of,
     register_operator,
@@ -25,6 +27,7 @@ from rwkv_train.ops.crossover import (
     Case,
     Chip,
     CrossoverTable,
+    MeasuredCase,
     Point,
     Speeds,
     find_tables,
@@ -51,25 +54,23 @@ def speeds(**milliseconds):
 def table_of(**points):
     """A table with one case, whose points are named b8t128."""
     sizes = {name: name[1:].split("t") for name in points}
-    return CrossoverTable(
-        "a file",
-        {TRAINING: [Point(*map(int, sizes[name]), times) for name, times in points.items()]},
-    )
+    found = [Point(*map(int, sizes[name]), times) for name, times in points.items()]
+    return CrossoverTable(Path("a file"), {TRAINING: MeasuredCase(found, {"cuda", "torch"}, "commit abc")})
 
 
 def content(chip=H200, **changes):
     """What a file of a table holds."""
     point = {"recurrences": 256, "tokens": 4096, "ms": {"first": SLOW, "second": QUICK}}
-    case = {
-        "op": "wkv7",
-        "head_size": 64,
-        "dtype": "bfloat16",
-        "pass": FORWARD_BACKWARD,
-        "points": [point],
-    }
+    case = {"head_size": 64, "pass": FORWARD_BACKWARD, "backends": ["first", "second"], "points": [point]}
     environment = {"rwkv_train": "0.1.0", "commit": "0123456789ab"}
-    whole = {"format": 1, "chip": chip.name, "capability": chip.capability, "environment": environment}
-    return whole | {"cases": [case]} | changes
+    entry = {"op": "wkv7", "dtype": "bfloat16", "environment": environment, "cases": [case]}
+    whole = {"format": 2, "chip": chip.name, "capability": chip.capability}
+    return whole | {"measured": [entry]} | changes
+
+
+def content_of(chip=H200, **changes):
+    """The same with another entry."""
+    return content(chip, measured=[content()["measured"][0] | changes])
 
 
 def write(folder, table, chip=H200):
@@ -162,7 +163,10 @@ def test_the_nearest_point_on_the_logarithmic_grid_counts(sizes, expected):
 
 def test_where_the_speeds_come_from_is_said():
     found = look_up([table_of(b256t4096={"cuda": QUICK})], H200, TRAINING, 384, 4096)
-    assert found.said == "forward+backward at B H = 256, T = 4096 on NVIDIA H200; a file"
+    assert found.said == (
+        "forward+backward at B H = 256, T = 4096 on NVIDIA H200; a file, measured with commit abc"
+    )
+    assert found.backends == {"cuda", "torch"}
 
 
 @pytest.mark.parametrize(
@@ -196,8 +200,8 @@ def test_it_is_said_why_nothing_is_known(tables, chip, case, sizes, said):
 def test_a_users_table_counts_more_case_by_case(tmp_path):
     user, committed = tmp_path / "user", tmp_path / "committed"
     write(user, content())
-    other = content()["cases"][0] | {"op": "wkv6"}
-    write(committed, content(cases=[*content()["cases"], other]))
+    other = content_of(op="wkv6")
+    write(committed, content(measured=[*content()["measured"], *other["measured"]]))
     tables = find_tables(H200, (user, committed))
 
     found = look_up(tables, H200, TRAINING, 256, 4096)
@@ -215,7 +219,8 @@ POINT = {"recurrences": 1, "tokens": 1, "ms": {"cuda": 1.0}}
 
 
 def with_point(**changes):
-    return content(cases=[content()["cases"][0] | {"points": [POINT | changes]}])
+    case = content()["measured"][0]["cases"][0]
+    return content_of(cases=[case | {"points": [POINT | changes]}])
 
 
 @pytest.mark.parametrize(
@@ -224,13 +229,14 @@ def with_point(**changes):
         ("{", "it is no table of speeds, or damaged (Expecting property name"),
         ("[]", "it is no table of speeds, or damaged (list indices"),
         ("{}", "it is no table of speeds, or damaged: it has no 'format'"),
-        (json.dumps(content(format=2)), "its format is 2, and this rwkv-train reads 1"),
+        (json.dumps(content(format=1)), "its format is 1, and this rwkv-train reads 2"),
         (
             json.dumps(content(Chip("NVIDIA A100", 80))),
             "it was measured on NVIDIA A100 (sm_80), not on NVIDIA H200",
         ),
-        (json.dumps(content(cases=[{"op": "wkv7"}])), "it has no 'head_size'"),
-        (json.dumps(content(cases=None)), "it is no table of speeds, or damaged ("),
+        (json.dumps(content_of(cases=[{"points": [], "backends": []}])), "it has no 'head_size'"),
+        (json.dumps(content_of(cases=None)), "it is no table of speeds, or damaged ("),
+        (json.dumps(content_of(op=["wkv7"])), "an entry is of ['wkv7'] in 'bfloat16'"),
         ("[" * 100_000, "it is no table of speeds, or damaged (maximum recursion"),
         (json.dumps(with_point(tokens=0)), "the sizes of a point are (1, 0)"),
         (json.dumps(with_point(tokens=1 << 63)), "the sizes of a point are (1, 9223372036854775808)"),
@@ -247,6 +253,7 @@ def with_point(**changes):
         "chip",
         "case",
         "cases",
+        "operator",
         "deep",
         "size",
         "large",
@@ -262,7 +269,7 @@ def test_what_is_no_table_of_this_chip_is_passed_over_in_one_line(tmp_path, capl
     path.write_text(text)
     write(committed, content())
     tables = find_tables(H200, (user, committed))
-    assert [table.origin.split(",")[0] for table in tables] == [str(committed / H200.file_name)]
+    assert [table.path for table in tables] == [committed / H200.file_name]
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     message = record.getMessage()
@@ -352,7 +359,7 @@ def test_a_graph_for_many_sizes_stays_one(chosen_for):
 def test_a_run_takes_the_users_table_of_this_chip(monkeypatch, tmp_path):
     monkeypatch.setenv("RWKV_TRAIN_KERNELS", str(tmp_path))
     here = Chip("a chip of this test", None)
-    write(tmp_path / "crossover", content(here, cases=[content()["cases"][0] | {"op": "tested"}]), here)
+    write(tmp_path / "crossover", content_of(here, op="tested"), here)
     loaded = []
     register_operator(
         "tested",
@@ -383,3 +390,40 @@ def test_a_backend_that_cannot_be_loaded_is_tried_for_one_problem_only(monkeypat
     assert len(tried) == 1
     with pytest.raises(BackendError, match="no compiler"):
         prepare("tested too", ON_H200, "broken")
+
+
+def test_only_what_auto_could_take_and_was_not_there_when_it_was_measured_is_newer():
+    table = {
+        "refusing": row("it needs luck"),
+        "rough": row(in_auto=False),
+        "new": row(),
+        "broken": row(),
+        "too large here": row(),
+        "old": row(),
+        "reference": row(),
+    }
+    found = Speeds({"old": SLOW}, "at such a size", {"old", "too large here"})
+    assert newer_backends(table, ON_H200, {"broken": "no compiler"}, found) == ["new"]
+    # There the order of the table decides.
+    assert newer_backends(table, ON_H200, {"old": "no compiler"}, found) == []
+    assert newer_backends(table, ON_H200, {}, Speeds({}, "no speeds were measured")) == []
+
+
+def test_a_table_older_than_a_backend_is_warned_of_once_for_each_case(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("RWKV_TRAIN_KERNELS", str(tmp_path))
+    here = Chip("a chip with an old table", None)
+    write(tmp_path / "crossover", content_of(here, op="tested late"), here)
+    register_operator("tested late", {"new": row(), "first": row(), "second": row()})
+    problem = ON_H200._replace(capability=None, chip=here.name, n_recurrences=512, n_tokens=2048)
+    for n_tokens in (1024, 2048, 4096):
+        assert prepare("tested late", problem._replace(n_tokens=n_tokens), "auto").name == "second"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == (
+        "tested late (bfloat16, forward+backward, heads of 64): 'auto' chooses by times that were measured "
+        "without new, which is therefore never chosen; measure again with "
+        "'rwkv-train bench kernels --tune --op tested late --dtype bf16 --overwrite'"
+    )
+    # Of what the table does not have no old time is looked at, and the new one is chosen.
+    assert prepare("tested late", problem._replace(dtype=torch.float32), "auto").name == "new"
+    assert len(caplog.records) == 1

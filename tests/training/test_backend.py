@@ -33,10 +33,9 @@ def test_measured_speeds_count_at_the_sizes_of_a_micro_batch(
     # 4 samples of 16 tokens, 2 heads of 16 or 32 channels. Only at that size "torch" is the faster one.
     others = [(n_recurrences // 2, 16), (2 * n_recurrences, 16), (n_recurrences, 8), (n_recurrences, 32)]
     case = {
-        "op": "wkv4" if model else "wkv7",
         "head_size": head_size,
-        "dtype": "float32",
         "pass": "forward+backward",
+        "backends": ["torch", "cpp"],
         "points": [
             point(n_recurrences, 16, torch=1.0, cpp=2.0),
             *(point(*sizes, torch=2.0, cpp=1.0) for sizes in others),
@@ -44,11 +43,17 @@ def test_measured_speeds_count_at_the_sizes_of_a_micro_batch(
     }
     chip = Chip(chip_name(CPU), None)
     table = {
-        "format": 1,
+        "format": 2,
         "chip": chip.name,
         "capability": None,
-        "environment": {"rwkv_train": "0.1.0", "commit": None},
-        "cases": [case],
+        "measured": [
+            {
+                "op": "wkv4" if model else "wkv7",
+                "dtype": "float32",
+                "environment": {"rwkv_train": "0.1.0", "commit": None},
+                "cases": [case],
+            }
+        ],
     }
     (tmp_path / "crossover").mkdir()
     (tmp_path / "crossover" / chip.file_name).write_text(json.dumps(table))
