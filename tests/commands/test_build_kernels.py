@@ -167,7 +167,7 @@ def test_a_signal_ends_it_and_its_compilers_at_once_and_nothing_is_left(nvcc, fo
     begun = tmp_path / "begun"
     nvcc.write_text(NVCC.replace("while", f"echo $$ >> {begun}; sleep 300\nwhile", 1))
     process = start(folder)
-    wait_until(lambda: begun.exists() and len(begun.read_text().split()) == 2)
+    wait_until(lambda: begun.exists() and len(begun.read_text().split()) >= 2)
     assert end(process, number) == code
     assert list(folder.iterdir()) == []
     # An ended one may still be listed until its new parent has noticed.
