@@ -26,6 +26,8 @@ class Row(NamedTuple):
     text: object
     domain: object
     """``None`` where the dataset has no column for it; that of ``meta`` where no column was chosen."""
+    fields: dict[str, object] | None = None
+    """All columns, where the dataset was opened for whole rows; then text and domain are ``None``."""
 
 
 class TextDataset:
@@ -34,25 +36,31 @@ class TextDataset:
     Args:
         spec: what it is called and where its text is.
         dataset: the library's dataset, of either kind.
+        whole_rows: give all columns; then none has to be there.
 
     Raises:
         DataError: it has no such column.
     """
 
-    def __init__(self, spec: DatasetConfig, dataset: Any) -> None:
+    def __init__(self, spec: DatasetConfig, dataset: Any, *, whole_rows: bool = False) -> None:
         self.spec = spec
+        self._whole_rows = whole_rows
         known = dataset.column_names
+        if whole_rows:
+            known = []
         if known is None:  # a streamed dataset may learn its columns from its first row only
             known = list(next(_guarded(spec, iter(dataset)), {}))
         self._domain_column = spec.domain_column or (_META if _META in known else None)
-        wanted = [name for name in (spec.text_column, self._domain_column) if name is not None]
+        wanted = [
+            name for name in (spec.text_column, self._domain_column) if name is not None and not whole_rows
+        ]
         for column in wanted:
             if column not in known:
                 raise DataError(
                     f"the dataset {show(spec)} has no column {column!r}; it has "
                     f"{', '.join(map(repr, known)) or 'none'}: name one in text_column and domain_column"
                 )
-        self._dataset = dataset.select_columns(list(dict.fromkeys(wanted)))
+        self._dataset = dataset if whole_rows else dataset.select_columns(list(dict.fromkeys(wanted)))
         self._is_streamed = not hasattr(dataset, "__len__")
         self._first_state: DatasetState | None = self._dataset.state_dict() if self._is_streamed else None
         self._state_at_start: DatasetState | None = None
@@ -95,6 +103,8 @@ class TextDataset:
 
     def _row(self, number: int, row: dict[str, object]) -> Row:
         self._has_started = True
+        if self._whole_rows:
+            return Row(number, None, None, row)
         domain_column = self._domain_column
         return Row(number, row[self.spec.text_column], None if domain_column is None else row[domain_column])
 
@@ -113,13 +123,14 @@ class TextDataset:
         return row.text
 
 
-def open_text_dataset(spec: DatasetConfig, *, streaming: bool) -> TextDataset:
+def open_text_dataset(spec: DatasetConfig, *, streaming: bool, whole_rows: bool = False) -> TextDataset:
     """Open a dataset.
 
     Args:
         spec: what it is called and where its text is.
         streaming: read it as it comes over the network, or file by file, instead of downloading and converting it
             whole first. What ``save_to_disk`` wrote is read where it lies in either case.
+        whole_rows: as :class:`TextDataset` takes it.
 
     Raises:
         DataError: there is no such dataset, configuration, split, file or column, or it cannot be reached.
@@ -128,7 +139,7 @@ def open_text_dataset(spec: DatasetConfig, *, streaming: bool) -> TextDataset:
 
     folder = Path(spec.path).expanduser()
     if folder.is_dir() and any((folder / name).is_file() for name in _SAVED_BY_LIBRARY):
-        return TextDataset(spec, _open_saved(spec, folder))
+        return TextDataset(spec, _open_saved(spec, folder), whole_rows=whole_rows)
     if not folder.exists() and (folder.is_absolute() or spec.path.startswith((".", "~"))):
         raise DataError(f"the dataset {show(spec)} cannot be opened: there is no folder {folder}")
     if spec.path in _KINDS_OF_FILES and not spec.data_files:
@@ -155,7 +166,7 @@ def open_text_dataset(spec: DatasetConfig, *, streaming: bool) -> TextDataset:
         # Of a file that it cannot convert they say nothing, but what they were raised from does.
         cause = f" ({_one_line(error.__cause__)})" if error.__cause__ is not None else ""
         raise DataError(f"the dataset {show(spec)} cannot be opened: {_one_line(error)}{cause}") from error
-    return TextDataset(spec, dataset)
+    return TextDataset(spec, dataset, whole_rows=whole_rows)
 
 
 def show(spec: DatasetConfig) -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "Document",
     "FileSource",
     "NoDocumentsError",
+    "Record",
     "Source",
     "SourceIdentity",
     "SourceOptions",
@@ -60,6 +61,15 @@ class BadRecord(NamedTuple):
         return f"{self.where}: {self.why}"
 
 
+class Record(NamedTuple):
+    """A record with all its fields."""
+
+    where: str
+    """As in :class:`BadRecord`."""
+    fields: dict[str, object]
+    """Strings, numbers, lists and objects, as in JSON."""
+
+
 class NoDocumentsError(DataError):
     """A file is as it should be, and has no records: alone it is refused, in a folder passed over."""
 
@@ -81,6 +91,8 @@ class SourceOptions(NamedTuple):
     """Read it as it comes over the network, instead of downloading it whole first."""
     pair_tokenizer: str | None = None
     """What ``load_tokenizer`` takes, for a ``.bin/.idx`` pair without a sidecar that names it."""
+    whole_records: bool = False
+    """Read all fields, for :meth:`Block.whole_records`; then no column has to be there."""
 
 
 COLUMN_OPTIONS = frozenset({"text_column", "domain_column"})
@@ -98,6 +110,13 @@ class Block(Protocol):
 
         Raises:
             DataError: what the block points to cannot be read.
+        """
+
+    def whole_records(self) -> Iterator[Record | BadRecord]:
+        """Yield the same records with all their fields; the source must have been opened for it.
+
+        Raises:
+            DataError: as :meth:`records`.
         """
 
 

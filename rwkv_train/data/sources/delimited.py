@@ -15,7 +15,7 @@ from rwkv_train.data.sources.base import (
     show_path,
 )
 from rwkv_train.data.sources.lines import cut_lines
-from rwkv_train.data.sources.rows import Row, RowBlock, require_columns
+from rwkv_train.data.sources.rows import Row, RowBlock, require_columns, require_each_once
 from rwkv_train.errors import DataError
 
 
@@ -65,8 +65,11 @@ class _Reader:
         delimiter = "\t" if ".tsv" in map(str.lower, path.suffixes) else ","
         self._reader = csv.reader(self._lines(), delimiter=delimiter, strict=True)
         header = self._read_header()
-        domain_column = require_columns(self._name, header, options)
         self._n_fields = len(header)
+        self._columns = require_each_once(self._name, header) if options.whole_records else None
+        if self._columns is not None:
+            return
+        domain_column = require_columns(self._name, header, options)
         self._text = header.index(options.text_column)
         self._domain = None if domain_column is None else header.index(domain_column)
 
@@ -99,6 +102,8 @@ class _Reader:
             return BadRecord(where, f"{len(fields)} fields, wanted {self._n_fields} as in the header")
         if any("\0" in field for field in fields):
             return BadRecord(where, "holds NUL bytes: it is damaged, or not UTF-8")
+        if self._columns is not None:
+            return Row(number, None, None, dict(zip(self._columns, map(_as_read, fields), strict=True)))
         domain = None if self._domain is None else _as_read(fields[self._domain])
         return Row(number, _as_read(fields[self._text]), domain)
 

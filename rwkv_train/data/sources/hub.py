@@ -1,6 +1,7 @@
 """A dataset of Hugging Face's library, row by row."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,7 +27,9 @@ _MAX_ROWS = 1 << 14  # of a block
 
 
 class HubSource(Source):
-    """A dataset; rows are counted from 0, as the library does. Its size is that of its texts in UTF-8.
+    """A dataset; rows are counted from 0, as the library does.
+
+    Its size is that of its texts in UTF-8, or of whole records as JSON.
 
     Args:
         path: its name on the hub, or a local folder.
@@ -50,7 +53,9 @@ class HubSource(Source):
             text_column=options.text_column,
             domain_column=options.domain_column,
         )
-        self._dataset = open_text_dataset(spec, streaming=options.dataset_streaming)
+        self._dataset = open_text_dataset(
+            spec, streaming=options.dataset_streaming, whole_rows=options.whole_records
+        )
         self.name = HUB_PREFIX + show_path(show(spec))
         self.n_bytes = None
         self._identity: SourceIdentity | None = None
@@ -72,9 +77,10 @@ class HubSource(Source):
         rows: list[Row | BadRecord] = []
         n_rows, n_bytes, n_total = 0, 0, 0
         texts = hashlib.sha256()
-        for number, text, domain in self._dataset.rows():
-            rows.append(Row(number, text, domain))
-            data = text.encode(errors="surrogatepass") if isinstance(text, str) else b""
+        for number, text, domain, fields in self._dataset.rows():
+            rows.append(Row(number, text, domain, fields))
+            shown = text if fields is None else json.dumps(fields, default=str)
+            data = shown.encode(errors="surrogatepass") if isinstance(shown, str) else b""
             texts.update(len(data).to_bytes(8, "little") + data)
             n_rows += 1
             n_bytes += len(data)

@@ -10,6 +10,7 @@ from rwkv_train.data.sources.base import (
     Document,
     FileSource,
     NoDocumentsError,
+    Record,
     SourceOptions,
     show_path,
 )
@@ -43,15 +44,37 @@ class JsonLinesBlock(NamedTuple):
 
     def records(self) -> Iterator[Document | BadRecord]:
         """Yield a document for each line that holds one."""
+        for where, line in self._lines():
+            try:
+                yield _document(line, self.options)
+            except DataError as error:
+                yield BadRecord(where, str(error))
+
+    def whole_records(self) -> Iterator[Record | BadRecord]:
+        """Yield each line that is an object."""
+        for where, line in self._lines():
+            try:
+                yield Record(where, _parse(line, "the fields of a record"))
+            except DataError as error:
+                yield BadRecord(where, str(error))
+
+    def _lines(self) -> Iterator[tuple[str, bytes]]:
         for number, line in enumerate(self.lines.data.split(b"\n"), start=self.lines.first):
             if line and not line.isspace():
-                try:
-                    yield _parse(line, self.options)
-                except DataError as error:
-                    yield BadRecord(f"{show_path(self.lines.path)}, line {number}", str(error))
+                yield f"{show_path(self.lines.path)}, line {number}", line
 
 
-def _parse(line: bytes, options: SourceOptions) -> Document:
+def _document(line: bytes, options: SourceOptions) -> Document:
+    key = options.text_column
+    record = _parse(line, f'"{key}"')
+    if key not in record:
+        raise DataError(f'the object has no "{key}"')
+    if options.domain_column is None:
+        return Document(text_of(record[key], key), domain_of_meta(record.get("meta")))
+    return Document(text_of(record[key], key), domain_of_field(record.get(options.domain_column)))
+
+
+def _parse(line: bytes, wanted: str) -> dict[str, object]:
     try:
         record = json.loads(decode(line))
     except json.JSONDecodeError as error:
@@ -60,11 +83,6 @@ def _parse(line: bytes, options: SourceOptions) -> Document:
         raise DataError(f"not JSON that can be read: {error}") from error
     except RecursionError as error:
         raise DataError("not JSON that can be read: it is nested too deeply") from error
-    key = options.text_column
     if not isinstance(record, dict):
-        raise DataError(f'wanted an object with "{key}", found a {type(record).__name__}')
-    if key not in record:
-        raise DataError(f'the object has no "{key}"')
-    if options.domain_column is None:
-        return Document(text_of(record[key], key), domain_of_meta(record.get("meta")))
-    return Document(text_of(record[key], key), domain_of_field(record.get(options.domain_column)))
+        raise DataError(f"wanted an object with {wanted}, found a {type(record).__name__}")
+    return record

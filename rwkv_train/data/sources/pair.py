@@ -12,6 +12,7 @@ from rwkv_train.data.sources.base import (
     BadRecord,
     Block,
     Document,
+    Record,
     Source,
     SourceIdentity,
     SourceOptions,
@@ -113,6 +114,14 @@ class PairBlock(NamedTuple):
                 yield Document(_decode(document.tokens, tokenizer), document.domain)
             except DataError as error:
                 yield BadRecord(f"{self.name}, document {document.number}", str(error))
+
+    def whole_records(self) -> Iterator[Record | BadRecord]:
+        """Yield each document as a record with the one field "text"."""
+        for document, record in zip(self.documents, self.records(), strict=True):
+            if isinstance(record, BadRecord):
+                yield record
+            else:
+                yield Record(f"{self.name}, document {document.number}", {"text": record.text})
 
 
 @lru_cache(maxsize=2)

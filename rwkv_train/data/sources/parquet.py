@@ -16,7 +16,7 @@ from rwkv_train.data.sources.base import (
     SourceOptions,
     show_path,
 )
-from rwkv_train.data.sources.rows import Row, RowBlock, require_columns
+from rwkv_train.data.sources.rows import Row, RowBlock, require_columns, require_each_once
 from rwkv_train.errors import DataError
 
 _MAX_ROWS = 1 << 12  # of a block: a dictionary may make many long texts of few bytes
@@ -41,6 +41,10 @@ class ParquetSource(FileSource):
         super().__init__(path, options)
         with _guarded(path), self._open() as file:
             schema = file.schema_arrow
+            self._domain_column: str | None = None
+            if options.whole_records:
+                require_each_once(self.name, schema.names)
+                return
             self._domain_column = require_columns(self.name, schema.names, options)
             self._require_type(schema.field(options.text_column), "--text-column", _is_text)
             if options.domain_column is not None:
@@ -70,8 +74,10 @@ class ParquetSource(FileSource):
             raise DataError(f"{self.name} is damaged: it tells of {n_total} rows and holds {n_rows}")
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
-        columns = [name for name in (self.options.text_column, self._domain_column) if name is not None]
         with self._open() as file:
+            columns = [name for name in (self.options.text_column, self._domain_column) if name is not None]
+            if self.options.whole_records:
+                columns = file.schema_arrow.names
             for group in range(file.num_row_groups):
                 metadata = file.metadata.row_group(group)
                 of_columns = (metadata.column(index) for index in range(metadata.num_columns))
@@ -84,6 +90,10 @@ class ParquetSource(FileSource):
                 yield from file.iter_batches(n_rows, row_groups=[group], columns=columns, use_threads=False)
 
     def _rows(self, batch: pa.RecordBatch, n_before: int) -> Iterator[Row]:
+        if self.options.whole_records:
+            for number, fields in enumerate(batch.to_pylist(), start=n_before + 1):
+                yield Row(number, None, None, fields)
+            return
         texts = _values(batch.column(self.options.text_column))
         domains = (
             [None] * len(texts) if self._domain_column is None else _values(batch.column(self._domain_column))

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from rwkv_train.data.sources.base import BadRecord, Document, SourceOptions
-from rwkv_train.data.sources.values import domain_of_field, domain_of_meta, show_names, text_of
+from rwkv_train.data.sources.base import BadRecord, Document, Record, SourceOptions
+from rwkv_train.data.sources.values import decode, domain_of_field, domain_of_meta, show_names, text_of
 from rwkv_train.errors import DataError
 
 
@@ -14,6 +14,8 @@ class Row(NamedTuple):
     number: int
     text: object
     domain: object
+    fields: dict[str, object] | None = None
+    """All values by column, where the source was opened for whole records."""
 
 
 class RowBlock(NamedTuple):
@@ -38,6 +40,23 @@ class RowBlock(NamedTuple):
             except DataError as error:
                 yield BadRecord(f"{self.where} {row.number}", str(error))
 
+    def whole_records(self) -> Iterator[Record | BadRecord]:
+        """Yield each row with all its columns."""
+        for row in self.rows:
+            if isinstance(row, BadRecord):
+                yield row
+                continue
+            assert row.fields is not None, "the source was not opened for whole records"
+            where = f"{self.where} {row.number}"
+            try:
+                yield Record(where, {name: _decoded(value) for name, value in row.fields.items()})
+            except DataError as error:
+                yield BadRecord(where, str(error))
+
+
+def _decoded(value: object) -> object:
+    return decode(value) if isinstance(value, bytes) else value
+
 
 def require_columns(name: str, columns: list[str], options: SourceOptions) -> str | None:
     """Return the column of the domain, or ``None`` where there is none.
@@ -60,3 +79,14 @@ def require_columns(name: str, columns: list[str], options: SourceOptions) -> st
             f"{show_names(columns)}: choose another one with {option}"
         )
     return wanted["--domain-column"] if wanted["--domain-column"] in columns else None
+
+
+def require_each_once(name: str, columns: list[str]) -> list[str]:
+    """Return the columns of a table, of which no two may have one name.
+
+    Raises:
+        DataError: two have.
+    """
+    if twice := [column for column in columns if columns.count(column) > 1]:
+        raise DataError(f"{name} has {columns.count(twice[0])} columns {twice[0]!r}: rename all but one")
+    return columns

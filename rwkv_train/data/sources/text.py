@@ -11,6 +11,7 @@ from rwkv_train.data.sources.base import (
     Block,
     Document,
     FileSource,
+    Record,
     cannot_read,
     show_path,
 )
@@ -49,6 +50,15 @@ class TextBlock(NamedTuple):
     def records(self) -> Iterator[Document | BadRecord]:
         """Yield a document for each file."""
         return map(_read, self.files)
+
+    def whole_records(self) -> Iterator[Record | BadRecord]:
+        """Yield each file as a record with the one field "text"."""
+        for file in self.files:
+            document = _read(file)
+            if isinstance(document, BadRecord):
+                yield document
+            else:
+                yield Record(show_path(file.path), {"text": document.text})
 
 
 def group_text_files(files: Iterator[TextFile]) -> Iterator[TextBlock]:
