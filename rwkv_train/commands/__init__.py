@@ -29,6 +29,7 @@ from rwkv_train.commands.init_weights import init_weights
 from rwkv_train.commands.inspect import inspect
 from rwkv_train.commands.prepare_data import prepare_data
 from rwkv_train.commands.pretrain import pretrain
+from rwkv_train.commands.preview_data import preview_data
 from rwkv_train.errors import RwkvTrainError
 
 USER_CAN_REPAIR = 2
@@ -56,6 +57,7 @@ app = typer.Typer(
 _COMMANDS = (
     pretrain,
     prepare_data,
+    preview_data,
     eval_ppl,
     eval_lambada,
     eval_harness,

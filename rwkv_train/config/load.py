@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from rwkv_train.assets import find_asset_folder
 from rwkv_train.config.base import Config
+from rwkv_train.config.finetune import FinetuneConfig
 from rwkv_train.config.model import ModelConfig, RwkvConfig
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.errors import ConfigError
@@ -29,7 +30,7 @@ _ARCHITECTURES: dict[str, type[RwkvConfig]] = {
 
 _TAGS: dict[str, type[Config] | None] = {
     **_ARCHITECTURES,
-    **dict.fromkeys(("ranks", "rule", "prefix", "mixture")),
+    **dict.fromkeys(("ranks", "rule", "prefix", "mixture", "parts")),
 }
 """Names of union members in pydantic's locations, and the class that each one selects."""
 
@@ -43,9 +44,13 @@ _NOT_IN_PUBLISHED_WEIGHTS = frozenset({"head_size_divisor"})
 """Settings of the model that only our own files of weights hold: the file of settings may differ from these."""
 
 
-def list_presets() -> dict[str, Path]:
-    """Return the shipped configurations: name (the file's stem) -> path."""
-    return {path.stem: path for path in sorted(find_asset_folder("configs").rglob("*.yaml"))}
+def list_presets(*, of_finetuning: bool = False) -> dict[str, Path]:
+    """Return the shipped configurations of pretraining, or of finetuning: name (the file's stem) -> path."""
+    folder = find_asset_folder("configs")
+    paths = [
+        path for path in sorted(folder.rglob("*.yaml")) if (path.parent.name == "finetune") == of_finetuning
+    ]
+    return {path.stem: path for path in paths}
 
 
 def read_tree(config: str, overrides: Sequence[str] = ()) -> Tree:
@@ -60,7 +65,7 @@ def read_tree(config: str, overrides: Sequence[str] = ()) -> Tree:
     Raises:
         ConfigError: there is no such file or preset, it is not YAML, or an override is malformed.
     """
-    tree = _parse_file(_find_config(config))
+    tree = _parse_file(_find_config(config, list_presets()))
     _make_room_for_arch(tree, overrides)
     if any(override.startswith(_LENGTHS) for override in overrides) and isinstance(tree.get("trainer"), dict):
         for length in _LENGTHS:
@@ -97,6 +102,25 @@ def load_train_config(config: str, overrides: Sequence[str] = ()) -> TrainConfig
     return check_tree(read_tree(config, overrides))
 
 
+def load_finetune_config(config: str, overrides: Sequence[str] = ()) -> FinetuneConfig:
+    """Read and check the settings of a run on chat data.
+
+    Args:
+        config: path of a YAML file, or the name of a preset of ``configs/finetune``.
+        overrides: as :func:`read_tree`.
+
+    Raises:
+        ConfigError: as :func:`read_tree` and :func:`check_tree`.
+    """
+    tree = _parse_file(_find_config(config, list_presets(of_finetuning=True)))
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return FinetuneConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _as_config_error(error, root=FinetuneConfig) from None
+
+
 def fill_sizes(tree: Tree, sizes: Mapping[str, Any]) -> Tree:
     """Return ``tree`` with the sizes of the weights that ``model.init_from`` names.
 
@@ -119,11 +143,10 @@ def fill_sizes(tree: Tree, sizes: Mapping[str, Any]) -> Tree:
     return {**tree, "model": model}
 
 
-def _find_config(name: str) -> Path:
+def _find_config(name: str, presets: Mapping[str, Path]) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    presets = list_presets()
     if name in presets:
         return presets[name]
     if path.suffix in {".yaml", ".yml"} or path.parent != Path():
@@ -209,23 +232,23 @@ def _make_room_for_arch(tree: Tree, overrides: Sequence[str]) -> None:
                 model.pop(name, None)
 
 
-def _as_config_error(error: ValidationError, *section: str) -> ConfigError:
+def _as_config_error(error: ValidationError, *section: str, root: type[Config] = TrainConfig) -> ConfigError:
     problems = [
-        _sentence(detail, (*section, *detail["loc"]))
+        _sentence(detail, (*section, *detail["loc"]), root)
         for detail in error.errors(include_url=False)
         if detail["type"] != "default_factory_not_called"  # it follows from another problem
     ]
     return ConfigError("; ".join(dict.fromkeys(problems)))
 
 
-def _sentence(detail: ErrorDetails, location: tuple[int | str, ...]) -> str:
+def _sentence(detail: ErrorDetails, location: tuple[int | str, ...], root: type[Config]) -> str:
     """Say what is wrong with one setting, by its dotted name."""
-    owner, names = _follow(location)
+    owner, names = _follow(location, root)
     name = ".".join(names) or "the settings"
     found = detail["input"]
     match detail["type"]:
         case "extra_forbidden":
-            return f"{name}: no such setting; {_nearest(names[-1], owner)}"
+            return f"{name}: no such setting; {_nearest(names[-1], owner, root)}"
         case "missing":
             return f"{name}: it must be set"
         case "union_tag_not_found" | "union_tag_invalid" if found.get("arch") is None:
@@ -241,14 +264,14 @@ def _sentence(detail: ErrorDetails, location: tuple[int | str, ...]) -> str:
             return f"{name} is {_show(found)} but {wanted[0].lower()}{wanted[1:]}"
 
 
-def _follow(location: tuple[int | str, ...]) -> tuple[type[Config], list[str]]:
+def _follow(location: tuple[int | str, ...], root: type[Config]) -> tuple[type[Config], list[str]]:
     """Walk pydantic's location, dropping the tags of unions, which no user wrote.
 
     Returns:
         The settings class that should hold the last name, and the names.
     """
-    classes: tuple[type[Config], ...] = (TrainConfig,)
-    owner: type[Config] = TrainConfig
+    classes: tuple[type[Config], ...] = (root,)
+    owner = root
     names: list[str] = []
     for part in map(str, location):
         if part in _TAGS:
@@ -271,11 +294,11 @@ def _classes_in(annotation: Any) -> tuple[type[Config], ...]:
     return (annotation,) if isinstance(annotation, type) and issubclass(annotation, Config) else ()
 
 
-def _nearest(name: str, owner: type[Config]) -> str:
+def _nearest(name: str, owner: type[Config], root: type[Config]) -> str:
     having = [arch for arch, config in _ARCHITECTURES.items() if name in config.model_fields]
     if having and issubclass(owner, RwkvConfig):
         return f"only {_listed(having, 'and')} {'has' if len(having) == 1 else 'have'} it"
-    for section, field in TrainConfig.model_fields.items():
+    for section, field in root.model_fields.items():
         for config in _classes_in(field.annotation):
             if name in config.model_fields:
                 return f"did you mean '{section}.{name}'?"

@@ -11,6 +11,7 @@ HEAVY = {"torch", "lightning", "deepspeed", "datasets", "wandb", "numpy", "matpl
 COMMANDS = [
     "pretrain",
     "prepare-data",
+    "preview-data",
     "eval-ppl",
     "eval-lambada",
     "eval-harness",

@@ -1,0 +1,133 @@
+"""What a run on chat data would see: samples with what is learned, lengths, and what was left out."""
+
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from rwkv_train.config.finetune import InstructDataConfig
+from rwkv_train.data.instruct.reading import ReadDataset, read_conversations
+from rwkv_train.data.instruct.samples import ConversationOrder
+from rwkv_train.data.instruct.tokens import TokenizedConversation
+from rwkv_train.tokenizers import Tokenizer, load_tokenizer
+
+
+class Span(NamedTuple):
+    """A part of a sample, decoded from its tokens."""
+
+    text: str
+    is_learned: bool
+    is_end: bool = False
+    """It is an end-of-document token, which has no text."""
+
+
+class PreviewSample(NamedTuple):
+    """One conversation as the model gets it."""
+
+    where: str
+    n_tokens: int
+    """Positions that the model reads."""
+    n_learned: int
+    spans: tuple[Span, ...]
+
+
+class DatasetSummary(NamedTuple):
+    """What one dataset came to."""
+
+    path: str
+    weight: float
+    n_records: int
+    n_kept: int
+    n_tokens: int
+    n_learned: int
+    longest: int
+    """Tokens of its longest conversation."""
+    n_segmented: int
+    """Conversations longer than ctx_len, which are read in segments."""
+    n_cut_otherwise: int
+    """Conversations whose tokens are not those of their whole text: inference that tokenizes the prompt sees ours."""
+    left_out: dict[str, int]
+    """Records by reason."""
+    examples: dict[str, list[str]]
+    """The first ones of each reason."""
+
+
+class Preview(NamedTuple):
+    """What ``rwkv-train preview-data`` prints."""
+
+    datasets: tuple[DatasetSummary, ...]
+    histogram: tuple[tuple[int, int], ...]
+    """``(limit, count)``: conversations of at most ``limit`` tokens and more than the limit before; powers of two."""
+    samples: tuple[PreviewSample, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON's types."""
+        return {
+            "datasets": [dataset._asdict() for dataset in self.datasets],
+            "histogram": [
+                {"at_most_tokens": limit, "conversations": count} for limit, count in self.histogram
+            ],
+            "samples": [
+                {**sample._asdict(), "spans": [span._asdict() for span in sample.spans]}
+                for sample in self.samples
+            ],
+        }
+
+
+def make_preview(
+    config: InstructDataConfig, *, n_samples: int = 3, max_records: int | None = None, seed: int = 0
+) -> Preview:
+    """Read the datasets and show the first samples of a run with this seed.
+
+    Args:
+        config: the data.
+        n_samples: samples to show.
+        max_records: take only so many of each dataset.
+        seed: of the order.
+
+    Raises:
+        DataError: as :func:`~rwkv_train.data.instruct.reading.read_conversations`.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    read = read_conversations(config, tokenizer, max_records=max_records, compare_whole=True)
+    order = ConversationOrder(
+        [len(one.conversations) for one in read], [one.dataset.weight for one in read], seed
+    )
+    places = [order.locate(sample) for sample in range(n_samples)]
+    lengths = [conversation.n_inputs for one in read for conversation in one.conversations]
+    return Preview(
+        tuple(_summarize(one, config.ctx_len) for one in read),
+        _histogram(lengths),
+        tuple(_show(read[dataset].conversations[number], tokenizer) for dataset, number in places),
+    )
+
+
+def _summarize(read: ReadDataset, ctx_len: int) -> DatasetSummary:
+    lengths = [conversation.n_inputs for conversation in read.conversations]
+    assert read.n_cut_otherwise is not None
+    return DatasetSummary(
+        path=read.dataset.path,
+        weight=read.dataset.weight,
+        n_records=read.n_records,
+        n_kept=len(lengths),
+        n_tokens=sum(lengths),
+        n_learned=sum(conversation.n_learned for conversation in read.conversations),
+        longest=max(lengths),
+        n_segmented=sum(length > ctx_len for length in lengths),
+        n_cut_otherwise=read.n_cut_otherwise,
+        left_out=dict(read.left_out),
+        examples=read.examples,
+    )
+
+
+def _histogram(lengths: list[int]) -> tuple[tuple[int, int], ...]:
+    exponents = [(length - 1).bit_length() for length in lengths]
+    return tuple((1 << e, exponents.count(e)) for e in range(min(exponents), max(exponents) + 1))
+
+
+def _show(conversation: TokenizedConversation, tokenizer: Tokenizer) -> PreviewSample:
+    end = tokenizer.end_of_document
+    tokens = zip(conversation.tokens.tolist(), conversation.is_learned.tolist(), strict=True)
+    spans = []
+    for (is_learned, is_end), group in groupby(tokens, key=lambda pair: (pair[1], pair[0] == end)):
+        text = tokenizer.decode_bytes([token for token, _ in group]).decode(errors="replace")
+        spans.append(Span(text, is_learned, is_end))
+    return PreviewSample(conversation.where, conversation.n_inputs, conversation.n_learned, tuple(spans))

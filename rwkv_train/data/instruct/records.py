@@ -1,0 +1,122 @@
+"""From a record of one of the chat formats to a conversation."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from rwkv_train.config.finetune import DEFAULT_FIELDS, DEFAULT_ROLES, InstructDataset, RecordFormat, Role
+from rwkv_train.data.instruct.conversation import Conversation, Message
+from rwkv_train.data.sources.base import Record
+from rwkv_train.data.sources.values import show_names, text_of
+from rwkv_train.errors import DataError
+
+
+def to_conversation(record: Record, dataset: InstructDataset) -> Conversation:
+    """Return what a record holds.
+
+    Args:
+        record: as its source gives it.
+        dataset: its format and the names of its fields and roles.
+
+    Raises:
+        DataError: a field is missing or of another type, a role is not known, or there are no messages. The message
+            does not name the record's place.
+    """
+    names = {**DEFAULT_FIELDS[dataset.format], **dataset.fields}
+    fields = _Fields(record.fields, names)
+    return _FORMATS[dataset.format](record.where, fields, {**DEFAULT_ROLES, **dataset.roles})
+
+
+class _Fields(NamedTuple):
+    """An object of a record, asked by the parts of its format."""
+
+    values: Mapping[str, object]
+    names: Mapping[str, str]
+
+    def get(self, part: str) -> object:
+        """Return a value that must be there."""
+        name = self.names[part]
+        if name not in self.values:
+            raise DataError(
+                f"there is no field {name!r}, only {show_names(list(self.values)) or 'none'}; name the one that holds "
+                f"it with fields: {{{part}: NAME}}"
+            )
+        return self.values[name]
+
+    def text(self, part: str) -> str:
+        """Return a text that must be there."""
+        return text_of(self.get(part), self.names[part])
+
+    def text_if_any(self, part: str) -> str:
+        """Return a text that may be missing, null or empty."""
+        value = self.values.get(self.names[part])
+        return "" if value is None else text_of(value, self.names[part])
+
+
+def _turns(where: str, record: _Fields, roles: Mapping[str, Role]) -> Conversation:
+    turns = record.get("messages")
+    if not isinstance(turns, list) or not turns:
+        found = "an empty list" if turns == [] else "null" if turns is None else type(turns).__name__
+        raise DataError(f"{record.names['messages']!r} must be a list of messages, found {found}")
+    messages = _system(record) if "system" in record.names else []
+    for number, turn in enumerate(turns, start=1):
+        try:
+            messages.append(_message(turn, record.names, roles))
+        except DataError as error:
+            raise DataError(f"message {number}: {error}") from error
+    return Conversation(where, tuple(messages))
+
+
+def _message(turn: object, names: Mapping[str, str], roles: Mapping[str, Role]) -> Message:
+    if not isinstance(turn, dict):
+        raise DataError(
+            f"wanted an object with {names['role']!r} and {names['content']!r}, found {type(turn).__name__}"
+        )
+    fields = _Fields(turn, names)
+    role = fields.text("role")
+    if role not in roles:
+        raise DataError(
+            f"the role {role!r} is not known; there are {', '.join(roles)}: say what it means with roles: "
+            f"{{{role}: user}}"
+        )
+    return Message(roles[role], fields.text("content"), _own_mark(turn.get(names["learn"]), names["learn"]))
+
+
+def _own_mark(value: object, name: str) -> bool | None:
+    """Read a mark; OpenAI's "weight" is 0 or 1."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    raise DataError(f"{name!r} must be true or false (or 1 or 0), found {value!r}")
+
+
+def _alpaca(where: str, record: _Fields, roles: Mapping[str, Role]) -> Conversation:
+    question, more = record.text("instruction"), record.text_if_any("input")
+    asked = Message("user", f"{question}\n{more}" if more else question)
+    return Conversation(where, (*_system(record), asked, Message("assistant", record.text("output"))))
+
+
+def _prompt_completion(where: str, record: _Fields, roles: Mapping[str, Role]) -> Conversation:
+    asked = Message("user", record.text("prompt"))
+    return Conversation(where, (*_system(record), asked, Message("assistant", record.text("completion"))))
+
+
+def _text(where: str, record: _Fields, roles: Mapping[str, Role]) -> Conversation:
+    text = record.text("text")
+    if not text:
+        raise DataError(f"{record.names['text']!r} is empty: there is nothing to learn")
+    return Conversation(where, (), text)
+
+
+def _system(record: _Fields) -> list[Message]:
+    system = record.text_if_any("system")
+    return [Message("system", system)] if system else []
+
+
+_FORMATS: dict[RecordFormat, Callable[[str, _Fields, Mapping[str, Role]], Conversation]] = {
+    "messages": _turns,
+    "sharegpt": _turns,
+    "alpaca": _alpaca,
+    "prompt-completion": _prompt_completion,
+    "text": _text,
+}

@@ -1,0 +1,75 @@
+import json
+
+import pytest
+
+PREVIEW = ("preview-data", "--config", "data-example", "--set", "data.tokenizer=bytes")
+
+
+@pytest.fixture
+def chats(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    records = [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a"},
+        {"prompt": "x" * 40, "completion": "[red]y"},
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def data(path, more=""):
+    return (
+        "--set",
+        f"data.datasets=[{{path: '{path}', format: prompt-completion}}]",
+        "--set",
+        f"data.{more or 'ctx_len=32'}",
+    )
+
+
+def test_samples_are_printed_with_what_is_learned_and_what_is_left_out(call_main, chats):
+    code, out, _ = call_main(*PREVIEW, *data(chats), "--set", "data.bad_records=drop", "--samples", "2")
+
+    assert code == 0
+    assert "[end]User: a\n\nAssistant:« b\n\n»«[end]»\n" in out
+    assert "« [red]y\n\n»" in out
+    assert "left out 1 of 3: cannot be used, such as" in out
+    assert f"{chats}, line 2: there is no field 'completion', only 'prompt'" in out
+    # "User: a", blank line, "Assistant:", " b", blank line: 23 bytes, and the end is predicted; the other has 67.
+    assert "conversations by tokens: up to 32: 1, up to 64: 0, up to 128: 1" in out
+
+
+def test_json_says_the_same(call_main, chats):
+    code, out, _ = call_main(
+        *PREVIEW, *data(chats), "--set", "data.bad_records=drop", "--samples", "1", "--json"
+    )
+
+    preview = json.loads(out)
+    (dataset,) = preview["datasets"]
+    assert code == 0
+    assert [dataset[name] for name in ("n_records", "n_kept", "n_segmented", "n_tokens")] == [
+        3,
+        2,
+        1,
+        24 + 68,
+    ]
+    assert dataset["left_out"] == {"cannot be used": 1}
+    (sample,) = preview["samples"]
+    assert [span["is_learned"] for span in sample["spans"]] == [False, False, True, True]
+
+
+def test_the_first_records_can_be_looked_at_alone(call_main, chats):
+    code, out, _ = call_main(*PREVIEW, *data(chats), "--records", "1", "--json")
+    assert (code, json.loads(out)["datasets"][0]["n_records"]) == (0, 1)
+
+
+def test_a_record_that_cannot_be_used_ends_with_one_line(call_main, chats):
+    code, out, err = call_main(*PREVIEW, *data(chats))
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {chats}, line 2: there is no field 'completion'")
+    assert err.count("\n") == 1
+
+
+def test_a_missing_file_ends_with_one_line(call_main, tmp_path):
+    code, _, err = call_main(*PREVIEW, *data(tmp_path / "no.jsonl"))
+    assert code == 2
+    assert "no.jsonl: No such file or directory" in err
