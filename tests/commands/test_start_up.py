@@ -70,7 +70,7 @@ def test_shell_completion_is_offered():
         "import sys; sys.argv = ['rwkv-train']; from rwkv_train.commands import main; main()",
         env={"PATH": "/usr/bin:/bin", **environment},
     )
-    assert result.stdout.split() == ["pretrain", "prepare-data"]
+    assert result.stdout.split() == ["pretrain", "prepare-data", "preview-data"]
 
 
 @pytest.mark.parametrize(
