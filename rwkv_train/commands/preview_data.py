@@ -75,6 +75,8 @@ def _print(preview: "Preview") -> None:
     print_table(table)
     bins = ", ".join(f"up to {limit:,}: {count:,}" for limit, count in preview.histogram)
     console.print(f"conversations by tokens: {bins}")
+    filled = preview.n_tokens / (preview.n_rows * preview.ctx_len)
+    console.print(f"packed in rows of {preview.ctx_len:,} tokens: {preview.n_rows:,}, {filled:.1%} filled")
     for dataset in preview.datasets:
         for line in _remarks(dataset):
             console.print(line)

@@ -36,6 +36,8 @@ def test_samples_are_printed_with_what_is_learned_and_what_is_left_out(call_main
     assert f"{chats}, line 2: there is no field 'completion', only 'prompt'" in out
     # "User: a", blank line, "Assistant:", " b", blank line: 23 bytes, and the end is predicted; the other has 67.
     assert "conversations by tokens: up to 32: 1, up to 64: 0, up to 128: 1" in out
+    # 68 = 32 + 32 + 4, and 24 beside the 4.
+    assert "packed in rows of 32 tokens: 3, 95.8% filled" in out
 
 
 def test_json_says_the_same(call_main, chats):

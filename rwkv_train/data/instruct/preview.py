@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from rwkv_train.config.finetune import InstructDataConfig
 from rwkv_train.data.instruct.reading import ReadDataset, read_conversations
+from rwkv_train.data.instruct.rows import pack
 from rwkv_train.data.instruct.samples import ConversationOrder
 from rwkv_train.data.instruct.tokens import TokenizedConversation
 from rwkv_train.tokenizers import Tokenizer, load_tokenizer
@@ -56,6 +57,11 @@ class Preview(NamedTuple):
     datasets: tuple[DatasetSummary, ...]
     histogram: tuple[tuple[int, int], ...]
     """``(limit, count)``: conversations of at most ``limit`` tokens and more than the limit before; powers of two."""
+    ctx_len: int
+    n_rows: int
+    """Rows of ctx_len positions that one epoch of all datasets takes."""
+    n_tokens: int
+    """Positions of all conversations, which stand in those rows."""
     samples: tuple[PreviewSample, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -65,6 +71,9 @@ class Preview(NamedTuple):
             "histogram": [
                 {"at_most_tokens": limit, "conversations": count} for limit, count in self.histogram
             ],
+            "ctx_len": self.ctx_len,
+            "n_rows": self.n_rows,
+            "n_tokens": self.n_tokens,
             "samples": [
                 {**sample._asdict(), "spans": [span._asdict() for span in sample.spans]}
                 for sample in self.samples
@@ -96,6 +105,9 @@ def make_preview(
     return Preview(
         tuple(_summarize(one, config.ctx_len) for one in read),
         _histogram(lengths),
+        config.ctx_len,
+        sum(map(len, pack(lengths, config.ctx_len))),
+        sum(lengths),
         tuple(_show(read[dataset].conversations[number], tokenizer) for dataset, number in places),
     )
 
