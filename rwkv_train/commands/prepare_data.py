@@ -55,7 +55,7 @@ Format = Annotated[
     typer.Option(
         metavar="FORMAT",
         rich_help_panel=_READ,
-        help="jsonl, text, parquet, csv or pair, where the ending does not tell.",
+        help="jsonl, json (one list), text, parquet, csv or pair, where the ending does not tell.",
     ),
 ]
 TextColumn = Annotated[

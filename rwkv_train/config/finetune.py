@@ -42,7 +42,7 @@ class InstructDataset(Config):
     """One dataset of conversations."""
 
     path: str = Field(min_length=1)
-    """A .jsonl, .parquet, .csv or .txt file (also compressed .jsonl), a folder of them, hf:NAME, or "builtin"."""
+    """A .jsonl (also compressed), .json, .parquet, .csv or .txt file, a folder of them (but .json), hf:NAME, "builtin"."""
     format: RecordFormat = "messages"
     """What its records look like."""
     fields: dict[str, str] = Field(default_factory=dict)
@@ -51,7 +51,7 @@ class InstructDataset(Config):
     """What its roles mean where they are called otherwise: {name in the data: system, user, assistant or tool}."""
     weight: PositiveFloat = 1.0
     """Its part of the samples, relative to the other weights."""
-    file_format: Literal["jsonl", "parquet", "csv", "text"] | None = None
+    file_format: Literal["jsonl", "json", "parquet", "csv", "text"] | None = None
     """How the file is read, where its ending does not tell."""
     config: str | None = None
     """Configuration of an hf: dataset that has several."""

@@ -81,7 +81,9 @@ def test_the_format_can_be_named(tmp_path):
     path.write_text('{"text": "x"}\n')
 
     assert records(path, format="jsonl") == [Document("x", "unknown")]
-    with pytest.raises(DataError, match="there is no format 'xml'; wanted jsonl, text, parquet, csv, pair"):
+    with pytest.raises(
+        DataError, match="there is no format 'xml'; wanted jsonl, text, parquet, csv, json, pair"
+    ):
         open_source(str(path), SourceOptions(format="xml"))
 
 

@@ -9,7 +9,7 @@ from pyarrow import parquet as pq
 
 from rwkv_train.data.binidx import add_suffix
 from rwkv_train.data.prepare import prepare_data
-from rwkv_train.data.sources.base import BadRecord, Record, SourceOptions
+from rwkv_train.data.sources.base import BadRecord, Document, Record, SourceOptions
 from rwkv_train.data.sources.opening import open_source
 from rwkv_train.errors import DataError
 from rwkv_train.tokenizers import load_tokenizer
@@ -18,12 +18,17 @@ ROWS = [{"q": "één", "turns": [{"role": "user", "n": 1}]}, {"q": "b", "turns":
 
 
 def read(name):
-    source = open_source(str(name), SourceOptions(whole_records=True))
+    file_format = "json" if str(name).endswith(".json") else None
+    source = open_source(str(name), SourceOptions(format=file_format, whole_records=True))
     return [record for block in source.blocks() for record in block.whole_records()]
 
 
 def write_jsonl(path):
     path.write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
+
+
+def write_json(path):
+    path.write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
 
 
 def write_parquet(path):
@@ -38,10 +43,11 @@ def write_dataset(path):
     ("write", "name", "places"),
     [
         (write_jsonl, "a.jsonl", ["a.jsonl, line 1", "a.jsonl, line 2"]),
+        (write_json, "a.json", ["a.json, record 1", "a.json, record 2"]),
         (write_parquet, "a.parquet", ["a.parquet, row 1", "a.parquet, row 2"]),
         (write_dataset, "hf:a", ["a/train, row 0", "a/train, row 1"]),
     ],
-    ids=["jsonl", "parquet", "dataset"],
+    ids=["jsonl", "json", "parquet", "dataset"],
 )
 def test_records_keep_lists_and_objects_and_know_their_place(tmp_path, monkeypatch, write, name, places):
     monkeypatch.chdir(tmp_path)
@@ -87,3 +93,37 @@ def test_a_line_that_is_no_object_is_bad(tmp_path):
     bad, good = read(path)
     assert bad == BadRecord(f"{path}, line 1", "wanted an object with the fields of a record, found a list")
     assert good.fields == {"a": 1}
+
+
+def test_a_list_gives_documents_too(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "x"}, 3, {"t": 1}]')
+    (block,) = open_source(str(path), SourceOptions(format="json")).blocks()
+
+    assert list(block.records()) == [
+        Document("x", "unknown"),
+        BadRecord(f"{path}, record 2", "wanted an object with the fields of a record, found a int"),
+        BadRecord(f"{path}, record 3", 'the object has no "text"'),
+    ]
+    assert block.n_bytes == path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1}', "wanted a list of objects, found a dict"),
+        (
+            '{"a": 1}\n{"a": 2}\n',
+            "line 2: not JSON: Extra data; it looks like JSON lines, whose format is 'jsonl'",
+        ),
+        ("[]", "holds no documents"),
+        ('[{"a":\n', "line 2: not JSON"),
+        ("[" * 100_000, "not JSON"),
+    ],
+    ids=["an object", "lines", "nothing", "cut off", "deep"],
+)
+def test_what_is_no_list_of_records_is_refused(tmp_path, text, message):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        read(path)

@@ -67,7 +67,7 @@ def _open(dataset: InstructDataset) -> Iterator[Record | BadRecord]:
     if dataset.path == BUILTIN:
         return builtin_records(dataset.split)
     options = SourceOptions(
-        format=dataset.file_format,
+        format=dataset.file_format or ("json" if dataset.path.lower().endswith(".json") else None),
         dataset_config=dataset.config,
         dataset_split=dataset.split,
         dataset_streaming=dataset.streaming,

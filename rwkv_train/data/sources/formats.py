@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from rwkv_train.data.sources.base import FileSource, SourceOptions, show_path
 from rwkv_train.data.sources.delimited import DelimitedSource
+from rwkv_train.data.sources.json_array import JsonArraySource
 from rwkv_train.data.sources.json_lines import JsonLinesSource
 from rwkv_train.data.sources.parquet import ParquetSource
 from rwkv_train.data.sources.text import TextSource
@@ -16,7 +17,7 @@ class Format(NamedTuple):
     """A kind of file."""
 
     suffixes: tuple[str, ...]
-    """Endings by which it is recognized, in lower case."""
+    """Endings by which it is recognized, in lower case; none: only by the format's name."""
     open: Callable[[Path, SourceOptions], FileSource]
 
 
@@ -25,6 +26,8 @@ FORMATS = {
     "text": Format((".txt", ".md"), TextSource),
     "parquet": Format((".parquet",), ParquetSource),
     "csv": Format((".csv", ".tsv"), DelimitedSource),
+    # Most .json files are no list of records, among them those beside a prepared corpus.
+    "json": Format((), JsonArraySource),
 }
 """By the names that ``SourceOptions.format`` takes."""
 

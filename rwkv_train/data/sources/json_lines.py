@@ -46,7 +46,7 @@ class JsonLinesBlock(NamedTuple):
         """Yield a document for each line that holds one."""
         for where, line in self._lines():
             try:
-                yield _document(line, self.options)
+                yield document_of(_parse(line, f'"{self.options.text_column}"'), self.options)
             except DataError as error:
                 yield BadRecord(where, str(error))
 
@@ -64,9 +64,13 @@ class JsonLinesBlock(NamedTuple):
                 yield f"{show_path(self.lines.path)}, line {number}", line
 
 
-def _document(line: bytes, options: SourceOptions) -> Document:
+def document_of(record: dict[str, object], options: SourceOptions) -> Document:
+    """Return the document that an object holds.
+
+    Raises:
+        DataError: it has no text, or what it has is none.
+    """
     key = options.text_column
-    record = _parse(line, f'"{key}"')
     if key not in record:
         raise DataError(f'the object has no "{key}"')
     if options.domain_column is None:
@@ -74,15 +78,19 @@ def _document(line: bytes, options: SourceOptions) -> Document:
     return Document(text_of(record[key], key), domain_of_field(record.get(options.domain_column)))
 
 
+def require_object(value: object, wanted: str) -> dict[str, object]:
+    """Return a value of JSON that is an object; else a DataError says what it should hold."""
+    if not isinstance(value, dict):
+        raise DataError(f"wanted an object with {wanted}, found a {type(value).__name__}")
+    return value
+
+
 def _parse(line: bytes, wanted: str) -> dict[str, object]:
     try:
-        record = json.loads(decode(line))
+        return require_object(json.loads(decode(line)), wanted)
     except json.JSONDecodeError as error:
         raise DataError(f"not JSON: {error.msg} at column {error.colno}") from error
     except ValueError as error:  # a number of thousands of digits
         raise DataError(f"not JSON that can be read: {error}") from error
     except RecursionError as error:
         raise DataError("not JSON that can be read: it is nested too deeply") from error
-    if not isinstance(record, dict):
-        raise DataError(f"wanted an object with {wanted}, found a {type(record).__name__}")
-    return record
