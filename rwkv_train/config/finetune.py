@@ -42,7 +42,7 @@ class InstructDataset(Config):
     """One dataset of conversations."""
 
     path: str = Field(min_length=1)
-    """A .jsonl (also compressed), .json, .parquet, .csv or .txt file, a folder of them (but .json), hf:NAME, "builtin"."""
+    """A .jsonl (also compressed), .json, .parquet, .csv or .txt file, a folder (but .json), hf:NAME, or "builtin"."""
     format: RecordFormat = "messages"
     """What its records look like."""
     fields: dict[str, str] = Field(default_factory=dict)

@@ -18,7 +18,7 @@ from rwkv_train.data.instruct.conversation import Conversation, learned_messages
 from rwkv_train.data.instruct.templates import ChatTemplate
 from rwkv_train.errors import DataError
 from rwkv_train.tokenizers import Tokenizer
-from rwkv_train.tokenizers.base import TokenArray
+from rwkv_train.tokenizers.base import TokenArray, token_dtype
 
 IGNORED = -100
 """The target at a position whose prediction costs nothing."""
@@ -101,12 +101,12 @@ def tokenize(where: str, runs: Sequence[Run], tokenizer: Tokenizer) -> Tokenized
         runs: its text.
         tokenizer: the model's.
     """
-    end = [tokenizer.end_of_document]
-    pieces = [end, *tokenizer.encode_batch([run.text for run in runs]), end]
+    end = np.asarray([tokenizer.end_of_document], token_dtype(tokenizer.vocab_size))
+    pieces = [end, *tokenizer.encode_arrays([run.text for run in runs]), end]
     masks = [False, *(run.is_learned for run in runs), runs[-1].is_learned]
     return TokenizedConversation(
         where,
-        np.concatenate([np.asarray(piece, np.int32) for piece in pieces]),
+        np.concatenate(pieces),
         np.repeat(np.asarray(masks), [len(piece) for piece in pieces]),
     )
 
