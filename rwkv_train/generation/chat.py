@@ -63,7 +63,8 @@ class ChatSession:
         the model will remember what it had said by then.
         """
         turn = TURN.format(message=re.sub(r"\n{2,}", "\n", message.strip()))
-        before = self._unread + TURN_SEPARATOR if self.n_turns else ""
+        # A model that was trained on chats may end an answer with the separator and the end of the document.
+        before = self._unread.removesuffix(TURN_SEPARATOR) + TURN_SEPARATOR if self.n_turns else ""
         generation = Generation(
             self._model,
             self._tokenizer,

@@ -34,6 +34,18 @@ def test_turns_stand_in_the_template_and_in_one_state(scripted, tokenizer, tmp_p
     )
 
 
+def test_an_answer_that_ends_with_the_separator_is_followed_by_no_second_one(scripted, tokenizer, tmp_path):
+    model = scripted("")
+    session = session_of(model, tokenizer)
+    for answer in (b" Hello!\n\n", b" Fine."):
+        model.script, model.n_answered = [*(byte + 1 for byte in answer), tokenizer.end_of_document], 0
+        list(session.reply("Hi"))
+
+    assert conversation(session, tokenizer, tmp_path / "s") == (
+        "User: Hi\n\nAssistant: Hello!\n\nUser: Hi\n\nAssistant: Fine."
+    )
+
+
 def test_an_interrupted_answer_is_remembered_as_far_as_it_was_shown(scripted, tokenizer, tmp_path):
     session = session_of(scripted("_A long answer"), tokenizer)
     reply = session.reply("Hi")
