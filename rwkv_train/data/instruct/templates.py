@@ -20,7 +20,7 @@ from rwkv_train.tokenizers.base import encode_utf8
 G1 = "g1"
 """Name of the template of RWKV's chat models."""
 
-_G1_SOURCE = """\
+G1_SOURCE = """\
 {%- for message in messages -%}
 {%- if message.role == "tool" -%}
 {{- raise_exception("it has no form for the role 'tool'; map it to user with roles: {tool: user}") -}}
@@ -66,7 +66,8 @@ class ChatTemplate:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        source = _G1_SOURCE if name == G1 else _read(Path(name).expanduser())
+        self._writes_each_alone = name == G1
+        source = G1_SOURCE if name == G1 else _read(Path(name).expanduser())
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -94,9 +95,14 @@ class ChatTemplate:
         pieces: list[Piece] = []
         before = ""
         for number, message in enumerate(messages):
-            text = self._render(messages[: number + 1])
+            earlier = messages[:number]
+            if (
+                self._writes_each_alone
+            ):  # what stands before a message changes nothing: no need to write it again
+                earlier, before = (), ""
+            text = self._render([*earlier, message])
             if message.role == "assistant":
-                prompt = self._render(messages[:number], add_generation_prompt=True)
+                prompt = self._render(earlier, add_generation_prompt=True)
                 pieces.append(self._piece(before, prompt, number, is_answer=False))
                 before = prompt
             pieces.append(self._piece(before, text, number, is_answer=message.role == "assistant"))

@@ -3,7 +3,7 @@ import random
 import pytest
 
 from rwkv_train.data.instruct.conversation import Message
-from rwkv_train.data.instruct.templates import ChatTemplate, Piece
+from rwkv_train.data.instruct.templates import G1_SOURCE, ChatTemplate, Piece
 from rwkv_train.data.instruct.tokens import Run, is_cut_as_whole, tokenize
 from rwkv_train.errors import DataError
 from rwkv_train.tokenizers import load_tokenizer
@@ -37,6 +37,16 @@ def test_g1_writes_the_official_form():
         Piece("Assistant:", 2, is_answer=False),
         Piece(" <think>\nx\n</think>\na{{ b }}\n\n", 2, is_answer=True),
     ]
+
+
+def test_g1_writes_each_message_alone_as_it_does_in_a_conversation(template):
+    messages = [
+        *MESSAGES,
+        Message("user", "\n\nv "),
+        Message("assistant", ""),
+        Message("assistant", "b\n\nc"),
+    ]
+    assert ChatTemplate("g1").pieces(messages) == template(G1_SOURCE).pieces(messages)
 
 
 def test_a_template_for_hugging_face_is_cut_where_its_answer_begins(template):
