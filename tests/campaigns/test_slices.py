@@ -22,7 +22,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes
 @pytest.mark.parametrize(
     ("kind", "strategy", "moments"),
     [
-        ("one", "auto", (Moment("save", 0.3, 0.002, 0), Moment("step", 0.6, 0.01, 0))),
+        # Slow, and the second one kills, resumes and compares likewise.
+        pytest.param(
+            "one",
+            "auto",
+            (Moment("save", 0.3, 0.002, 0), Moment("step", 0.6, 0.01, 0)),
+            marks=pytest.mark.slow,
+        ),
         ("rank", "ddp", (Moment("step", 0.3, 0.01, 1),)),
     ],
     ids=["the only process", "rank 1 of 2"],
