@@ -88,9 +88,8 @@ def _colored(sample: "PreviewSample", *, marks_learned: bool) -> "Text":
 
     text = Text()
     for span in sample.spans:
-        shown = (
-            "[end]" if span.is_end else span.text.replace("\x1b", "\\x1b")
-        )  # data must not steer the terminal
+        # Data must not steer the terminal.
+        shown = "[end]" if span.is_end else span.text.replace("\x1b", "\\x1b")
         if span.is_learned and marks_learned:
             shown = f"«{shown}»"
         text.append(shown, style="green" if span.is_learned else "dim")

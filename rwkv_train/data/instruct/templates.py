@@ -96,9 +96,7 @@ class ChatTemplate:
         before = ""
         for number, message in enumerate(messages):
             earlier = messages[:number]
-            if (
-                self._writes_each_alone
-            ):  # what stands before a message changes nothing: no need to write it again
+            if self._writes_each_alone:  # what stands before a message need not be written again
                 earlier, before = (), ""
             text = self._render([*earlier, message])
             if message.role == "assistant":
