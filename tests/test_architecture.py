@@ -16,6 +16,7 @@ BELOW_TRAINING = {
     "checkpoints",
     "generation",
     "evaluation",
+    "finetuning",
     "parallel",
 }
 MAY_IMPORT = {
@@ -27,6 +28,7 @@ MAY_IMPORT = {
     "checkpoints": {"config", "models", "tokenizers"},
     "generation": {"config", "models", "checkpoints", "tokenizers"},
     "evaluation": {"config", "models", "ops", "checkpoints", "tokenizers", "data", "generation"},
+    "finetuning": {"config", "models", "ops", "checkpoints", "tokenizers", "data"},
     "parallel": {"config"},
     "training": BELOW_TRAINING,
     "planning": BELOW_TRAINING | {"training"},
@@ -40,6 +42,8 @@ ONLY_IN = {
     "typer": ("commands/",),
     "rich": ("commands/", "training/progress.py"),
     "wandb": ("training/loggers.py",),
+    "peft": ("finetuning/",),
+    "bitsandbytes": ("finetuning/",),
     "lm_eval": ("evaluation/harness.py", "evaluation/harness_tasks.py", "benchmarks/evaluating.py"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

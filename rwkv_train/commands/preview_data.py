@@ -38,12 +38,12 @@ def preview_data(
     as_json: AsJson = False,
 ) -> None:
     """Show samples of chat data with the part that is learned in green, token counts, and what is left out and why."""
-    from rwkv_train.config.load import load_finetune_config
+    from rwkv_train.config.load import load_chat_data
 
-    settings = load_finetune_config(config, overrides or []).data
+    settings, ctx_len = load_chat_data(config, overrides or [])
     from rwkv_train.data.instruct.preview import make_preview
 
-    preview = make_preview(settings, n_samples=samples, max_records=records, seed=seed)
+    preview = make_preview(settings, ctx_len, n_samples=samples, max_records=records, seed=seed)
     if as_json:
         typer.echo(json.dumps(preview.as_json(), ensure_ascii=False))
         return

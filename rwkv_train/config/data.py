@@ -48,9 +48,9 @@ class DataConfig(Config):
 
     train: (
         Annotated[
-            Annotated[str, Tag("prefix")]
+            Annotated[str, Tag("corpus")]
             | Annotated[list[WeightedCorpus], Field(min_length=1), Tag("mixture")],
-            Discriminator(lambda value: "mixture" if isinstance(value, list) else "prefix"),
+            Discriminator(lambda value: "mixture" if isinstance(value, list) else "corpus"),
         ]
         | None
     ) = "builtin"

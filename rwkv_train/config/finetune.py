@@ -1,141 +1,94 @@
-"""Settings of a run on chat data: which conversations, how they are written, what of them is learned."""
+"""The settings of one finetuning run: the tree that a YAML file holds."""
 
-from typing import Annotated, Literal, Self, get_args
+from typing import Self
 
-from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
+from pydantic import Field, model_validator
 
-from rwkv_train.config.base import Config
-
-Role = Literal["system", "user", "assistant", "tool"]
-"""Who speaks in a message."""
-
-RecordFormat = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
-"""What a record looks like."""
-
-DEFAULT_FIELDS: dict[RecordFormat, dict[str, str]] = {
-    "messages": {"messages": "messages", "role": "role", "content": "content", "learn": "learn"},
-    "sharegpt": {
-        "messages": "conversations",
-        "role": "from",
-        "content": "value",
-        "learn": "learn",
-        "system": "system",
-    },
-    "alpaca": {"instruction": "instruction", "input": "input", "output": "output", "system": "system"},
-    "prompt-completion": {"prompt": "prompt", "completion": "completion", "system": "system"},
-    "text": {"text": "text"},
-}
-"""The parts of a record of each format, and the names that their fields have unless ``fields`` says otherwise."""
-
-DEFAULT_ROLES: dict[str, Role] = {
-    **{role: role for role in get_args(Role)},
-    "human": "user",
-    "gpt": "assistant",
-}
-"""What roles are called in data; ``roles`` adds to it."""
-
-BUILTIN = "builtin"
-"""In place of a path: a small set of tasks made by code."""
+from rwkv_train.config.instruct import InstructDataConfig
+from rwkv_train.config.methods import Method
+from rwkv_train.config.preference import PreferenceConfig
+from rwkv_train.config.run import RunConfig
 
 
-class InstructDataset(Config):
-    """One dataset of conversations."""
+class FinetuneConfig(RunConfig):
+    """One run of ``rwkv-train finetune``."""
 
-    path: str = Field(min_length=1)
-    """A .jsonl (also compressed), .json, .parquet, .csv or .txt file, a folder (but .json), hf:NAME, or "builtin"."""
-    format: RecordFormat = "messages"
-    """What its records look like."""
-    fields: dict[str, str] = Field(default_factory=dict)
-    """Names of its fields where they are others than the format's: {part of the format: name in the data}."""
-    roles: dict[str, Role] = Field(default_factory=dict)
-    """What its roles mean where they are called otherwise: {name in the data: system, user, assistant or tool}."""
-    weight: PositiveFloat = 1.0
-    """Its part of the samples, relative to the other weights."""
-    file_format: Literal["jsonl", "json", "parquet", "csv", "text"] | None = None
-    """How the file is read, where its ending does not tell."""
-    config: str | None = None
-    """Configuration of an hf: dataset that has several."""
-    split: str = Field(default="train", min_length=1)
-    """Split of an hf: dataset, or of the built-in one (train, valid)."""
-    streaming: bool = False
-    """Read an hf: dataset as it comes over the network, instead of downloading it whole first."""
+    data: InstructDataConfig
+    """The conversations."""
+    finetune: Method
+    """What learns."""
+    preference: PreferenceConfig | None = None
+    """Learn which of two answers is better; null: learn the answers."""
+    prompts: list[str] = Field(default_factory=list)
+    """What a user says; each validation writes what the model answers, in at most trainer.sample_tokens tokens."""
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether anything is held out."""
+        return self.data.valid is not None or self.data.valid_fraction is not None
 
     @model_validator(mode="after")
-    def _fields_are_those_of_the_format(self) -> Self:
-        known = DEFAULT_FIELDS[self.format]
-        if unknown := sorted(self.fields.keys() - known.keys()):
+    def _it_starts_from_weights(self) -> Self:
+        if self.model.init_from is None:
             raise ValueError(
-                f"fields names {unknown[0]!r}, which the format {self.format!r} does not have; it has "
-                f"{', '.join(known)}"
+                "model.init_from must be set: the weights to finetune, a path or hf:OWNER/NAME/FILE"
             )
         return self
 
     @model_validator(mode="after")
-    def _roles_are_read_only_from_turns(self) -> Self:
-        if self.roles and self.format not in ("messages", "sharegpt"):
-            raise ValueError(f"roles changes nothing for the format {self.format!r}; leave it out")
+    def _patience_needs_validation(self) -> Self:
+        if self.trainer.early_stopping_patience is not None and not self.has_validation:
+            raise ValueError(
+                f"trainer.early_stopping_patience ({self.trainer.early_stopping_patience}) needs held-out data; set "
+                "data.valid or data.valid_fraction, or the patience to null"
+            )
         return self
 
     @model_validator(mode="after")
-    def _options_have_something_to_change(self) -> Self:
-        is_hub, is_builtin = self.path.startswith("hf:"), self.path == BUILTIN
-        changed = self.model_dump(exclude_unset=True, exclude_defaults=True).keys()
-        useless = changed & ({"config", "streaming"} if not is_hub else {"file_format"})
-        useless |= changed & {"split"} if not is_hub and not is_builtin else set()
-        if is_builtin:
-            useless |= changed & {"file_format", "fields", "roles"}
-            if self.format != "messages":
-                raise ValueError(f"format must be 'messages' for the built-in dataset, found {self.format!r}")
-        if useless:
-            raise ValueError(f"{min(useless)} changes nothing for the path {self.path!r}; leave it out")
+    def _prompts_need_validation(self) -> Self:
+        if "sample_prompt" in self.trainer.model_fields_set:
+            raise ValueError("trainer.sample_prompt is of pretraining; set prompts to what a user says")
+        if self.prompts and not self.has_validation:
+            raise ValueError(
+                "prompts are answered at each validation, and nothing is held out; set data.valid or "
+                "data.valid_fraction"
+            )
+        if self.prompts and self.trainer.sample_tokens == 0:
+            raise ValueError("prompts need trainer.sample_tokens above 0, the length of an answer")
         return self
-
-
-class LearnConfig(Config):
-    """Which messages are learned: the others are read, and no loss is taken on them."""
-
-    roles: list[Role] = Field(default=["assistant"], min_length=1)
-    """Messages of these roles."""
-    turns: Literal["all", "first", "last"] = "all"
-    """Of these messages all, or only the first or last one of a conversation."""
-
-
-class InstructDataConfig(Config):
-    """Conversations to learn from."""
-
-    datasets: list[InstructDataset] = Field(min_length=1)
-    """Where they come from; each dataset is shuffled by itself and takes its weight's part of the samples."""
-    template: str = Field(default="g1", min_length=1)
-    """How a conversation is written: "g1" (User: ..., Assistant: ..., as RWKV's chat models), or a Jinja file."""
-    learn: Annotated[
-        Annotated[Literal["assistant", "all"], Tag("rule")] | Annotated[LearnConfig, Tag("parts")],
-        Discriminator(lambda value: "parts" if isinstance(value, dict | LearnConfig) else "rule"),
-    ] = "assistant"
-    """What the loss is taken on: assistant turns with their end, everything, or messages by role and turn."""
-    tokenizer: str = "world"
-    """The model's tokenizer: "bytes", "world", "neox", or the path of a Hugging Face tokenizer.json."""
-    ctx_len: PositiveInt = 4096
-    """Tokens of a row. A longer conversation goes on in the next segment, with its state."""
-    max_tokens: PositiveInt | None = None
-    """Conversations of more tokens are left out; null: none is."""
-    bad_records: Literal["refuse", "drop"] = "refuse"
-    """At a record that cannot be used the run ends with its place, or it is left out and counted."""
 
     @model_validator(mode="after")
-    def _each_dataset_once(self) -> Self:
-        seen = set()
-        for dataset in self.datasets:
-            key = (dataset.path, dataset.config, dataset.split)
-            if key in seen:
-                raise ValueError(
-                    f"datasets names {dataset.path!r} twice; name it once, with the sum of the weights"
-                )
-            seen.add(key)
+    def _data_are_of_the_loss(self) -> Self:
+        for name, datasets in (("datasets", self.data.datasets), ("valid", self.data.valid or [])):
+            for dataset in datasets:
+                if (dataset.format == "preference") != (self.preference is not None):
+                    raise ValueError(
+                        f"data.{name} has {dataset.path!r} of format {dataset.format!r}, and the section preference is "
+                        f"{'not set' if self.preference is None else 'set'}; pairs of the format 'preference' and that "
+                        "section belong together"
+                    )
         return self
 
+    @model_validator(mode="after")
+    def _epochs_need_one_dataset(self) -> Self:
+        if self.trainer.max_epochs is not None and len(self.data.datasets) > 1:
+            raise ValueError(
+                f"trainer.max_epochs ({self.trainer.max_epochs:g}) has no meaning with several datasets mixed by "
+                "weight; set trainer.max_steps or max_tokens"
+            )
+        return self
 
-class FinetuneConfig(Config):
-    """The settings of a run on chat data."""
-
-    data: InstructDataConfig
-    """What it learns from."""
+    @model_validator(mode="after")
+    def _what_is_new_is_small(self) -> Self:
+        sharded = self.trainer.is_sharded
+        if sharded and self.finetune.method in ("state", "prefix"):
+            raise ValueError(
+                f"trainer.strategy {self.trainer.strategy!r} shares out parameters, and the few of method "
+                f"{self.finetune.method!r} are needed whole; set the strategy to 'ddp', 'deepspeed_1' or 'deepspeed_2'"
+            )
+        if sharded and getattr(self.finetune, "quantize", "none") != "none":
+            raise ValueError(
+                f"trainer.strategy {self.trainer.strategy!r} cannot share out quantized weights; set the strategy to "
+                "'ddp', 'deepspeed_1' or 'deepspeed_2', or finetune.quantize to 'none'"
+            )
+        return self

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from rwkv_train.assets import find_asset_folder
 from rwkv_train.config.base import Config
 from rwkv_train.config.finetune import FinetuneConfig
+from rwkv_train.config.instruct import InstructDataConfig
+from rwkv_train.config.methods import FreezeMethod, FullMethod, LoraMethod, PrefixMethod, StateMethod
 from rwkv_train.config.model import ModelConfig, RwkvConfig
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.errors import ConfigError
@@ -28,9 +30,18 @@ _ARCHITECTURES: dict[str, type[RwkvConfig]] = {
     config.model_fields["arch"].default: config for config in get_args(get_args(ModelConfig)[0])
 }
 
+_METHODS: dict[str, type[Config]] = {
+    "full": FullMethod,
+    "freeze": FreezeMethod,
+    "lora": LoraMethod,
+    "state": StateMethod,
+    "prefix": PrefixMethod,
+}
+
 _TAGS: dict[str, type[Config] | None] = {
     **_ARCHITECTURES,
-    **dict.fromkeys(("ranks", "rule", "prefix", "mixture", "parts")),
+    **_METHODS,
+    **dict.fromkeys(("ranks", "rule", "corpus", "mixture", "parts")),
 }
 """Names of union members in pydantic's locations, and the class that each one selects."""
 
@@ -53,7 +64,7 @@ def list_presets(*, of_finetuning: bool = False) -> dict[str, Path]:
     return {path.stem: path for path in paths}
 
 
-def read_tree(config: str, overrides: Sequence[str] = ()) -> Tree:
+def read_tree(config: str, overrides: Sequence[str] = (), *, of_finetuning: bool = False) -> Tree:
     """Read a YAML file and change single values, without checking names and types yet.
 
     Args:
@@ -61,11 +72,12 @@ def read_tree(config: str, overrides: Sequence[str] = ()) -> Tree:
         overrides: ``"section.name=value"``, the value written as in YAML; later ones win. A length of the run
             (``trainer.max_steps``, ``max_tokens``, ``max_epochs``) takes the place of the file's length, and
             another ``model.arch`` that of the file's settings which the new one does not have.
+        of_finetuning: whether a name is that of a preset of ``configs/finetune``.
 
     Raises:
         ConfigError: there is no such file or preset, it is not YAML, or an override is malformed.
     """
-    tree = _parse_file(_find_config(config, list_presets()))
+    tree = _parse_file(_find_config(config, list_presets(of_finetuning=of_finetuning)))
     _make_room_for_arch(tree, overrides)
     if any(override.startswith(_LENGTHS) for override in overrides) and isinstance(tree.get("trainer"), dict):
         for length in _LENGTHS:
@@ -102,23 +114,46 @@ def load_train_config(config: str, overrides: Sequence[str] = ()) -> TrainConfig
     return check_tree(read_tree(config, overrides))
 
 
-def load_finetune_config(config: str, overrides: Sequence[str] = ()) -> FinetuneConfig:
-    """Read and check the settings of a run on chat data.
-
-    Args:
-        config: path of a YAML file, or the name of a preset of ``configs/finetune``.
-        overrides: as :func:`read_tree`.
-
-    Raises:
-        ConfigError: as :func:`read_tree` and :func:`check_tree`.
-    """
-    tree = _parse_file(_find_config(config, list_presets(of_finetuning=True)))
-    for override in overrides:
-        _apply(tree, override)
+def check_finetune_tree(tree: Tree) -> FinetuneConfig:
+    """Turn plain values into the settings of a finetuning run, as :func:`check_tree` those of pretraining."""
     try:
         return FinetuneConfig.model_validate(tree)
     except ValidationError as error:
         raise _as_config_error(error, root=FinetuneConfig) from None
+
+
+def load_chat_data(config: str, overrides: Sequence[str] = ()) -> tuple[InstructDataConfig, int]:
+    """Read and check the section ``data`` of a finetuning run alone, whose file may have no others.
+
+    Returns:
+        The section, and ``model.ctx_len``, the tokens of a row.
+
+    Raises:
+        ConfigError: as :func:`read_tree` and :func:`check_tree`.
+    """
+    tree = read_tree(config, overrides, of_finetuning=True)
+    model = tree.get("model")
+    try:
+        seen = _ChatData.model_validate(
+            {
+                "data": tree.get("data"),
+                "model": {"ctx_len": model["ctx_len"]}
+                if isinstance(model, dict) and "ctx_len" in model
+                else {},
+            }
+        )
+    except ValidationError as error:
+        raise _as_config_error(error, root=_ChatData) from None
+    return seen.data, seen.model.ctx_len
+
+
+class _Row(Config):
+    ctx_len: PositiveInt = RwkvConfig.model_fields["ctx_len"].default
+
+
+class _ChatData(Config):
+    data: InstructDataConfig
+    model: _Row
 
 
 def fill_sizes(tree: Tree, sizes: Mapping[str, Any]) -> Tree:
@@ -251,10 +286,18 @@ def _sentence(detail: ErrorDetails, location: tuple[int | str, ...], root: type[
             return f"{name}: no such setting; {_nearest(names[-1], owner, root)}"
         case "missing":
             return f"{name}: it must be set"
-        case "union_tag_not_found" | "union_tag_invalid" if found.get("arch") is None:
+        case "union_tag_not_found" | "union_tag_invalid" if names == ["model"] and found.get("arch") is None:
             return f"{name}.arch: it must be set, to {_architecture_names()}"
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{name} is {_show(found)} but must be a section of settings"
+        case "union_tag_not_found" | "union_tag_invalid" if names[-1:] == ["finetune"]:
+            known = _listed([repr(method) for method in _METHODS], "or")
+            there = (
+                "it must be set, to"
+                if found.get("method") is None
+                else f"there is no {_show(found['method'])}; use"
+            )
+            return f"{name}.method: {there} {known}"
         case "union_tag_invalid":
             return f"{name}.arch: there is no {_show(found.get('arch'))}; use {_architecture_names()}"
         case "value_error":

@@ -1,47 +1,23 @@
-"""The settings of one training run: the tree that a YAML file holds."""
+"""The settings of one pretraining run: the tree that a YAML file holds."""
 
 from typing import Self
 
 from pydantic import Field, model_validator
 
-from rwkv_train.config.base import Config
-from rwkv_train.config.checkpoint import CheckpointConfig
 from rwkv_train.config.data import DataConfig
-from rwkv_train.config.guard import GuardConfig
-from rwkv_train.config.model import ModelConfig
-from rwkv_train.config.optim import OptimConfig
-from rwkv_train.config.trainer import TrainerConfig
+from rwkv_train.config.run import RunConfig
 
 
-class TrainConfig(Config):
+class TrainConfig(RunConfig):
     """One run of ``rwkv-train pretrain``."""
 
-    model: ModelConfig
-    """The architecture and its sizes."""
     data: DataConfig = Field(default_factory=DataConfig)
     """The corpus."""
-    optim: OptimConfig = Field(default_factory=OptimConfig)
-    """The optimizer."""
-    trainer: TrainerConfig
-    """The run."""
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    """What is kept."""
-    guard: GuardConfig = Field(default_factory=GuardConfig)
-    """What happens to a bad step."""
 
     @model_validator(mode="after")
     def _a_model_starts_from_somewhere(self) -> Self:
         if self.model.init_from is None and self.model.why_not_from_scratch is not None:
             raise ValueError(f"model.{self.model.why_not_from_scratch}")
-        return self
-
-    @model_validator(mode="after")
-    def _deepspeeds_optimizer_needs_deepspeed(self) -> Self:
-        if self.optim.implementation == "deepspeed" and self.trainer.zero_stage is None:
-            raise ValueError(
-                f"optim.implementation 'deepspeed' needs trainer.strategy deepspeed_1, _2 or _3, not "
-                f"{self.trainer.strategy!r}; set it to 'torch'"
-            )
         return self
 
     @model_validator(mode="after")

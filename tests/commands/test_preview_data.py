@@ -22,7 +22,7 @@ def data(path, more=""):
         "--set",
         f"data.datasets=[{{path: '{path}', format: prompt-completion}}]",
         "--set",
-        f"data.{more or 'ctx_len=32'}",
+        f"data.{more}" if more else "model.ctx_len=32",
     )
 
 

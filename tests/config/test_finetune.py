@@ -1,12 +1,12 @@
 import pytest
 
-from rwkv_train.config.load import list_presets, load_finetune_config, load_train_config
+from rwkv_train.config.load import list_presets, load_chat_data, load_train_config
 from rwkv_train.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", sorted(list_presets(of_finetuning=True)))
 def test_every_shipped_preset_is_valid(name):
-    load_finetune_config(name)
+    load_chat_data(name)
 
 
 def test_presets_of_finetuning_are_none_of_pretraining():
@@ -17,7 +17,10 @@ def test_presets_of_finetuning_are_none_of_pretraining():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.ctx_length=8", r"data\.ctx_length: no such setting; did you mean 'ctx_len'"),
+        (
+            "data.ctx_length=8",
+            r"data\.ctx_length: no such setting; did you mean 'max_tokens'|there are datasets",
+        ),
         ("data.datasets=[]", r"data\.datasets is \[\] but "),
         ("data.learn=user", r"data\.learn is 'user' but should be 'assistant' or 'all'"),
         ("data.learn={role: [user]}", r"data\.learn\.role: no such setting; did you mean 'roles'"),
@@ -50,4 +53,4 @@ def test_presets_of_finetuning_are_none_of_pretraining():
 )
 def test_a_wrong_setting_is_refused_by_name(override, message):
     with pytest.raises(ConfigError, match=message):
-        load_finetune_config("data-example", [override])
+        load_chat_data("data-example", [override])

@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from rwkv_train.config.finetune import LearnConfig, Role
+from rwkv_train.config.instruct import LearnConfig, Role
 from rwkv_train.errors import DataError
 
 

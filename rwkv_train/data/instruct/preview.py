@@ -3,7 +3,7 @@
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from rwkv_train.config.finetune import InstructDataConfig
+from rwkv_train.config.instruct import InstructDataConfig
 from rwkv_train.data.instruct.reading import ReadDataset, read_conversations
 from rwkv_train.data.instruct.rows import pack
 from rwkv_train.data.instruct.samples import ConversationOrder
@@ -82,12 +82,18 @@ class Preview(NamedTuple):
 
 
 def make_preview(
-    config: InstructDataConfig, *, n_samples: int = 3, max_records: int | None = None, seed: int = 0
+    config: InstructDataConfig,
+    ctx_len: int,
+    *,
+    n_samples: int = 3,
+    max_records: int | None = None,
+    seed: int = 0,
 ) -> Preview:
     """Read the datasets and show the first samples of a run with this seed.
 
     Args:
         config: the data.
+        ctx_len: tokens of a row.
         n_samples: samples to show.
         max_records: take only so many of each dataset.
         seed: of the order.
@@ -103,10 +109,10 @@ def make_preview(
     places = [order.locate(sample) for sample in range(n_samples)]
     lengths = [conversation.n_inputs for one in read for conversation in one.conversations]
     return Preview(
-        tuple(_summarize(one, config.ctx_len) for one in read),
+        tuple(_summarize(one, ctx_len) for one in read),
         _histogram(lengths),
-        config.ctx_len,
-        sum(map(len, pack(lengths, config.ctx_len))),
+        ctx_len,
+        sum(map(len, pack(lengths, ctx_len))),
         sum(lengths),
         tuple(_show(read[dataset].conversations[number], tokenizer) for dataset, number in places),
     )

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
 
-from rwkv_train.config.finetune import BUILTIN, InstructDataConfig, InstructDataset
+from rwkv_train.config.instruct import BUILTIN, InstructDataConfig, InstructDataset
 from rwkv_train.data.instruct.builtin import builtin_records
 from rwkv_train.data.instruct.records import to_conversation
 from rwkv_train.data.instruct.templates import ChatTemplate

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from rwkv_train.config.finetune import DEFAULT_FIELDS, DEFAULT_ROLES, InstructDataset, RecordFormat, Role
+from rwkv_train.config.instruct import DEFAULT_FIELDS, DEFAULT_ROLES, InstructDataset, RecordFormat, Role
 from rwkv_train.data.instruct.conversation import Conversation, Message
 from rwkv_train.data.sources.base import Record
 from rwkv_train.data.sources.values import show_names, text_of

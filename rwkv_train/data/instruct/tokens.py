@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rwkv_train.config.finetune import LearnConfig
+from rwkv_train.config.instruct import LearnConfig
 from rwkv_train.data.instruct.conversation import Conversation, learned_messages
 from rwkv_train.data.instruct.templates import ChatTemplate
 from rwkv_train.errors import DataError

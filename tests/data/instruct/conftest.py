@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from rwkv_train.config.finetune import InstructDataConfig
+from rwkv_train.config.instruct import InstructDataConfig
 
 
 @pytest.fixture

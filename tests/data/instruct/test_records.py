@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rwkv_train.config.finetune import InstructDataConfig
+from rwkv_train.config.instruct import InstructDataConfig
 from rwkv_train.data.instruct.reading import read_conversations
 from rwkv_train.errors import DataError
 from rwkv_train.tokenizers import load_tokenizer

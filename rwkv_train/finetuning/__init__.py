@@ -1,0 +1,1 @@
+"""Ways to finetune: adapters, learned states, quantized bases, losses on preferences."""
