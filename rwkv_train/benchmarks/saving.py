@@ -15,10 +15,10 @@ from rwkv_train.config.model import ModelConfig, Rwkv7Config
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.models.registry import build_model, count_parameters
 from rwkv_train.parallel.processes import Processes
-from rwkv_train.training.corpora import open_corpora, open_samples
 from rwkv_train.training.early_stopping import EarlyStopping
 from rwkv_train.training.keeper import CheckpointKeeper
-from rwkv_train.training.module import PretrainModule
+from rwkv_train.training.module import TrainingModule
+from rwkv_train.training.pretraining import PretrainingTask
 from rwkv_train.training.validation import Validation
 
 N_WARM_UP = 1
@@ -104,7 +104,7 @@ class SaveTimer(TimedCallback):
         """Return the size of a checkpoint and the seconds of each save and each way back."""
         return self._found
 
-    def _way_back(self, module: PretrainModule, folder: Path) -> dict[str, list[float]]:
+    def _way_back(self, module: TrainingModule, folder: Path) -> dict[str, list[float]]:
         """Measure what a resumed run does, in its order; the slowest process counts."""
         seconds: dict[str, list[float]] = {"verify": [], "weights": [], "restore": []}
         for _ in range(len(self.timed_keeper.seconds) - N_WARM_UP):
@@ -136,20 +136,10 @@ class _TimedKeeper(CheckpointKeeper):
     """Notes how long training waits for each save."""
 
     def __init__(self, config: TrainConfig, processes: Processes) -> None:
-        corpora = open_corpora(config)
-        samples = open_samples(config, corpora)
-        super().__init__(
-            config,
-            corpora.tokenizer.identity,
-            samples,
-            processes,
-            None,
-            EarlyStopping(None),
-            beat=lambda: None,
-        )
+        super().__init__(PretrainingTask(config), processes, None, EarlyStopping(None), beat=lambda: None)
         self.seconds: list[float] = []
 
-    def save(self, module: PretrainModule, seconds: float, validation: Validation | None) -> None:
+    def save(self, module: TrainingModule, seconds: float, validation: Validation | None) -> None:
         before = now()
         super().save(module, seconds, validation)
         self.seconds.append(now() - before)

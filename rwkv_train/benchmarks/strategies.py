@@ -15,10 +15,10 @@ from rwkv_train.benchmarks.trial import Json, TimedCallback, main, now, run_tria
 from rwkv_train.config.model import ModelConfig, Rwkv7Config
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.parallel.processes import Processes
-from rwkv_train.training.corpora import open_corpora, open_samples
 from rwkv_train.training.early_stopping import EarlyStopping
 from rwkv_train.training.keeper import CheckpointKeeper
-from rwkv_train.training.module import PretrainModule
+from rwkv_train.training.module import TrainingModule
+from rwkv_train.training.pretraining import PretrainingTask
 from rwkv_train.training.validation import Validation
 
 N_WARM_UP = 3
@@ -145,22 +145,12 @@ class _NoCheckpoints(CheckpointKeeper):
     """Saves nothing, not even at the end."""
 
     def __init__(self, config: TrainConfig, processes: Processes) -> None:
-        corpora = open_corpora(config)
-        samples = open_samples(config, corpora)
-        super().__init__(
-            config,
-            corpora.tokenizer.identity,
-            samples,
-            processes,
-            None,
-            EarlyStopping(None),
-            beat=lambda: None,
-        )
+        super().__init__(PretrainingTask(config), processes, None, EarlyStopping(None), beat=lambda: None)
 
     def is_due(self, step: int) -> bool:
         return False
 
-    def save(self, module: PretrainModule, seconds: float, validation: Validation | None) -> None:
+    def save(self, module: TrainingModule, seconds: float, validation: Validation | None) -> None:
         pass
 
 

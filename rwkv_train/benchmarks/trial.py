@@ -17,7 +17,7 @@ from rwkv_train.config.load import check_tree, load_train_config
 from rwkv_train.config.model import ModelConfig
 from rwkv_train.config.save import to_tree, to_yaml
 from rwkv_train.config.train import TrainConfig
-from rwkv_train.data.module import Position, PretrainData
+from rwkv_train.data.module import MicroBatches, Position, RunData
 from rwkv_train.data.prepare import prepare_data
 from rwkv_train.errors import RwkvTrainError, TrainingError
 from rwkv_train.models.registry import build_model, initialize
@@ -32,7 +32,8 @@ from rwkv_train.training.corpora import open_corpora, open_samples, samples_in_e
 from rwkv_train.training.guard import Guard
 from rwkv_train.training.keeper import CheckpointKeeper
 from rwkv_train.training.meter import Meter
-from rwkv_train.training.module import PretrainModule
+from rwkv_train.training.module import TrainingModule
+from rwkv_train.training.objective import NextTokenLoss
 from rwkv_train.training.precision import prepare_forward
 from rwkv_train.training.progress import Display
 from rwkv_train.training.schedule import run_length
@@ -182,11 +183,12 @@ def train(config: TrainConfig, callback_of: CallbackOf) -> Json | None:
         prepare_forward(model, config.trainer)
         engine = ENGINES[config.trainer.strategy](model, config)
         start = Position(0)
-        module = PretrainModule(model, engine, config, length, start, Guard(config.guard))
+        module = TrainingModule(model, engine, config, length, start, Guard(config.guard), NextTokenLoss())
         trainer = make_trainer(config, length.n_steps, [callback], [])
-        end_of_document = corpora.tokenizer.end_of_document
-        data = PretrainData(open_samples(config, corpora), config, start, length.n_steps, end_of_document)
-        trainer.fit(module, datamodule=data)
+        end = corpora.tokenizer.end_of_document if config.is_packed else None
+        samples = open_samples(config, corpora)
+        batches = RunData(lambda rank: MicroBatches(samples, config, rank, start, length.n_steps, end))
+        trainer.fit(module, datamodule=batches)
         return callback.result() if processes.is_first else None
 
 

@@ -8,6 +8,7 @@ import base64
 import binascii
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -39,6 +40,9 @@ OPTIMIZER = "optimizer"
 STREAM_FILE = "stream.safetensors"
 """Name of the file of tokens that a run which streams its data has read and not yet trained on."""
 
+CARRIED_FILE = "carried.safetensors"
+"""Name of the file of states with which long conversations go on."""
+
 GIVEN_KEYS: Kinds = {
     "step": (int,),
     "tokens": (int,),
@@ -52,6 +56,11 @@ GIVEN_KEYS: Kinds = {
 
 _ALL_KEYS: Kinds = {**GIVEN_KEYS, "files": (dict,), "save_number": (int,)}
 """What a manifest on disk has. ``save_number`` counts a run's saves, those of abandoned branches too."""
+
+_LEARNED_KEYS: Kinds = {"parameters": (dict,), "base": (dict,), "method": (str,)}
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Name of a parameter -> its shape."""
 
 _NO_HASH = "0" * 64
 
@@ -87,6 +96,34 @@ def write_manifest(folder: Path, manifest: Json) -> None:
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8", newline="\n")
 
 
+def own_shapes(path: Path, manifest: Json) -> Shapes | None:
+    """Return the shapes of the parameters that a checkpoint stores where it is not those of a model; else ``None``.
+
+    Args:
+        path: the manifest's, for the message.
+        manifest: of the checkpoint.
+
+    Raises:
+        CheckpointError: the section ``learned`` is damaged.
+    """
+    learned = manifest.get("learned")
+    if learned is None:
+        return None
+    problem = (
+        find_problem({**learned, "format": FORMAT_VERSION}, _LEARNED_KEYS)
+        if isinstance(learned, dict)
+        else "it is no section"
+    )
+    if problem is None and not all(
+        isinstance(shape, list) and all(isinstance(size, int) and size > 0 for size in shape)
+        for shape in learned["parameters"].values()
+    ):
+        problem = "parameters have no shapes"
+    if problem is not None:
+        raise CheckpointError(f"{path} cannot be used: the section 'learned': {problem}")
+    return {name: tuple(shape) for name, shape in learned["parameters"].items()}
+
+
 def tensor_files(folder: Path, manifest: Json, stem: str) -> list[str]:
     """Return the names of the files that hold a checkpoint's tensors of one kind.
 
@@ -103,7 +140,7 @@ def tensor_files(folder: Path, manifest: Json, stem: str) -> list[str]:
 def files_of(folder: Path, manifest: Json, *, with_optimizer: bool = True) -> list[str]:
     """Return the names of a checkpoint's files but the manifest, indices included.
 
-    Without the optimizer's, those are the files of weights alone.
+    Without the optimizer's, those are the files of weights alone, with it all that the manifest names.
 
     Raises:
         CheckpointError: as in :func:`tensor_files`.
@@ -112,8 +149,8 @@ def files_of(folder: Path, manifest: Json, *, with_optimizer: bool = True) -> li
     for stem in (WEIGHTS, OPTIMIZER) if with_optimizer else (WEIGHTS,):
         names = tensor_files(folder, manifest, stem)
         files += names if len(names) == 1 else [*names, index_name(stem)]
-    if with_optimizer and STREAM_FILE in manifest["files"]:
-        files.append(STREAM_FILE)
+    if with_optimizer:
+        files += [name for name in manifest["files"] if name not in files]
     return files
 
 

@@ -3,11 +3,15 @@
 ``OUT_DIR/checkpoints/step-00000500/`` holds ``model.safetensors`` (float32 weights under the official
 names), ``optimizer.safetensors`` (``exp_avg.NAME`` and ``exp_avg_sq.NAME``, float32), each in several files where
 it is large, and ``manifest.json`` (everything else, and the SHA-256 of each file). A run that streams its data has
-``stream.safetensors`` too: tokens that it has read and not yet trained on. Nothing in it is a pickle.
+``stream.safetensors`` too: tokens that it has read and not yet trained on; one in the middle of long conversations
+``carried.safetensors``: their states. Nothing in it is a pickle.
+
+A run that finetunes with parameters of its own beside a model which stays as it is (adapters, a state) stores these
+alone; the manifest has their shapes and says which model they are of (``learned``).
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -28,10 +32,13 @@ from rwkv_train.checkpoints.io import (
     sha256_of,
 )
 from rwkv_train.checkpoints.manifest import (
+    CARRIED_FILE,
     GIVEN_KEYS,
     OPTIMIZER,
     STREAM_FILE,
     WEIGHTS,
+    Shapes,
+    own_shapes,
     read_manifest,
     tensor_files,
     verify_checkpoint,
@@ -112,8 +119,10 @@ class TrainingCheckpoint:
         self._weights = TensorFiles(folder, tensor_files(folder, manifest, WEIGHTS))
         self._moments = TensorFiles(folder, tensor_files(folder, manifest, OPTIMIZER))
         config = parse_model(folder / MANIFEST_FILE, manifest["arch_config"])
-        _check_state(folder, config, self._weights.headers, self._moments.headers)
-        self.names = tuple(name for name in expected_shapes(config) if name in self._weights)
+        own = own_shapes(folder / MANIFEST_FILE, manifest)
+        _check_state(folder, config, own, self._weights.headers, self._moments.headers)
+        shapes = expected_shapes(config) if own is None else own
+        self.names = tuple(name for name in shapes if name in self._weights)
         """Names of the parameters, in the order of the model; unused ones may be absent."""
 
     def parameter(self, name: str) -> ParameterState:
@@ -139,9 +148,20 @@ class TrainingCheckpoint:
         Raises:
             CheckpointError: the file is damaged.
         """
-        if STREAM_FILE not in self.manifest["files"]:
+        return self._others(STREAM_FILE)
+
+    def carried(self) -> dict[str, Tensor]:
+        """Read the states of conversations that the run was in the middle of.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        return self._others(CARRIED_FILE)
+
+    def _others(self, name: str) -> dict[str, Tensor]:
+        if name not in self.manifest["files"]:
             return {}
-        path = self.folder / STREAM_FILE
+        path = self.folder / name
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
@@ -150,9 +170,15 @@ class TrainingCheckpoint:
             ) from error
 
 
-def checkpoint_bytes(config: ModelConfig) -> int:
-    """Return the size in bytes that a training checkpoint of a model has at most, but for names and JSON."""
-    return _BYTES_OF_A_WEIGHT * sum(math.prod(shape) for shape in expected_shapes(config).values())
+def checkpoint_bytes(config: ModelConfig, own: Shapes | None = None) -> int:
+    """Return the size in bytes that a training checkpoint of a model has at most, but for names and JSON.
+
+    Args:
+        config: the model.
+        own: the parameters that it stores where these are not those of the model.
+    """
+    shapes = expected_shapes(config) if own is None else own
+    return _BYTES_OF_A_WEIGHT * sum(math.prod(shape) for shape in shapes.values())
 
 
 def save_training_checkpoint(
@@ -162,6 +188,8 @@ def save_training_checkpoint(
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
     stream: Mapping[str, Tensor] | None = None,
+    carried: Mapping[str, Tensor] | None = None,
+    add_files: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Write a checkpoint of a run; it appears whole or not at all.
 
@@ -173,10 +201,12 @@ def save_training_checkpoint(
         out_dir: folder of the run.
         manifest: ``step``, ``tokens``, ``config``, ``tokenizer``, ``arch_config``, ``random``, ``data`` and what
             else a run needs; ``format``, ``files``, ``save_number``, ``saved_at`` and ``sha256`` are added here.
-        parameters: every parameter of the model, in any order, on any device; dtypes narrower than float32
-            are widened.
+        parameters: every parameter of the model, or where the manifest has a section ``learned`` every one of that, in
+            any order, on any device; dtypes narrower than float32 are widened.
         max_file_bytes: size above which tensors of a kind go to several files.
         stream: tensors on the CPU that :meth:`TrainingCheckpoint.stream` gives back; ``None``: there are none.
+        carried: the same of :meth:`TrainingCheckpoint.carried`.
+        add_files: called once the tensors are written, with the unfinished folder, to which it may add files.
 
     Returns:
         The folder of the checkpoint.
@@ -196,11 +226,15 @@ def save_training_checkpoint(
     with os_errors_as_sentences(folder, "written"):
         if folder.parent.exists():
             remove_leftovers(folder.parent, is_checkpoint_name)
-    stream_bytes = sum(tensor.nbytes for tensor in (stream or {}).values())
-    with new_folder(folder, checkpoint_bytes(config) + stream_bytes) as new:
-        _write_tensors(new, folder, config, parameters, max_file_bytes)
-        if stream:
-            _write_stream(new / STREAM_FILE, stream)
+    others = {STREAM_FILE: stream or {}, CARRIED_FILE: carried or {}}
+    other_bytes = sum(tensor.nbytes for tensors in others.values() for tensor in tensors.values())
+    own = own_shapes(folder / MANIFEST_FILE, manifest)
+    with new_folder(folder, checkpoint_bytes(config, own) + other_bytes) as new:
+        _write_tensors(new, folder, config, own, parameters, max_file_bytes)
+        for name, tensors in others.items():
+            if tensors:
+                _write_others(new / name, tensors)
+        add_files(new)
         content = {
             **manifest,
             "files": {path.name: sha256_of(path) for path in sorted(new.iterdir())},
@@ -251,10 +285,15 @@ def load_training_checkpoint(folder: str | Path, *, verify: bool = True) -> Trai
 
 
 def _write_tensors(
-    new: Path, folder: Path, config: ModelConfig, parameters: Iterable[ParameterState], max_file_bytes: int
+    new: Path,
+    folder: Path,
+    config: ModelConfig,
+    own: Shapes | None,
+    parameters: Iterable[ParameterState],
+    max_file_bytes: int,
 ) -> None:
     """Write the files of ``folder`` into ``new``."""
-    shapes = expected_shapes(config)
+    shapes = expected_shapes(config) if own is None else own
     weight_table = table_size(shapes.items())
     moment_table = table_size(
         (f"{kind}.{name}", shape) for kind in _MOMENTS for name, shape in shapes.items()
@@ -273,14 +312,14 @@ def _write_tensors(
                 if moment is not None:
                     moments.add(f"{kind}.{name}", _as_stored(f"{kind}.{name}", moment))
         try:
-            _check_state(folder, config, weights.headers, moments.headers)
+            _check_state(folder, config, own, weights.headers, moments.headers)
         except CheckpointError as error:
             raise ValueError(str(error)) from error
 
 
-def _write_stream(path: Path, stream: Mapping[str, Tensor]) -> None:
+def _write_others(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
-        save_file(dict(stream), path)
+        save_file(dict(tensors), path)
     except SafetensorError as error:  # a full disk comes as this, too
         raise OSError(str(error)) from error
 
@@ -292,14 +331,26 @@ def _as_stored(name: str, tensor: Tensor) -> Tensor:
 
 
 def _check_state(
-    folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+    folder: Path,
+    config: ModelConfig,
+    own: Shapes | None,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
 ) -> None:
     """Refuse tensors that the architecture does not have, moments without their pair, and other dtypes.
 
     Of the tensors only the shapes and dtypes are looked at.
     """
     sources = [str(folder / f"{stem}.safetensors") for stem in (WEIGHTS, OPTIMIZER)]
-    check_tensors(config, weights, source=sources[0])
+    if own is None:
+        check_tensors(config, weights, source=sources[0])
+    else:
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        wrong = next((name for name in {**own, **found} if own.get(name) != found.get(name)), None)
+        if wrong is not None:
+            raise CheckpointError(
+                f"{sources[0]}: tensor '{wrong}' has shape {found.get(wrong)}, expected {own.get(wrong)}"
+            )
     for source, tensors in zip(sources, (weights, moments), strict=True):
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32:

@@ -28,7 +28,7 @@ from rwkv_train.checkpoints.hub import resolve_path
 from rwkv_train.checkpoints.hugging_face import read_hugging_face
 from rwkv_train.checkpoints.infer import check_tensors, fill_unused, infer_config, make_explicit
 from rwkv_train.checkpoints.lightning_ckpt import read_lightning_ckpt
-from rwkv_train.checkpoints.manifest import WEIGHTS, tensor_files, verify_checkpoint
+from rwkv_train.checkpoints.manifest import WEIGHTS, own_shapes, tensor_files, verify_checkpoint
 from rwkv_train.checkpoints.pth import read_pth
 from rwkv_train.checkpoints.run_folder import newest_valid_checkpoint
 from rwkv_train.checkpoints.tensor_files import TensorFiles, tensor_file_names
@@ -189,6 +189,16 @@ def _read_training_checkpoint(folder: Path) -> Weights:
     path = folder / MANIFEST_FILE
     manifest = verify_checkpoint(folder, with_optimizer=False)
     config = make_explicit(parse_model(path, manifest["arch_config"]))
+    if own_shapes(path, manifest) is not None:
+        base = manifest["learned"]["base"].get("init_from", "BASE")
+        raise CheckpointError(
+            f"{folder} holds only what finetuning ({manifest['learned']['method']}) has added to {base}, and no model; "
+            + (
+                f"merge it: rwkv-train merge-adapter {base} {folder} OUT"
+                if manifest["learned"]["method"] == "lora"
+                else f"use {base} with --state {folder}"
+            )
+        )
     files = TensorFiles(folder, tensor_files(folder, manifest, WEIGHTS))
     weights = _checked_weights(folder / WEIGHTS_FILE, config, files)
     return weights._replace(tokenizer=parse_tokenizer(path, manifest["tokenizer"]), step=manifest["step"])

@@ -24,6 +24,7 @@ from rwkv_train.commands.doctor import doctor
 from rwkv_train.commands.eval_harness import eval_harness
 from rwkv_train.commands.eval_lambada import eval_lambada
 from rwkv_train.commands.eval_ppl import eval_ppl
+from rwkv_train.commands.finetune import finetune
 from rwkv_train.commands.generate import generate
 from rwkv_train.commands.init_weights import init_weights
 from rwkv_train.commands.inspect import inspect
@@ -56,6 +57,7 @@ app = typer.Typer(
 )
 _COMMANDS = (
     pretrain,
+    finetune,
     prepare_data,
     preview_data,
     eval_ppl,

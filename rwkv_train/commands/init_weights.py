@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rwkv_train.commands.pretrain import ConfigName, Overrides
+from rwkv_train.commands.run import ConfigName, Overrides
 from rwkv_train.errors import ConfigError
 
 Output = Annotated[Path, typer.Option(help="The safetensors folder to write.")]

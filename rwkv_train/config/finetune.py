@@ -27,6 +27,11 @@ class FinetuneConfig(RunConfig):
         """Whether anything is held out."""
         return self.data.valid is not None or self.data.valid_fraction is not None
 
+    @property
+    def lr_factors(self) -> dict[str, float]:
+        """Factors of the learning rate by patterns of parameters' names; the last that fits counts."""
+        return getattr(self.finetune, "lr_factors", {})
+
     @model_validator(mode="after")
     def _it_starts_from_weights(self) -> Self:
         if self.model.init_from is None:
@@ -75,6 +80,24 @@ class FinetuneConfig(RunConfig):
             raise ValueError(
                 f"trainer.max_epochs ({self.trainer.max_epochs:g}) has no meaning with several datasets mixed by "
                 "weight; set trainer.max_steps or max_tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_loop_over_conversations_cannot_be_compiled(self) -> Self:
+        if self.trainer.compile and self.trainer.wkv_backend == "reference":
+            raise ValueError(
+                "trainer.compile cannot take trainer.wkv_backend 'reference' with packed rows, a loop whose length "
+                "depends on the data; set the backend to 'auto', or compile to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_have_no_penalty(self) -> Self:
+        if self.preference is not None and self.optim.l2wrap > 0:
+            raise ValueError(
+                f"optim.l2wrap ({self.optim.l2wrap:g}) is a penalty on learned tokens, and the section preference "
+                "learns from pairs; set it to 0"
             )
         return self
 

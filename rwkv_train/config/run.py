@@ -36,3 +36,13 @@ class RunConfig(Config):
                 f"{self.trainer.strategy!r}; set it to 'torch'"
             )
         return self
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a sample holds several sequences, each with a state of its own."""
+        return True
+
+    @property
+    def lr_factors(self) -> dict[str, float]:
+        """Factors of the learning rate by patterns of parameters' names; the last that fits counts."""
+        return {}

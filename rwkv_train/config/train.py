@@ -14,6 +14,11 @@ class TrainConfig(RunConfig):
     data: DataConfig = Field(default_factory=DataConfig)
     """The corpus."""
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether a sample holds several sequences, each with a state of its own."""
+        return self.data.documents == "reset"
+
     @model_validator(mode="after")
     def _a_model_starts_from_somewhere(self) -> Self:
         if self.model.init_from is None and self.model.why_not_from_scratch is not None:
@@ -42,7 +47,7 @@ class TrainConfig(RunConfig):
     @model_validator(mode="after")
     def _a_loop_over_documents_cannot_be_compiled(self) -> Self:
         settings = self.trainer
-        if settings.compile and settings.wkv_backend == "reference" and self.data.documents == "reset":
+        if settings.compile and settings.wkv_backend == "reference" and self.is_packed:
             raise ValueError(
                 "trainer.compile cannot take trainer.wkv_backend 'reference' with data.documents 'reset', a loop whose "
                 "length depends on the data; set the backend to 'auto', or compile to false"

@@ -1,5 +1,6 @@
 """Training batches for Lightning: which sample a process reads when is a pure function of the step."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -8,12 +9,25 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from rwkv_train.config.run import RunConfig
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.data import sampler
 from rwkv_train.data.packing import cut_at_documents
 from rwkv_train.data.sampler import seed_of_corpus, slot_of_sample
 from rwkv_train.data.stored import Corpus
 from rwkv_train.errors import DataError
+
+
+class Carry(NamedTuple):
+    """Sequences of a packed micro-batch that are segments of longer ones, read by one lane in steps in a row.
+
+    A lane is a place in the global batch, whichever process reads it.
+    """
+
+    comes: tuple[tuple[int, int], ...]
+    """Lane and sequence of each that begins with the state that the lane's last one ended with in the step before."""
+    goes: tuple[tuple[int, int], ...]
+    """Lane and sequence of each that the lane goes on with in the next step."""
 
 
 class MicroBatch(NamedTuple):
@@ -28,7 +42,9 @@ class MicroBatch(NamedTuple):
     first_sample: int
     """Number of its first sample in the run."""
     cu_seqlens: Tensor | None = None
-    """Where a fresh state begins in a packed micro-batch, ``[S + 1]`` int64; see :func:`cut_at_documents`."""
+    """Where a sequence begins in a packed micro-batch, ``[S + 1]`` int64; see :func:`cut_at_documents`."""
+    carry: Carry | None = None
+    """Which of them go on from the step before or in the next one; ``None``: each is whole."""
 
 
 class Drawn(NamedTuple):
@@ -41,13 +57,21 @@ class Drawn(NamedTuple):
     """Passes over it."""
 
 
-class Samples(Protocol):
-    """Training samples by their number in a run."""
+class DataSource(Protocol):
+    """What a run learns from."""
 
     @property
     def identity(self) -> dict[str, object]:
         """What a resumed run recognises its data by: JSON's types."""
         ...
+
+    def drawn(self, n_samples: int) -> tuple[Drawn, ...]:
+        """Return what the first ``n_samples`` took from each of several parts; nothing where there is one."""
+        ...
+
+
+class Samples(DataSource, Protocol):
+    """Training samples by their number in a run."""
 
     def read(self, sample: int) -> tuple[Tensor, Tensor]:
         """Return tokens and targets of a sample, both ``[T]`` int64."""
@@ -55,10 +79,6 @@ class Samples(Protocol):
 
     def n_targets(self, first: int, count: int) -> int:
         """Return how many targets, those of -100 aside, ``count`` samples from ``first`` on have together."""
-        ...
-
-    def drawn(self, n_samples: int) -> tuple[Drawn, ...]:
-        """Return what the first ``n_samples`` took from each of several corpora; nothing where there is one."""
         ...
 
 
@@ -120,7 +140,7 @@ class Position(NamedTuple):
     skipped: int = 0
     """Samples that were passed over, when the run went back to a checkpoint and on with other data."""
 
-    def first_sample(self, config: TrainConfig) -> int:
+    def first_sample(self, config: RunConfig) -> int:
         """Return the number of the first sample of the next step."""
         return self.skipped + self.step * config.trainer.global_batch_size
 
@@ -184,37 +204,19 @@ class MicroBatches(Dataset[MicroBatch]):
         return MicroBatch(tokens.view(1, -1), targets.view(1, -1), step_targets, first, cu_seqlens)
 
 
-class PretrainData(LightningDataModule):
+class RunData(LightningDataModule):
     """The training batches of a run; Lightning's own distributed sampler stays off.
 
     Args:
-        samples: where they come from.
-        config: the settings of the run.
-        start: where the run stands.
-        n_steps: steps of the whole run.
-        end_of_document: the tokenizer's end token, at which ``data.documents: reset`` cuts.
+        batches: gives the micro-batches of a process, by its number.
     """
 
-    def __init__(
-        self, samples: Samples, config: TrainConfig, start: Position, n_steps: int, end_of_document: int
-    ) -> None:
+    def __init__(self, batches: Callable[[int], Dataset[MicroBatch]]) -> None:
         super().__init__()
-        self._samples = samples
-        self._config = config
-        self._start = start
-        self._n_steps = n_steps
-        self._end_of_document = end_of_document if config.data.documents == "reset" else None
+        self._batches = batches
 
     def train_dataloader(self) -> DataLoader[MicroBatch]:
         """Return this process' micro-batches in order."""
         assert self.trainer is not None
-        batches = MicroBatches(
-            self._samples,
-            self._config,
-            self.trainer.global_rank,
-            self._start,
-            self._n_steps,
-            self._end_of_document,
-        )
         # No workers: reading a memory-mapped slice takes microseconds, and a stream is one. An item is a whole batch.
-        return DataLoader(batches, batch_size=None)
+        return DataLoader(self._batches(self.trainer.global_rank), batch_size=None)

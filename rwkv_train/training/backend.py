@@ -2,7 +2,7 @@
 
 import torch
 
-from rwkv_train.config.train import TrainConfig
+from rwkv_train.config.run import RunConfig
 from rwkv_train.errors import BackendError
 from rwkv_train.models.registry import recurrence_of
 from rwkv_train.ops.backends import Problem, ResolvedBackend
@@ -12,7 +12,7 @@ from rwkv_train.ops.prepare import prepare_backend
 from rwkv_train.training.precision import COMPUTE_DTYPES
 
 
-def choose_wkv_backend(config: TrainConfig, device: torch.device) -> ResolvedBackend:
+def choose_wkv_backend(config: RunConfig, device: torch.device) -> ResolvedBackend:
     """Return the name of the backend to run and why.
 
     Speeds count at the sizes of a micro-batch, with a backward pass; where samples are packed (documents begin with a
@@ -27,7 +27,7 @@ def choose_wkv_backend(config: TrainConfig, device: torch.device) -> ResolvedBac
         device.type,
         COMPUTE_DTYPES[config.trainer.precision],
         head_size,
-        is_packed=config.data.documents == "reset",
+        is_packed=config.is_packed,
         capability=capability_of(device),
         chip=chip_name(device),
         n_recurrences=power_of_two_near(config.trainer.micro_batch_size * width),

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.core import LightningModule
 
 from rwkv_train.config.guard import GuardConfig
-from rwkv_train.data.module import Samples
+from rwkv_train.data.module import DataSource
 from rwkv_train.errors import TrainingError
 from rwkv_train.parallel.processes import Processes
 from rwkv_train.parallel.signals import StopSignal
@@ -16,7 +16,8 @@ from rwkv_train.training.diagnosis import where_it_went_wrong
 from rwkv_train.training.guard import RollBack
 from rwkv_train.training.keeper import CheckpointKeeper
 from rwkv_train.training.meter import Meter
-from rwkv_train.training.module import PretrainModule, StepResult
+from rwkv_train.training.module import StepResult, TrainingModule
+from rwkv_train.training.objective import lanes_of
 from rwkv_train.training.progress import Display
 from rwkv_train.training.validation import Validation, Validator
 
@@ -59,11 +60,13 @@ class RunCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bind the engine to what the strategy has placed, and restore what the run goes on from."""
-        assert isinstance(pl_module, PretrainModule)
+        assert isinstance(pl_module, TrainingModule)
         pl_module.engine.bind(trainer)
         with self.processes.failing_together():
             if self.keeper.resumed is not None:
                 pl_module.engine.restore(self.keeper.resumed)
+                lanes = lanes_of(pl_module.config.trainer, trainer.global_rank)
+                pl_module.objective.restore(self.keeper.resumed.carried(), lanes)
         if pl_module.config.trainer.compile:
             logger.info("the first steps take long: they compile the blocks (trainer.compile)")
 
@@ -72,7 +75,7 @@ class RunCallback(Callback):
         self.stop.listen()
         self.display.open()
         self.watchdog.start()
-        assert isinstance(pl_module, PretrainModule)
+        assert isinstance(pl_module, TrainingModule)
         if self.validator is not None and pl_module.start.step == 0:
             validation = self._validate(self.validator, pl_module, 0)
             self.keeper.early_stopping.note(validation.loss)
@@ -93,7 +96,7 @@ class RunCallback(Callback):
         self.meter.pause()
         if trainer.global_step > self._seen_steps:
             self._seen_steps = trainer.global_step
-            assert isinstance(pl_module, PretrainModule)
+            assert isinstance(pl_module, TrainingModule)
             self._after_step(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -104,7 +107,7 @@ class RunCallback(Callback):
         """Let go of the signals and the terminal."""
         self._release()
 
-    def _after_step(self, trainer: Trainer, module: PretrainModule) -> None:
+    def _after_step(self, trainer: Trainer, module: TrainingModule) -> None:
         step = module.completed_steps
         is_last = step == module.length.n_steps
         result = module.finish_step()
@@ -139,12 +142,12 @@ class RunCallback(Callback):
             trainer.should_stop = True
 
     def _report(
-        self, module: PretrainModule, step: int, result: StepResult, is_last: bool
+        self, module: TrainingModule, step: int, result: StepResult, is_last: bool
     ) -> dict[str, float]:
         """Show the step; return the metrics of the steps since the last row if one is due."""
         settings = module.config.trainer
         if result.problem is None:  # the means are over steps that were taken
-            self.meter.add(result.loss, result.grad_norm)
+            self.meter.add(result.loss, result.grad_norm, result.metrics)
         self.display.advance(step)
         if not self.meter.has_steps or not (is_last or step % settings.log_every_n_steps == 0):
             return {}
@@ -155,19 +158,17 @@ class RunCallback(Callback):
             "tokens": step * module.length.tokens_per_step,
             "seconds": round(self.meter.seconds, 3),
             "learning_rate": rate,
-            **metrics._asdict(),
-            **drawn_metrics(
-                self.keeper.samples, module.start._replace(step=step).first_sample(module.config)
-            ),
+            **metrics.as_row(),
+            **drawn_metrics(self.keeper.source, module.start._replace(step=step).first_sample(module.config)),
         }
 
-    def _validate(self, validator: Validator, module: PretrainModule, step: int) -> Validation:
+    def _validate(self, validator: Validator, module: TrainingModule, step: int) -> Validation:
         with module.forward_context():
             validation = validator.run(module.model, step)
         module.engine.rest()
         return validation
 
-    def _answer(self, module: PretrainModule, step: int, problem: str) -> None:
+    def _answer(self, module: TrainingModule, step: int, problem: str) -> None:
         """Do about a bad step, which changed nothing, what the settings say.
 
         Raises:
@@ -214,9 +215,9 @@ class RunCallback(Callback):
                 run_logger.log_metrics(row, step=step)
 
 
-def drawn_metrics(samples: Samples, n_samples: int) -> dict[str, float]:
+def drawn_metrics(source: DataSource, n_samples: int) -> dict[str, float]:
     """Return what the first ``n_samples`` of a run took from each of several corpora, as columns of a metrics row."""
     row: dict[str, float] = {}
-    for part in samples.drawn(n_samples):
+    for part in source.drawn(n_samples):
         row |= {f"tokens/{part.name}": part.tokens, f"epochs/{part.name}": part.epochs}
     return row

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from rwkv_train.data.module import MicroBatch
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.parallel.processes import Processes
-from rwkv_train.training.module import PretrainModule, context_of
+from rwkv_train.training.module import TrainingModule
+from rwkv_train.training.objective import context_of
 
 
-def where_it_went_wrong(module: PretrainModule, processes: Processes) -> str:
+def where_it_went_wrong(module: TrainingModule, processes: Processes) -> str:
     """Name the first bad tensor of the step just taken, on the first process that has one.
 
     All processes call this together; its forward is one more for each of them.

@@ -1,6 +1,6 @@
 """Where parameters, gradients and moments lie: all that the strategies do differently around an optimizer step."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 
 from rwkv_train.checkpoints.training_state import ParameterState, TrainingCheckpoint
 from rwkv_train.config.optim import OptimConfig
-from rwkv_train.config.train import TrainConfig
+from rwkv_train.config.run import RunConfig
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.training.param_groups import parameter_groups
 
@@ -39,9 +39,11 @@ class SkippableAdamW(Skippable, AdamW):
     """PyTorch's AdamW."""
 
 
-def make_optimizer(model: nn.Module, arch: str, optim: OptimConfig) -> Optimizer:
-    """Build the optimizer: fused AdamW over the published parameter groups."""
-    groups = parameter_groups(model, arch, optim)
+def make_optimizer(
+    model: nn.Module, arch: str, optim: OptimConfig, lr_factors: Mapping[str, float] | None = None
+) -> Optimizer:
+    """Build the optimizer: fused AdamW over the parameter groups of :func:`parameter_groups`."""
+    groups = parameter_groups(model, arch, optim, lr_factors)
     return SkippableAdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
 
 
@@ -63,7 +65,7 @@ class Engine:
 
     optimizer: Optimizer
 
-    def __init__(self, model: LanguageModel, config: TrainConfig) -> None:
+    def __init__(self, model: LanguageModel, config: RunConfig) -> None:
         self.model = model
         self.config = config
 
@@ -72,7 +74,7 @@ class Engine:
 
     def make_optimizer(self) -> Optimizer:
         """Build the optimizer; its parameters are where the strategy has put them."""
-        return make_optimizer(self.model, self.config.model.arch, self.config.optim)
+        return make_optimizer(self.model, self.config.model.arch, self.config.optim, self.config.lr_factors)
 
     def bind(self, trainer: Trainer) -> None:
         """Take note of what the strategy has made of model and optimizer; training starts next."""
@@ -109,14 +111,21 @@ class Engine:
     def release(self) -> None:
         """Let go of what would keep the model in memory after the run, in a process that goes on."""
 
-    def read(self) -> Iterator[ParameterState]:
-        """Go through all parameters, each in full; every process has to go through all of them."""
-        for name, parameter in self.model.named_parameters():
+    def read(self, names: Collection[str] | None = None) -> Iterator[ParameterState]:
+        """Go through parameters, each in full; every process has to go through all of them.
+
+        Args:
+            names: which; ``None``: all.
+        """
+        for name, parameter in self._named(names):
             weight = self.full(parameter.detach())
             if parameter.requires_grad:
                 yield ParameterState(name, weight, *(self._moment(parameter, moment) for moment in MOMENTS))
             else:
                 yield ParameterState(name, weight, None, None)
+
+    def _named(self, names: Collection[str] | None) -> Iterator[tuple[str, nn.Parameter]]:
+        return (pair for pair in self.model.named_parameters() if names is None or pair[0] in names)
 
     def restore(self, saved: TrainingCheckpoint) -> None:
         """Give the optimizer the moments and the number of steps of a checkpoint; the model has its weights."""

@@ -2,12 +2,13 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
+from rwkv_train.checkpoints.descriptions import Json
 from rwkv_train.checkpoints.infer import make_explicit
 from rwkv_train.checkpoints.manifest import decode_random_state, encode_random_state, read_manifest
 from rwkv_train.checkpoints.retention import (
@@ -23,14 +24,11 @@ from rwkv_train.checkpoints.training_state import (
     save_training_checkpoint,
 )
 from rwkv_train.config.save import to_tree
-from rwkv_train.config.train import TrainConfig
-from rwkv_train.data.module import Samples
-from rwkv_train.data.streaming import StreamSamples
 from rwkv_train.errors import CheckpointError
 from rwkv_train.parallel.processes import Processes
-from rwkv_train.tokenizers import TokenizerIdentity
 from rwkv_train.training.early_stopping import EarlyStopping
-from rwkv_train.training.module import PretrainModule
+from rwkv_train.training.module import TrainingModule
+from rwkv_train.training.task import Task
 from rwkv_train.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -40,9 +38,7 @@ class CheckpointKeeper:
     """Writes checkpoints at an interval and keeps the newest few, the best one and milestones.
 
     Args:
-        config: the settings of the run, saved with each checkpoint.
-        tokenizer: identity of the corpus' tokenizer.
-        samples: the training samples.
+        task: what the run learns; its settings are saved with each checkpoint.
         processes: the processes of the run; the first one writes what all of them hold.
         resumed: the checkpoint that the run goes on from; ``None`` from scratch.
         early_stopping: counts validations; saved with each checkpoint.
@@ -51,20 +47,18 @@ class CheckpointKeeper:
 
     def __init__(
         self,
-        config: TrainConfig,
-        tokenizer: TokenizerIdentity,
-        samples: Samples,
+        task: Task,
         processes: Processes,
         resumed: TrainingCheckpoint | None,
         early_stopping: EarlyStopping,
         beat: Callable[[], None],
     ) -> None:
-        self._config = config
-        self.samples = samples
-        """The training samples."""
+        self._task = task
+        self._config = config = task.config
         self.early_stopping = early_stopping
         """Counts the validations that found the run no better."""
-        self._tokenizer = tokenizer
+        self.source = task.source
+        """The training data."""
         self._processes = processes
         self._beat = beat
         self._out_dir = config.trainer.run_folder
@@ -95,7 +89,7 @@ class CheckpointKeeper:
         """Return whether a validation is better than that of every checkpoint so far."""
         return self._best is None or validation.loss < self._best.loss
 
-    def save(self, module: PretrainModule, seconds: float, validation: Validation | None) -> None:
+    def save(self, module: TrainingModule, seconds: float, validation: Validation | None) -> None:
         """Write a checkpoint, then remove those that are no longer kept. All processes call this together.
 
         Args:
@@ -107,12 +101,18 @@ class CheckpointKeeper:
             CheckpointError: it cannot be written; on all processes.
         """
         started = time.monotonic()
-        manifest = self._manifest(module, seconds, validation)
-        parameters = self._with_beats(module.engine.read())
+        manifest, stream = self._manifest(module, seconds, validation)
+        carried = {
+            name: tensor
+            for part in self._processes.gather(module.objective.carried())
+            for name, tensor in part.items()
+        }
+        learned = self._task.learned
+        parameters = self._with_beats(module.engine.read(None if learned is None else learned.keys()))
         with self._processes.failing_together():
             try:
                 if self._processes.is_first:
-                    self._write(manifest, parameters, validation)
+                    self._write(manifest, parameters, stream, carried, validation)
             finally:
                 # Gathering takes all processes: each goes to the end, also where the first one could not write.
                 for _ in parameters:
@@ -138,15 +138,25 @@ class CheckpointKeeper:
             yield parameter
 
     def _write(
-        self, manifest: dict[str, Any], parameters: Iterator[ParameterState], validation: Validation | None
+        self,
+        manifest: Json,
+        parameters: Iterator[ParameterState],
+        stream: Mapping[str, Tensor],
+        carried: Mapping[str, Tensor],
+        validation: Validation | None,
     ) -> None:
         settings = self._config.checkpoint
-        stream = None
-        if isinstance(self.samples, StreamSamples):
-            state = self.samples.state_at(manifest["data"]["samples"])
-            manifest["data"]["stream"], stream = state.to_json(), state.to_tensors()
+        learned: dict[str, Tensor] = {}
+        if self._task.learned is not None:
+            parameters = _noting(parameters, learned)
         self.newest = save_training_checkpoint(
-            self._out_dir, manifest, parameters, max_file_bytes=settings.max_file_bytes, stream=stream
+            self._out_dir,
+            manifest,
+            parameters,
+            max_file_bytes=settings.max_file_bytes,
+            stream=stream,
+            carried=carried,
+            add_files=lambda folder: self._task.add_files(folder, learned, manifest["step"]),
         )
         logger.debug("wrote %s", self.newest)
         if validation is not None and self.is_best(validation):
@@ -157,30 +167,41 @@ class CheckpointKeeper:
         )
 
     def _manifest(
-        self, module: PretrainModule, seconds: float, validation: Validation | None
-    ) -> dict[str, Any]:
+        self, module: TrainingModule, seconds: float, validation: Validation | None
+    ) -> tuple[Json, Mapping[str, Tensor]]:
+        """Return the manifest, and the tensors that go beside what it says of a stream."""
         step = module.completed_steps
         position = module.start._replace(step=step)
         n_samples = position.first_sample(self._config)
+        sections, stream = self._task.manifest(n_samples)
+        data = {
+            "samples": n_samples,
+            "skipped": position.skipped,
+            "train": self.source.identity,
+            "drawn": [part._asdict() for part in self.source.drawn(n_samples)],
+        }
         return {
             "step": step,
             "tokens": step * module.length.tokens_per_step,
             "config": to_tree(self._config),
             "arch_config": to_tree(make_explicit(self._config.model)),
-            "tokenizer": self._tokenizer._asdict(),
-            "data": {
-                "samples": n_samples,
-                "skipped": position.skipped,
-                "train": self.samples.identity,
-                "drawn": [part._asdict() for part in self.samples.drawn(n_samples)],
-            },
+            "tokenizer": self._task.tokenizer.identity._asdict(),
             "random": random_state(),
             "updates": module.engine.n_updates,
             "guard": module.guard.to_json(),
             "early_stopping": self.early_stopping.to_json(),
             "train_seconds": seconds,
             "validation": None if validation is None else validation.to_json(),
-        }
+            **sections,
+            "data": data | sections.get("data", {}),
+        }, stream
+
+
+def _noting(parameters: Iterator[ParameterState], weights: dict[str, Tensor]) -> Iterator[ParameterState]:
+    """Pass parameters on, and keep their weights on the CPU."""
+    for parameter in parameters:
+        weights[parameter.name] = parameter.weight.detach().to("cpu", torch.float32)
+        yield parameter
 
 
 def random_state() -> dict[str, str]:

@@ -12,8 +12,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from rwkv_train.checkpoints.descriptions import read_json, write_json
 from rwkv_train.checkpoints.io import new_file
+from rwkv_train.config.run import RunConfig
 from rwkv_train.config.save import to_tree
-from rwkv_train.config.train import TrainConfig
 from rwkv_train.errors import CheckpointError, ConfigError
 
 METRICS_FILE = "metrics.csv"
@@ -76,7 +76,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
         return [row for row in rows if (row.get("step") or "").isdigit() and None not in row.values()]
 
 
-def make_loggers(config: TrainConfig, columns: Sequence[str], start_step: int) -> list[Logger]:
+def make_loggers(config: RunConfig, columns: Sequence[str], start_step: int) -> list[Logger]:
     """Return the loggers that the settings ask for.
 
     Raises:
@@ -110,7 +110,7 @@ class _WandbRun(WandbLogger):
             self._experiment = None
 
 
-def _make_wandb_logger(project: str, config: TrainConfig, out_dir: Path) -> WandbLogger:
+def _make_wandb_logger(project: str, config: RunConfig, out_dir: Path) -> WandbLogger:
     from wandb.errors import Error  # noqa: PLC0415 - half a second that only its users pay
 
     run_logger = _WandbRun(

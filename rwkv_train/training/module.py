@@ -1,5 +1,6 @@
 """The LightningModule: it joins the model, the loss and the optimizer and does nothing else."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -8,13 +9,13 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rwkv_train.config.train import TrainConfig
+from rwkv_train.config.run import RunConfig
 from rwkv_train.data.module import MicroBatch, Position
 from rwkv_train.models.lm import LanguageModel
-from rwkv_train.ops.context import PLAIN, SequenceContext, packed_context
 from rwkv_train.training.engine import Engine
 from rwkv_train.training.guard import Guard
 from rwkv_train.training.meter import mean_over_ranks
+from rwkv_train.training.objective import Objective
 from rwkv_train.training.precision import autocast_of
 from rwkv_train.training.schedule import RunLength, learning_rate, weight_decay
 
@@ -23,20 +24,17 @@ class StepResult(NamedTuple):
     """What one optimizer step came to."""
 
     loss: Tensor
-    """Share of this process in the mean loss: its mean over the processes is that, in nats per token."""
+    """Share of this process in the mean loss: its mean over the processes is that, in the objective's unit."""
     grad_norm: Tensor
     """Norm of the gradient over all processes, before clipping."""
     problem: str | None
     """What was wrong, so that the weights are still those of the step before; ``None`` if nothing was."""
+    metrics: Mapping[str, Tensor] = {}
+    """Shares of this process in the objective's other metrics, by name."""
 
 
-def context_of(batch: MicroBatch) -> SequenceContext:
-    """Return how a micro-batch is cut into sequences."""
-    return PLAIN if batch.cu_seqlens is None else packed_context(batch.cu_seqlens)
-
-
-class PretrainModule(LightningModule):
-    """Next-token training of a language model, from a position in the data on.
+class TrainingModule(LightningModule):
+    """Training of a language model, from a position in the data on.
 
     Args:
         model: the model, with the weights to start from.
@@ -45,16 +43,18 @@ class PretrainModule(LightningModule):
         length: length of the whole run.
         start: where the run stands.
         guard: tells bad steps.
+        objective: the loss.
     """
 
     def __init__(
         self,
         model: LanguageModel,
         engine: Engine,
-        config: TrainConfig,
+        config: RunConfig,
         length: RunLength,
         start: Position,
         guard: Guard,
+        objective: Objective,
     ) -> None:
         super().__init__()
         self.model = model
@@ -63,8 +63,10 @@ class PretrainModule(LightningModule):
         self.length = length
         self.start = start
         self.guard = guard
+        self.objective = objective
         self.last_batch: MicroBatch | None = None
-        self._nats = torch.zeros(())  # of the micro-batches since the last step
+        self._sum = torch.zeros(())  # losses of the micro-batches since the last step
+        self._sums: dict[str, Tensor] = {}  # the other metrics
         self._grad_norm: Tensor | None = None
         self._problem: str | None = None
         self._watched_loss: float | None = None
@@ -111,17 +113,12 @@ class PretrainModule(LightningModule):
         self._ends_step = (batch_idx + 1) % settings.accumulation == 0
         # Dropout is a function of the sample, so a resumed run draws the same masks.
         torch.manual_seed((settings.seed * 1_000_003 + batch.first_sample) % (1 << 63))
-        factor = self.config.optim.l2wrap
         with self.forward_context():
-            output = self.model(
-                batch.tokens, targets=batch.targets, context=context_of(batch), with_penalty=factor > 0
-            )
-        nats = output.losses.sum()
-        self._nats = self._nats.to(nats.device) + nats.detach()
-        if factor > 0:
-            nats = nats + factor * output.penalties.sum()
-        share: Tensor = nats * (settings.world_size * settings.accumulation / batch.step_targets)
-        return share
+            losses = self.objective(self.model, batch, self.config.optim.l2wrap)
+        self._sum = self._sum.to(losses.loss.device) + losses.loss
+        for name, value in losses.metrics.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        return losses.total * (settings.world_size * settings.accumulation / batch.step_targets)
 
     def configure_gradient_clipping(
         self,
@@ -148,8 +145,11 @@ class PretrainModule(LightningModule):
             self._problem = self._problem or self.guard.judge(float(norm), None)
         if self._problem is None:
             self.guard.note_good(self._watched_loss)
-        result = StepResult(self._loss(), norm, self._problem)
-        self._nats = torch.zeros_like(self._nats)
+        else:
+            self.objective.forget()
+        metrics = {name: self._share(value) for name, value in self._sums.items()}
+        result = StepResult(self._loss(), norm, self._problem, metrics)
+        self._sum, self._sums = torch.zeros_like(self._sum), {}
         return result
 
     @property
@@ -157,5 +157,8 @@ class PretrainModule(LightningModule):
         return self.config.trainer.world_size
 
     def _loss(self) -> Tensor:
+        return self._share(self._sum)
+
+    def _share(self, total: Tensor) -> Tensor:
         assert self.last_batch is not None
-        return self._nats * (self._world_size / self.last_batch.step_targets)
+        return total * (self._world_size / self.last_batch.step_targets)

@@ -1,6 +1,7 @@
 """Which parameter learns how fast and which decays."""
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -9,13 +10,16 @@ from rwkv_train.config.optim import OptimConfig
 from rwkv_train.models.registry import has_weight_decay, learning_rate_factors
 
 
-def parameter_groups(model: nn.Module, arch: str, optim: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, arch: str, optim: OptimConfig, lr_factors: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """Sort the parameters of a model into groups for the optimizer.
 
     Args:
         model: the model; parameter names decide.
         arch: name of the architecture, whose table of learning-rate factors is used.
         optim: learning rate and weight decay.
+        lr_factors: further factors by patterns of names, as a shell has them; the last that fits counts.
 
     Returns:
         Groups with ``params`` and their ``names``, ``lr`` and ``weight_decay`` to start with, and what a schedule
@@ -27,8 +31,9 @@ def parameter_groups(model: nn.Module, arch: str, optim: OptimConfig) -> list[di
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        factor = _factor_of(name, factors)
-        decays = has_weight_decay(name)
+        factor = _factor_of(name, factors) * _factor_by_pattern(name, lr_factors or {})
+        # DoRA's lengths of rows are called a weight, and are a vector.
+        decays = has_weight_decay(name) and ".lora_magnitude_vector." not in name
         group = groups.setdefault(
             (factor, decays),
             {
@@ -47,3 +52,8 @@ def parameter_groups(model: nn.Module, arch: str, optim: OptimConfig) -> list[di
 
 def _factor_of(name: str, factors: Mapping[str, float]) -> float:
     return next((factor for suffix, factor in factors.items() if name.endswith(suffix)), 1.0)
+
+
+def _factor_by_pattern(name: str, factors: Mapping[str, float]) -> float:
+    fitting = [factor for pattern, factor in factors.items() if fnmatchcase(name, pattern)]
+    return fitting[-1] if fitting else 1.0

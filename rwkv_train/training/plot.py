@@ -12,10 +12,14 @@ PLOT_FILE = "loss.png"
 _BITS_PER_BYTE = "val_bits_per_byte"
 
 
-def plot_run(out_dir: Path) -> Path:
+def plot_run(out_dir: Path, unit: str = "nats/token") -> Path:
     """Draw ``loss.png`` from a run's metrics: training loss, and held-out bits per byte by domain.
 
     Where the bytes of the held-out text are not known, its loss is drawn beside that of training.
+
+    Args:
+        out_dir: folder of the run.
+        unit: of its loss.
 
     Returns:
         The path of the picture.
@@ -30,7 +34,7 @@ def plot_run(out_dir: Path) -> Path:
     axes = figure.subplots(1, 2 if domains else 1, squeeze=False)[0]
 
     axes[0].plot(*_series(rows, "loss"), linewidth=1.2, label="training")
-    axes[0].set(title="Loss", xlabel="step", ylabel="nats per token")
+    axes[0].set(title="Loss", xlabel="step", ylabel=unit.replace("/", " per "))
     if not domains:
         axes[0].plot(*_series(rows, "val_loss"), marker="o", markersize=3, label="held-out text")
         axes[0].legend()

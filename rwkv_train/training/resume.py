@@ -13,9 +13,8 @@ from rwkv_train.checkpoints.training_state import TrainingCheckpoint, open_train
 from rwkv_train.config.checkpoint import CheckpointConfig
 from rwkv_train.config.guard import GuardConfig
 from rwkv_train.config.optim import OptimConfig
+from rwkv_train.config.run import RunConfig
 from rwkv_train.config.save import to_tree
-from rwkv_train.config.train import TrainConfig
-from rwkv_train.data.module import Samples
 from rwkv_train.errors import CheckpointError, ConfigError
 from rwkv_train.parallel.processes import Processes
 from rwkv_train.tokenizers import TokenizerIdentity
@@ -26,7 +25,16 @@ AUTO = "auto"
 NONE = "none"
 
 MAY_CHANGE = {
-    "data": {"train", "valid", "cache_dir"},
+    # Whether the data are others is seen from what is in them.
+    "data": {
+        "train",
+        "valid",
+        "cache_dir",
+        "datasets",
+        "valid_fraction",
+        "max_tokens",
+        "bad_records",
+    },
     "trainer": {
         "out_dir",
         "max_steps",
@@ -58,6 +66,9 @@ MAY_CHANGE = {
 }
 """Settings that a resumed run may have otherwise than the run it goes on with, by section."""
 
+MAY_CHANGE_WHOLE = frozenset({"prompts"})
+"""Sections that it may have otherwise as a whole."""
+
 MAY_CHANGE_ON_REQUEST = {
     "model": {"dropout"},
     "optim": set(OptimConfig.model_fields),
@@ -65,15 +76,15 @@ MAY_CHANGE_ON_REQUEST = {
 }
 """Settings that it may have otherwise where the user names them, because they change what is learnt."""
 
-_ONCE_FIXED = {"data": {"documents": "stream"}}
+_ONCE_FIXED: dict[str, dict[str, str]] = {"data": {"documents": "stream"}}
 """What older versions did that had no setting for it, by section."""
 
 
 def find_checkpoint(
     resume: str,
-    config: TrainConfig,
+    config: RunConfig,
     tokenizer: TokenizerIdentity,
-    samples: Samples,
+    data: dict[str, object],
     processes: Processes,
     allow_change: Collection[str] = (),
 ) -> TrainingCheckpoint | None:
@@ -83,8 +94,8 @@ def find_checkpoint(
         resume: ``"auto"`` (the newest checkpoint in ``out_dir``, if any), ``"none"``, or the path of a
             training checkpoint or of another run's folder.
         config: the settings of the run.
-        tokenizer: identity of its corpus' tokenizer.
-        samples: its training samples.
+        tokenizer: identity of its tokenizer.
+        data: identity of its training data.
         processes: the processes of the run; the first one looks and verifies, all open what it has found.
         allow_change: names of settings, such as ``"optim.lr"``, that may differ from the checkpoint's.
 
@@ -105,7 +116,7 @@ def find_checkpoint(
         checkpoint = open_training_checkpoint(folder, verify=False)
         _check_manifest(checkpoint.manifest, folder)
         _check_same_settings(checkpoint.manifest, config, folder, allow_change)
-        _check_same_data(checkpoint.manifest, tokenizer, samples.identity, folder)
+        _check_same_data(checkpoint.manifest, tokenizer, data, folder)
     logger.info("going on from %s", folder)
     return checkpoint
 
@@ -170,12 +181,21 @@ def _check_manifest(manifest: dict[str, Any], folder: Path) -> None:
 
 
 def _check_same_settings(
-    manifest: dict[str, Any], config: TrainConfig, folder: Path, allow_change: Collection[str]
+    manifest: dict[str, Any], config: RunConfig, folder: Path, allow_change: Collection[str]
 ) -> None:
     now = to_tree(config)
     for section, saved in manifest["config"].items():
+        if section in MAY_CHANGE_WHOLE:
+            continue
+        if not isinstance(saved, dict) or not isinstance(now.get(section), dict):
+            if saved != now.get(section):
+                raise ConfigError(
+                    f"{section} is {now.get(section)!r} but {saved!r} in {folder}; set it back to go on with that run, "
+                    "or choose another trainer.out_dir for a new one"
+                )
+            continue
         for name, value in {**_ONCE_FIXED.get(section, {}), **saved}.items():
-            found = now.get(section, {}).get(name)
+            found = now[section].get(name)
             if found == value or name in MAY_CHANGE.get(section, set()):
                 continue
             full_name = f"{section}.{name}"
@@ -214,6 +234,10 @@ def _describe(identity: dict[str, Any]) -> str:
             return "; ".join(f"weight {part['weight']:g}: {_describe(part)}" for part in parts)
         case {"streaming": _}:
             return "data.streaming"
+        case {"conversations": [*parts]}:
+            return "; ".join(f"weight {part['weight']:g}: {_describe(part)}" for part in parts)
+        case {"conversations": int(count), "sha256": sha256}:
+            return f"{count:,} conversations, hash {str(sha256)[:12]}"
         case {"tokens": int(n_tokens), "sha256": sha256}:
             return f"{n_tokens:,} tokens" + ("" if sha256 is None else f", hash {str(sha256)[:12]}")
         case _:

@@ -1,9 +1,9 @@
-"""One pretraining run from settings to summary: corpus, weights, Trainer, picture."""
+"""One run from settings to summary: data, weights, Trainer, picture."""
 
 import gc
 import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -15,34 +15,33 @@ from rwkv_train.checkpoints.io import require_space
 from rwkv_train.checkpoints.lock import hold_run_folder
 from rwkv_train.checkpoints.run_folder import checkpoints_folder
 from rwkv_train.checkpoints.training_state import TrainingCheckpoint, checkpoint_bytes
-from rwkv_train.checkpoints.weights import read_weights
+from rwkv_train.config.run import RunConfig
 from rwkv_train.config.save import to_tree
 from rwkv_train.config.train import TrainConfig
-from rwkv_train.data.module import Drawn, Position, PretrainData
+from rwkv_train.data.module import Drawn, Position, RunData
 from rwkv_train.errors import ConfigError
 from rwkv_train.models.lm import LanguageModel
-from rwkv_train.models.registry import build_model, initialize
 from rwkv_train.parallel.processes import Processes, join_processes, naming_lost_processes
 from rwkv_train.parallel.signals import StopSignal
 from rwkv_train.parallel.watchdog import Watchdog
-from rwkv_train.tokenizers import TokenizerIdentity
 from rwkv_train.training.backend import choose_wkv_backend
 from rwkv_train.training.callbacks import RunCallback, drawn_metrics
 from rwkv_train.training.code_version import code_version
-from rwkv_train.training.corpora import Corpora, go_to, open_corpora, open_samples, samples_in_epoch
 from rwkv_train.training.early_stopping import EarlyStopping
 from rwkv_train.training.guard import Guard, RollBack
 from rwkv_train.training.keeper import CheckpointKeeper, restore_random_state
 from rwkv_train.training.loggers import make_loggers
 from rwkv_train.training.meter import Meter, StepMetrics
-from rwkv_train.training.module import PretrainModule
+from rwkv_train.training.module import TrainingModule
 from rwkv_train.training.plot import plot_run
 from rwkv_train.training.precision import prepare_forward
+from rwkv_train.training.pretraining import PretrainingTask
 from rwkv_train.training.progress import Display
 from rwkv_train.training.resume import AUTO, find_checkpoint
-from rwkv_train.training.schedule import RunLength, run_length
+from rwkv_train.training.schedule import RunLength
 from rwkv_train.training.strategy import ENGINES, device_of, make_trainer
-from rwkv_train.training.validation import Validation, Validator, metric_columns
+from rwkv_train.training.task import Task
+from rwkv_train.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +85,7 @@ class RunSummary(NamedTuple):
             of_step = (
                 "" if self.validation.step == self.completed_steps else f" (step {self.validation.step})"
             )
-            rows.append((f"validation loss{of_step}", f"{self.validation.loss:.4f} nats/token"))
+            rows.append((f"validation loss{of_step}", f"{self.validation.loss:.4f} {self.validation.unit}"))
             rows += [
                 ("bits per byte, " + (domain or "total"), f"{totals.bits_per_byte:.4f}")
                 for domain, totals in self.validation.parts()
@@ -115,6 +114,20 @@ def run_pretraining(
         TrainingError: the gradient is no longer finite, or the loss leapt.
         LostProcessError: another process of the run ended or hangs.
     """
+    return run_task(config, lambda: PretrainingTask(config), resume, allow_change)
+
+
+def run_task(
+    config: RunConfig, open_task: Callable[[], Task], resume: str, allow_change: Collection[str]
+) -> RunSummary:
+    """Train as the settings say; see :func:`run_pretraining`.
+
+    Args:
+        config: the settings of the run.
+        open_task: opens its data. The first process of each machine comes first, as it may have to make some.
+        resume: as in :func:`run_pretraining`.
+        allow_change: as in :func:`run_pretraining`.
+    """
     out_dir = config.trainer.run_folder
     device = device_of(config.trainer)
     backend = "gloo" if device.type == "cpu" else "nccl"
@@ -135,7 +148,7 @@ def run_pretraining(
         roll_back = None
         while True:
             try:
-                return _run(config, resume, allow_change, processes, roll_back)
+                return _run(config, open_task, resume, allow_change, processes, roll_back)
             except RollBack as bad:
                 # Its traceback would keep model and optimizer alive beside those that are made next.
                 roll_back = bad.with_traceback(None)
@@ -145,53 +158,54 @@ def run_pretraining(
 
 
 def _run(
-    config: TrainConfig,
+    config: RunConfig,
+    open_task: Callable[[], Task],
     resume: str,
     allow_change: Collection[str],
     processes: Processes,
     roll_back: RollBack | None,
 ) -> RunSummary:
     out_dir = config.trainer.run_folder
-    corpora = _open_corpora_together(config, processes)
-    samples = open_samples(config, corpora)
-    valid = None if corpora.valid is None else corpora.valid.identify()
-    processes.require_same({"data.train": samples.identity, "data.valid": valid})
-    length = run_length(config.trainer, config.model.ctx_len, samples_in_epoch(config, corpora))
-    saved = find_checkpoint(resume, config, corpora.tokenizer.identity, samples, processes, allow_change)
+    task = _open_in_turns(open_task, processes)
+    processes.require_same({"data.train": task.source.identity, "data.valid": task.held_out})
+    length = task.run_length()
+    saved = find_checkpoint(
+        resume, config, task.tokenizer.identity, task.source.identity, processes, allow_change
+    )
     start = _position(config, saved, roll_back)
+    device = device_of(config.trainer)
+    watchdog = Watchdog(processes, config.trainer.hang_timeout_seconds)
     with processes.failing_together():
         if start.step > length.n_steps:
             raise ConfigError(
                 f"the run is {length.n_steps} steps long but {start.step} are done; set trainer.max_steps (or "
                 "max_tokens, max_epochs) higher, or choose another trainer.out_dir"
             )
-        if processes.is_first and start.step < length.n_steps:
-            require_space(out_dir, checkpoint_bytes(config.model))
-        go_to(samples, start.first_sample(config), saved)
+        task.go_to(start.first_sample(config), saved)
         guard = _make_guard(config, saved, roll_back)
-        backend = choose_wkv_backend(config, device_of(config.trainer))
-        model = _make_model(config, backend.name, saved, corpora.tokenizer.identity)
+        backend = choose_wkv_backend(config, device)
+        model = task.make_model(backend.name, saved)
+        if processes.is_first and start.step < length.n_steps:
+            require_space(out_dir, checkpoint_bytes(config.model, task.learned))
     logger.info("recurrence: %s", backend.reason)
+    task.prepare(model, processes, watchdog.beat)
+    prepare_forward(model, config.trainer)
     engine = ENGINES[config.trainer.strategy](model, config)
-    module = PretrainModule(model, engine, config, length, start, guard)
-    watchdog = Watchdog(processes, config.trainer.hang_timeout_seconds)
-    validator = None
+    module = TrainingModule(model, engine, config, length, start, guard, task.objective)
     with processes.failing_together():
         if saved is not None:
             restore_random_state(saved.manifest["random"])
-        if corpora.valid is not None:
-            validator = Validator(corpora.valid, corpora.tokenizer, config, processes, watchdog.beat)
-    early_stopping = _make_early_stopping(config, valid, saved)
-    columns = ["tokens", "seconds", "learning_rate", *StepMetrics._fields, *drawn_metrics(samples, 0)]
+        validator = task.make_validator(processes, watchdog.beat)
+    early_stopping = _make_early_stopping(config, task.held_out, saved)
+    columns = ["tokens", "seconds", "learning_rate", *StepMetrics.columns(), *task.objective.metrics]
+    columns += drawn_metrics(task.source, 0)
     if validator is not None:
-        columns += metric_columns(validator.domains)
+        columns += validator.columns
     callback = RunCallback(
         processes,
         Meter(length.tokens_per_step, 0.0 if saved is None else float(saved.manifest["train_seconds"])),
         validator,
-        CheckpointKeeper(
-            config, corpora.tokenizer.identity, samples, processes, saved, early_stopping, watchdog.beat
-        ),
+        CheckpointKeeper(task, processes, saved, early_stopping, watchdog.beat),
         Display(length.n_steps, start.step, is_shown=processes.is_first),
         StopSignal(config.trainer.grace_seconds),
         watchdog,
@@ -205,8 +219,7 @@ def _run(
     elif early_stopping.reason is not None:
         logger.info("nothing to do: the run ended with step %d: %s", start.step, early_stopping.reason)
     else:
-        end_of_document = corpora.tokenizer.end_of_document
-        _fit(trainer, module, PretrainData(samples, config, start, length.n_steps, end_of_document))
+        _fit(trainer, module, RunData(lambda rank: task.batches(rank, start, length.n_steps)))
     completed = start.step + trainer.global_step
     return RunSummary(
         out_dir=out_dir,
@@ -216,25 +229,24 @@ def _run(
         train_seconds=callback.meter.seconds,
         validation=None if validator is None else validator.last,
         checkpoint=callback.keeper.newest,
-        plot=plot_run(out_dir) if processes.is_first else None,
+        plot=plot_run(out_dir, task.objective.unit) if processes.is_first else None,
         signal=callback.signal,
-        drawn=samples.drawn(start._replace(step=completed).first_sample(config)),
+        drawn=task.source.drawn(start._replace(step=completed).first_sample(config)),
         ended_early=early_stopping.reason if completed < length.n_steps else None,
     )
 
 
-def _open_corpora_together(config: TrainConfig, processes: Processes) -> Corpora:
-    """Open the token files; the first process of each machine comes first, as it may have to make them."""
-    corpora = None
+def _open_in_turns(open_task: Callable[[], Task], processes: Processes) -> Task:
+    task = None
     for is_turn in (processes.local_rank == 0, processes.local_rank != 0):
         with processes.failing_together():
             if is_turn:
-                corpora = open_corpora(config)
-    assert corpora is not None
-    return corpora
+                task = open_task()
+    assert task is not None
+    return task
 
 
-def _position(config: TrainConfig, saved: TrainingCheckpoint | None, roll_back: RollBack | None) -> Position:
+def _position(config: RunConfig, saved: TrainingCheckpoint | None, roll_back: RollBack | None) -> Position:
     if saved is None:
         return Position(0)
     start = Position(saved.manifest["step"], saved.manifest["data"].get("skipped", 0))
@@ -243,7 +255,7 @@ def _position(config: TrainConfig, saved: TrainingCheckpoint | None, roll_back: 
     return start
 
 
-def _make_guard(config: TrainConfig, saved: TrainingCheckpoint | None, roll_back: RollBack | None) -> Guard:
+def _make_guard(config: RunConfig, saved: TrainingCheckpoint | None, roll_back: RollBack | None) -> Guard:
     memory = {"losses": [], "bad_steps": []} if saved is None else saved.manifest.get("guard")
     if roll_back is not None:
         memory = {"losses": [], **(memory or {}), "bad_steps": roll_back.bad_steps}
@@ -251,35 +263,13 @@ def _make_guard(config: TrainConfig, saved: TrainingCheckpoint | None, roll_back
 
 
 def _make_early_stopping(
-    config: TrainConfig, valid: dict[str, object] | None, saved: TrainingCheckpoint | None
+    config: RunConfig, held_out: dict[str, object] | None, saved: TrainingCheckpoint | None
 ) -> EarlyStopping:
-    held_out = None if valid is None else {**valid, "val_tokens": config.trainer.val_tokens}
     memory = None if saved is None else saved.manifest.get("early_stopping")
     return EarlyStopping(config.trainer.early_stopping_patience, held_out, memory)
 
 
-def _make_model(
-    config: TrainConfig, backend: str, saved: TrainingCheckpoint | None, tokenizer: TokenizerIdentity
-) -> LanguageModel:
-    model = build_model(config.model, wkv_backend=backend)
-    if saved is not None:
-        model.load_state_dict(saved.weights())
-    elif config.model.init_from is not None:
-        weights = read_weights(config.model.init_from)
-        if weights.tokenizer is not None and not weights.tokenizer.matches(tokenizer):
-            raise ConfigError(
-                f"model.init_from ({config.model.init_from}) was trained with the tokenizer "
-                f"'{weights.tokenizer.name}', the corpus was made with '{tokenizer.name}'; use the same one"
-            )
-        model.load_state_dict(weights.tensors)
-        logger.info("starting from the weights of %s", config.model.init_from)
-    else:
-        initialize(model, config.trainer.seed)
-    prepare_forward(model, config.trainer)
-    return model
-
-
-def _fit(trainer: Trainer, module: PretrainModule, data: PretrainData) -> None:
+def _fit(trainer: Trainer, module: TrainingModule, data: RunData) -> None:
     try:
         trainer.fit(module, datamodule=data)
         module.engine.release()
@@ -294,14 +284,16 @@ def _fit(trainer: Trainer, module: PretrainModule, data: PretrainData) -> None:
 
 
 def _announce(
-    model: LanguageModel, length: RunLength, start: Position, config: TrainConfig, trainer: Trainer
+    model: LanguageModel, length: RunLength, start: Position, config: RunConfig, trainer: Trainer
 ) -> None:
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     settings = config.trainer
     logger.info(
-        "%s, %s parameters, steps %d to %d of %d samples x %d tokens, %s, %s",
+        "%s, %s parameters%s, steps %d to %d of %d samples x %d tokens, %s, %s",
         config.model.arch,
         f"{n_parameters:,}",
+        "" if n_trained > n_parameters / 2 else f" of which {n_trained:,} learn",
         start.step,
         length.n_steps,
         settings.global_batch_size,

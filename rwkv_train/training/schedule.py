@@ -27,13 +27,26 @@ def run_length(trainer: TrainerConfig, ctx_len: int, n_slots: int) -> RunLength:
         ctx_len: tokens in one sample.
         n_slots: samples in one pass over the training corpus.
     """
+    n_steps = None
+    if trainer.max_epochs is not None:
+        n_steps = math.ceil(trainer.max_epochs * n_slots / trainer.global_batch_size)
+    return length_of(trainer, ctx_len, n_steps)
+
+
+def length_of(trainer: TrainerConfig, ctx_len: int, n_steps: int | None) -> RunLength:
+    """Return how long a whole run is.
+
+    Args:
+        trainer: holds the length as steps or tokens, and the global batch size.
+        ctx_len: tokens in one sample.
+        n_steps: the length in steps where ``trainer`` has it in epochs, else ``None``.
+    """
     tokens_per_step = trainer.global_batch_size * ctx_len
     if trainer.max_tokens is not None:
         return RunLength(-(-trainer.max_tokens // tokens_per_step), tokens_per_step, trainer.max_tokens)
-    n_steps = trainer.max_steps
     if n_steps is None:
-        assert trainer.max_epochs is not None  # the settings class holds that one of the three is set
-        n_steps = math.ceil(trainer.max_epochs * n_slots / trainer.global_batch_size)
+        n_steps = trainer.max_steps
+    assert n_steps is not None  # the settings class holds that one of the three is set
     return RunLength(n_steps, tokens_per_step, n_steps * tokens_per_step)
 
 

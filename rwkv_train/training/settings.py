@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
-from rwkv_train.config.load import Tree, check_tree, fill_sizes, read_tree
+from rwkv_train.config.finetune import FinetuneConfig
+from rwkv_train.config.load import Tree, check_finetune_tree, check_tree, fill_sizes, read_tree
 from rwkv_train.config.save import to_tree
 from rwkv_train.config.train import TrainConfig
+from rwkv_train.errors import ConfigError
 
 
 def load_settings(config: str, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -23,6 +25,27 @@ def load_settings(config: str, overrides: Sequence[str] = ()) -> TrainConfig:
     if isinstance(model, dict) and model.get("init_from") is not None:
         tree = fill_sizes(tree, _sizes_of_weights(str(model["init_from"]), tree.get("trainer")))
     return check_tree(tree)
+
+
+def load_finetune_settings(config: str, overrides: Sequence[str] = ()) -> FinetuneConfig:
+    """Read and check the settings of a finetuning run; ``model.init_from`` gives the architecture and the sizes.
+
+    Args:
+        config: path of a YAML file, or the name of a preset of ``configs/finetune``.
+        overrides: as :func:`load_settings`.
+
+    Raises:
+        ConfigError: as :func:`load_settings`; or nothing says from which weights to start.
+        CheckpointError: the weights cannot be read.
+    """
+    tree = read_tree(config, overrides, of_finetuning=True)
+    model = tree.get("model")
+    init_from = model.get("init_from") if isinstance(model, dict) else None
+    if not isinstance(init_from, str):
+        raise ConfigError(
+            f"model.init_from is {init_from!r}; set it to the weights to finetune, a path or hf:OWNER/NAME/FILE"
+        )
+    return check_finetune_tree(fill_sizes(tree, _sizes_of_weights(init_from, tree.get("trainer"))))
 
 
 def _sizes_of_weights(init_from: str, trainer: object) -> Tree:

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from rwkv_train.config.train import TrainConfig
+from rwkv_train.config.run import RunConfig
 from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.errors import ConfigError
 from rwkv_train.training.engine import Engine
@@ -49,7 +49,7 @@ def device_of(settings: TrainerConfig) -> torch.device:
 
 
 def make_trainer(
-    config: TrainConfig, n_steps: int, callbacks: list[Callback], loggers: list[Logger]
+    config: RunConfig, n_steps: int, callbacks: list[Callback], loggers: list[Logger]
 ) -> Trainer:
     """Build the Trainer for ``n_steps`` optimizer steps; checkpoints, validation and display are ours.
 
@@ -90,7 +90,7 @@ def make_trainer(
     )
 
 
-def _strategy(config: TrainConfig, device: torch.device) -> Strategy | Literal["auto"]:
+def _strategy(config: RunConfig, device: torch.device) -> Strategy | Literal["auto"]:
     settings = config.trainer
     if settings.zero_stage is not None:
         return make_zero_strategy(config, device)

@@ -1,9 +1,9 @@
 """The held-out loss during a run, by the same definition as ``rwkv-train eval-ppl``, and a short sample."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -24,6 +24,13 @@ logger = logging.getLogger(__name__)
 SAMPLES_FILE = "samples.txt"
 
 
+class Answer(NamedTuple):
+    """What the model wrote at a validation."""
+
+    prompt: str
+    text: str
+
+
 class Validation(NamedTuple):
     """The result of one validation."""
 
@@ -33,15 +40,21 @@ class Validation(NamedTuple):
     """Sums by domain."""
     step: int
     """Steps that the model had learnt."""
+    unit: str = "nats/token"
+    """Of the loss."""
+    metrics: Mapping[str, float] = {}
+    """What else was measured: columns of a metrics row, by name."""
+    answers: tuple[Answer, ...] = ()
+    """What the model wrote."""
 
     @property
     def loss(self) -> float:
-        """Pooled nats per token."""
+        """Pooled, in its unit."""
         return self.pooled.loss
 
     def as_metrics(self) -> dict[str, float]:
         """Return the columns of a metrics row; see :func:`metric_columns`."""
-        row = {}
+        row = dict(self.metrics)
         for domain, totals in self.parts():
             loss, bits_per_byte = _columns(domain)
             if totals.tokens:
@@ -62,7 +75,25 @@ class Validation(NamedTuple):
         return [(None, self.pooled), *self.domains.items()]
 
 
-class Validator:
+class Validator(Protocol):
+    """Measures the same held-out data each time."""
+
+    columns: list[str]
+    """Names of the metrics of a validation."""
+    last: Validation | None
+    """The latest result."""
+
+    def run(self, model: LanguageModel, step: int) -> Validation:
+        """Measure, log the result and write what the model answers. All processes call this together.
+
+        Raises:
+            CheckpointError: a loss is not finite; on all processes.
+            OSError: an answer cannot be written; on all processes.
+        """
+        ...
+
+
+class CorpusValidator:
     """Scores the same held-out documents each time, each from a fresh state to its end.
 
     Args:
@@ -96,7 +127,8 @@ class Validator:
             f"{len(documents):,}",
             corpus.prefix,
         )
-        self.domains = sorted({document.domain for document in documents})
+        self._domains = sorted({document.domain for document in documents})
+        self.columns = metric_columns(self._domains)
         self.last: Validation | None = None
         self._documents = documents[processes.rank :: settings.world_size]
         self._tokenizer = tokenizer
@@ -126,7 +158,7 @@ class Validator:
             by_domain = {domain: sums.totals for domain, sums in report.domains.items()}
         sums = torch.tensor(
             [
-                [list(part.get(domain, Totals())) for domain in self.domains]
+                [list(part.get(domain, Totals())) for domain in self._domains]
                 for part in self._processes.gather(by_domain)
             ],
             dtype=torch.float64,
@@ -134,7 +166,7 @@ class Validator:
         totals = {
             domain: Totals(int(documents), int(tokens), int(n_bytes), int(words), nats)
             for domain, (documents, tokens, n_bytes, words, nats) in zip(
-                self.domains, sums.tolist(), strict=True
+                self._domains, sums.tolist(), strict=True
             )
         }
         pooled = Totals()

@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rwkv_train.checkpoints.training_state import ParameterState, TrainingCheckpoint
-from rwkv_train.config.train import TrainConfig
+from rwkv_train.config.run import RunConfig
 from rwkv_train.errors import ConfigError
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.training.engine import MOMENTS, Engine, Skippable, saved_updates
@@ -29,7 +29,7 @@ _MASTERS = (
 """What DeepSpeed's optimizers call their masters, those of this process."""
 
 
-def make_zero_strategy(config: TrainConfig, device: torch.device) -> DeepSpeedStrategy:
+def make_zero_strategy(config: RunConfig, device: torch.device) -> DeepSpeedStrategy:
     """Build Lightning's strategy, for GPUs or for processes on the CPU.
 
     Raises:
@@ -55,7 +55,7 @@ def make_zero_strategy(config: TrainConfig, device: torch.device) -> DeepSpeedSt
     return strategy
 
 
-def _masters_on_cpu(config: TrainConfig, device: torch.device) -> bool:
+def _masters_on_cpu(config: RunConfig, device: torch.device) -> bool:
     return device.type == "cpu" or config.trainer.offload != "none"
 
 
@@ -113,7 +113,7 @@ class CpuDeepSpeedStrategy(ScaledOnceStrategy):
 class ZeroEngine(Engine):
     """DeepSpeed clips, steps and holds the float32 masters; its getters and setters reach them."""
 
-    def __init__(self, model: LanguageModel, config: TrainConfig) -> None:
+    def __init__(self, model: LanguageModel, config: RunConfig) -> None:
         super().__init__(model, config)
         self._exact: dict[str, Tensor] = {}
         if config.trainer.precision == "bf16-params":
@@ -129,7 +129,7 @@ class ZeroEngine(Engine):
         optim = self.config.optim
         if optim.implementation == "torch":
             return super().make_optimizer()
-        groups = parameter_groups(self.model, self.config.model.arch, optim)
+        groups = parameter_groups(self.model, self.config.model.arch, optim, self.config.lr_factors)
         return make_deepspeed_adam(groups, optim, on_cpu=_masters_on_cpu(self.config, self._device))
 
     def bind(self, trainer: Trainer) -> None:
@@ -169,12 +169,12 @@ class ZeroEngine(Engine):
         """Take DeepSpeed's hooks off the parameters: Python does not see that they refer to each other."""
         self._deepspeed.destroy()
 
-    def read(self) -> Iterator[ParameterState]:
-        """Gather every parameter's master and moments."""
+    def read(self, names: Collection[str] | None = None) -> Iterator[ParameterState]:
+        """Gather every parameter's master and moments, or those of some."""
         import deepspeed  # noqa: PLC0415
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: PLC0415
 
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._named(names):
             if name in self._exact:
                 yield ParameterState(name, self._exact[name], None, None)
                 continue

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from rwkv_train.config.train import TrainConfig
+from rwkv_train.config.run import RunConfig
 from rwkv_train.errors import ConfigError
 
 Json = dict[str, Any]
@@ -41,7 +41,7 @@ _OURS = {
 """What a user's DeepSpeed file must not hold -> the setting of ours that decides it."""
 
 
-def deepspeed_config(config: TrainConfig, device: torch.device) -> Json:
+def deepspeed_config(config: RunConfig, device: torch.device) -> Json:
     """Return DeepSpeed's settings for a run: ours, with the user's own file merged over them.
 
     Args:

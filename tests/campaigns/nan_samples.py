@@ -11,18 +11,18 @@ from typing import Any
 from torch import Tensor
 
 from rwkv_train.commands import main
-from rwkv_train.training.module import PretrainModule
+from rwkv_train.training.module import TrainingModule
 
 BATCHES = {int(number) for number in os.environ["NAN_BATCHES"].split(",")}
-honest_step = PretrainModule.training_step
+honest_step = TrainingModule.training_step
 
 
-def training_step(self: PretrainModule, batch: Any, batch_idx: int) -> Tensor:
+def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> Tensor:
     share = honest_step(self, batch, batch_idx)
     is_bad = batch.first_sample // self.config.trainer.global_batch_size in BATCHES
     return share * math.nan if is_bad else share
 
 
 if __name__ == "__main__":
-    PretrainModule.training_step = training_step  # type: ignore[method-assign]
+    TrainingModule.training_step = training_step  # type: ignore[method-assign]
     main()

@@ -13,7 +13,7 @@ from rwkv_train.errors import CheckpointError, TrainingError
 from rwkv_train.training import run
 from rwkv_train.training.guard import Guard
 from rwkv_train.training.loggers import METRICS_FILE, read_metrics
-from rwkv_train.training.module import PretrainModule
+from rwkv_train.training.module import TrainingModule
 from rwkv_train.training.run import run_pretraining
 
 
@@ -86,14 +86,14 @@ def test_a_damaged_memory_is_refused():
 def poisoned_samples(monkeypatch):
     """Make the loss of some samples not a number, wherever they are read: ``poisoned_samples(range(40, 48))``."""
     poisoned = set()
-    original = PretrainModule.training_step
+    original = TrainingModule.training_step
 
     def training_step(self, batch, batch_index):
         lanes = range(batch.first_sample, batch.first_sample + len(batch.tokens))
         loss = original(self, batch, batch_index)
         return loss * math.nan if poisoned & set(lanes) else loss
 
-    monkeypatch.setattr(PretrainModule, "training_step", training_step)
+    monkeypatch.setattr(TrainingModule, "training_step", training_step)
     return poisoned.update
 
 

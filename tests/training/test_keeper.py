@@ -52,7 +52,7 @@ def test_files_are_split_at_the_size_that_is_set(settings, steps_kept):
 
 
 def test_a_disk_without_room_for_one_checkpoint_is_refused_before_the_first_step(settings, monkeypatch):
-    monkeypatch.setattr("rwkv_train.training.run.checkpoint_bytes", lambda config: 1 << 60)
+    monkeypatch.setattr("rwkv_train.training.run.checkpoint_bytes", lambda config, own: 1 << 60)
     with pytest.raises((CheckpointError, ConfigError), match=r"free"):
         run_pretraining(settings(QUIET))
 
@@ -60,7 +60,7 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused_before_the_first_step
 def test_a_disk_that_fills_up_stops_the_run_and_leaves_the_last_checkpoint(settings, monkeypatch):
     original = checkpoint_files.checkpoint_bytes
     sizes = iter([original(settings().model), 1 << 60])
-    monkeypatch.setattr(checkpoint_files, "checkpoint_bytes", lambda config: next(sizes))
+    monkeypatch.setattr(checkpoint_files, "checkpoint_bytes", lambda config, own: next(sizes))
     with pytest.raises(CheckpointError, match=r"step-00000008 cannot be written: .* free"):
         run_pretraining(settings(QUIET))
     assert [f.name for f in list_training_checkpoints(settings().trainer.run_folder)] == ["step-00000004"]

@@ -7,7 +7,7 @@ sequence of the row before ended with.
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,12 @@ class FilledRow(NamedTuple):
     """Where sequences begin, ``[S + 1]`` from 0 to ctx_len; the filling is one of its own."""
 
 
+class Conversations(Protocol):
+    """Conversations by number."""
+
+    def __getitem__(self, number: int, /) -> TokenizedConversation: ...
+
+
 Chain = tuple[Row, ...]
 """Rows that come one after another; one, unless a conversation is longer than a row."""
 
@@ -86,12 +92,12 @@ def pack(lengths: Sequence[int], ctx_len: int) -> list[Chain]:
     return sorted(packed, key=lambda chain: min(part.conversation for row in chain for part in row.parts))
 
 
-def fill_row(row: Row, conversations: Sequence[TokenizedConversation], ctx_len: int) -> FilledRow:
+def fill_row(row: Row, conversations: Conversations, ctx_len: int) -> FilledRow:
     """Return the tokens of a row.
 
     Args:
         row: a row of :func:`pack`, for these conversations and this ``ctx_len``.
-        conversations: all of them.
+        conversations: those of its parts, by the numbers there.
         ctx_len: positions of the row.
     """
     end = conversations[row.parts[0].conversation].tokens[0]  # every conversation begins with it

@@ -107,6 +107,25 @@ class ChatTemplate:
             before = text
         return [piece for piece in pieces if piece.text]
 
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """Return the text after which the model answers.
+
+        Raises:
+            DataError: the template fails.
+        """
+        return self._render(messages, add_generation_prompt=True)
+
+    def turn_end(self) -> str:
+        """Return what the template writes after an answer; it may be nothing.
+
+        Raises:
+            DataError: the template fails.
+        """
+        content = "answer"
+        question = Message("user", "question")
+        text = self._render([question, Message("assistant", content)])
+        return text.rpartition(content)[2]
+
     def _piece(self, before: str, text: str, number: int, *, is_answer: bool) -> Piece:
         if not text.startswith(before):
             at = next((at for at, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(text))
