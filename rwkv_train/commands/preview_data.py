@@ -58,8 +58,11 @@ def _print(preview: "Preview") -> None:
     from rwkv_train.commands.tables import print_table
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    for number, sample in enumerate(preview.samples):
-        console.print(Text(f"sample {number}: {sample.where}", style="bold"))
+    number = -1
+    for sample in preview.samples:
+        number += sample.side != "rejected"  # the other side of the same sample
+        side = f", {sample.side}" if sample.side else ""
+        console.print(Text(f"sample {number}{side}: {sample.where}", style="bold"))
         console.print(Text(f"{sample.n_tokens:,} tokens, {sample.n_learned:,} learned", style="bold"))
         console.print(_colored(sample, marks_learned=not console.is_terminal), end="\n\n")
     table = Table()
@@ -103,7 +106,7 @@ def _remarks(dataset: "DatasetSummary") -> list[str]:
         lines += [f"  {example}" for example in dataset.examples[reason]]
     if dataset.n_cut_otherwise:
         lines.append(
-            f"{dataset.path}: {dataset.n_cut_otherwise:,} of {dataset.n_kept:,} conversations have other tokens than "
+            f"{dataset.path}: {dataset.n_cut_otherwise:,} of {dataset.n_kept:,} samples have other tokens than "
             "their whole text: an answer begins a token of its own, as it does after a prompt"
         )
     return lines

@@ -24,7 +24,14 @@ DEFAULT_FIELDS: dict[RecordFormat, dict[str, str]] = {
     "alpaca": {"instruction": "instruction", "input": "input", "output": "output", "system": "system"},
     "prompt-completion": {"prompt": "prompt", "completion": "completion", "system": "system"},
     "text": {"text": "text"},
-    "preference": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "system": "system"},
+    "preference": {
+        "prompt": "prompt",
+        "chosen": "chosen",
+        "rejected": "rejected",
+        "role": "role",
+        "content": "content",
+        "system": "system",
+    },
 }
 """The parts of a record of each format, and the names that their fields have unless ``fields`` says otherwise."""
 
@@ -73,7 +80,7 @@ class InstructDataset(Config):
 
     @model_validator(mode="after")
     def _roles_are_read_only_from_turns(self) -> Self:
-        if self.roles and self.format not in ("messages", "sharegpt"):
+        if self.roles and self.format not in ("messages", "sharegpt", "preference"):
             raise ValueError(f"roles changes nothing for the format {self.format!r}; leave it out")
         return self
 
@@ -85,8 +92,10 @@ class InstructDataset(Config):
         useless |= changed & {"split"} if not is_hub and not is_builtin else set()
         if is_builtin:
             useless |= changed & {"file_format", "fields", "roles"}
-            if self.format != "messages":
-                raise ValueError(f"format must be 'messages' for the built-in dataset, found {self.format!r}")
+            if self.format not in ("messages", "preference"):
+                raise ValueError(
+                    f"format must be 'messages' or 'preference' for the built-in dataset, found {self.format!r}"
+                )
         if useless:
             raise ValueError(f"{min(useless)} changes nothing for the path {self.path!r}; leave it out")
         return self
@@ -102,7 +111,7 @@ class LearnConfig(Config):
 
 
 class InstructDataConfig(Config):
-    """Conversations to learn from."""
+    """Conversations to learn from, or pairs of answers."""
 
     datasets: list[InstructDataset] = Field(min_length=1)
     """Where they come from; each dataset is shuffled by itself and takes its weight's part of the samples."""
@@ -135,6 +144,25 @@ class InstructDataConfig(Config):
                         f"{name} names {dataset.path!r} twice; name it once, with the sum of the weights"
                     )
                 seen.add(key)
+        return self
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether these are pairs of answers, of which one is preferred, and not conversations."""
+        return self.datasets[0].format == "preference"
+
+    @model_validator(mode="after")
+    def _pairs_stand_alone(self) -> Self:
+        for dataset in [*self.datasets, *(self.valid or [])]:
+            if (dataset.format == "preference") != self.has_pairs:
+                raise ValueError(
+                    f"{dataset.path!r} has the format {dataset.format!r} and {self.datasets[0].path!r} the format "
+                    f"{self.datasets[0].format!r}; pairs of the format 'preference' cannot stand beside conversations"
+                )
+        if self.has_pairs and self.learn != "assistant":
+            raise ValueError(
+                "learn changes nothing for the format 'preference', of which the two answers are learned; leave it out"
+            )
         return self
 
     @model_validator(mode="after")

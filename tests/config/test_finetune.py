@@ -45,7 +45,19 @@ def test_presets_of_finetuning_are_none_of_pretraining():
         ),
         (
             "data.datasets=[{path: builtin, format: text}]",
-            "format must be 'messages' for the built-in dataset",
+            "format must be 'messages' or 'preference' for the built-in dataset",
+        ),
+        (
+            "data.datasets=[{path: x, format: preference}, {path: y}]",
+            "'y' has the format 'messages' and 'x' the format 'preference'; pairs .* cannot stand beside",
+        ),
+        (
+            "data={datasets: [{path: x}], valid: [{path: y, format: preference}]}",
+            "'y' has the format 'preference' and 'x' the format 'messages'",
+        ),
+        (
+            "data={datasets: [{path: x, format: preference}], learn: all}",
+            "learn changes nothing for the format 'preference'",
         ),
         ("data.datasets=[{path: x}, {path: x}]", "datasets names 'x' twice"),
         ("data.datasets=[{path: x, weight: 0}]", r"weight is 0 but should be greater than 0"),

@@ -1,14 +1,18 @@
 """What a run on chat data would see: samples with what is learned, lengths, and what was left out."""
 
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rwkv_train.config.instruct import InstructDataConfig
-from rwkv_train.data.instruct.reading import ReadDataset, read_conversations
-from rwkv_train.data.instruct.rows import pack
+from rwkv_train.data.instruct.pairs import PreferencePair
+from rwkv_train.data.instruct.reading import ReadDataset, read_conversations, read_pairs
+from rwkv_train.data.instruct.rows import pack, pack_pairs
 from rwkv_train.data.instruct.samples import ConversationOrder
 from rwkv_train.data.instruct.tokens import TokenizedConversation
 from rwkv_train.tokenizers import Tokenizer, load_tokenizer
+
+Side = Literal["chosen", "rejected"]
+"""Which answer of a pair."""
 
 
 class Span(NamedTuple):
@@ -28,6 +32,8 @@ class PreviewSample(NamedTuple):
     """Positions that the model reads."""
     n_learned: int
     spans: tuple[Span, ...]
+    side: Side | None = None
+    """Which answer of a pair it has; ``None``: it is of no pair."""
 
 
 class DatasetSummary(NamedTuple):
@@ -37,6 +43,7 @@ class DatasetSummary(NamedTuple):
     weight: float
     n_records: int
     n_kept: int
+    """Conversations, or pairs of two of them."""
     n_tokens: int
     n_learned: int
     longest: int
@@ -44,7 +51,8 @@ class DatasetSummary(NamedTuple):
     n_segmented: int
     """Conversations longer than ctx_len, which are read in segments."""
     n_cut_otherwise: int
-    """Conversations whose tokens are not those of their whole text: inference that tokenizes the prompt sees ours."""
+    """Conversations (or pairs) whose tokens are not those of their whole text: inference that tokenizes the prompt sees
+    ours."""
     left_out: dict[str, int]
     """Records by reason."""
     examples: dict[str, list[str]]
@@ -63,6 +71,7 @@ class Preview(NamedTuple):
     n_tokens: int
     """Positions of all conversations, which stand in those rows."""
     samples: tuple[PreviewSample, ...]
+    """The chosen and the rejected side of a pair come one after the other."""
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON's types."""
@@ -102,32 +111,51 @@ def make_preview(
         DataError: as :func:`~rwkv_train.data.instruct.reading.read_conversations`.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    read = read_conversations(config, tokenizer, max_records=max_records, compare_whole=True)
-    order = ConversationOrder(
-        [len(one.conversations) for one in read], [one.dataset.weight for one in read], seed
-    )
+    read: list[ReadDataset[TokenizedConversation]] | list[ReadDataset[PreferencePair]]
+    if config.has_pairs:
+        read = read_pairs(config, tokenizer, ctx_len, max_records=max_records, compare_whole=True)
+    else:
+        read = read_conversations(config, tokenizer, max_records=max_records, compare_whole=True)
+    order = ConversationOrder([len(one.samples) for one in read], [one.dataset.weight for one in read], seed)
     places = [order.locate(sample) for sample in range(n_samples)]
-    lengths = [conversation.n_inputs for one in read for conversation in one.conversations]
+    shown = [
+        _show(conversation, side, tokenizer)
+        for dataset, number in places
+        for side, conversation in _sides(read[dataset].samples[number])
+    ]
+    lengths = [sample.n_inputs for one in read for sample in one.samples]
     return Preview(
         tuple(_summarize(one, ctx_len) for one in read),
-        _histogram(lengths),
+        _histogram([length for one in read for length in _lengths(one)]),
         ctx_len,
-        sum(map(len, pack(lengths, ctx_len))),
+        len(pack_pairs(lengths, ctx_len)) if config.has_pairs else sum(map(len, pack(lengths, ctx_len))),
         sum(lengths),
-        tuple(_show(read[dataset].conversations[number], tokenizer) for dataset, number in places),
+        tuple(shown),
     )
 
 
-def _summarize(read: ReadDataset, ctx_len: int) -> DatasetSummary:
-    lengths = [conversation.n_inputs for conversation in read.conversations]
+def _sides(
+    sample: TokenizedConversation | PreferencePair,
+) -> list[tuple[Side | None, TokenizedConversation]]:
+    if isinstance(sample, PreferencePair):
+        return [("chosen", sample.chosen), ("rejected", sample.rejected)]
+    return [(None, sample)]
+
+
+def _lengths(read: ReadDataset[Any]) -> list[int]:
+    return [conversation.n_inputs for sample in read.samples for _, conversation in _sides(sample)]
+
+
+def _summarize(read: ReadDataset[Any], ctx_len: int) -> DatasetSummary:
+    lengths = _lengths(read)
     assert read.n_cut_otherwise is not None
     return DatasetSummary(
         path=read.dataset.path,
         weight=read.dataset.weight,
         n_records=read.n_records,
-        n_kept=len(lengths),
+        n_kept=len(read.samples),
         n_tokens=sum(lengths),
-        n_learned=sum(conversation.n_learned for conversation in read.conversations),
+        n_learned=sum(sample.n_learned for sample in read.samples),
         longest=max(lengths),
         n_segmented=sum(length > ctx_len for length in lengths),
         n_cut_otherwise=read.n_cut_otherwise,
@@ -141,11 +169,13 @@ def _histogram(lengths: list[int]) -> tuple[tuple[int, int], ...]:
     return tuple((1 << e, exponents.count(e)) for e in range(min(exponents), max(exponents) + 1))
 
 
-def _show(conversation: TokenizedConversation, tokenizer: Tokenizer) -> PreviewSample:
+def _show(conversation: TokenizedConversation, side: Side | None, tokenizer: Tokenizer) -> PreviewSample:
     end = tokenizer.end_of_document
     tokens = zip(conversation.tokens.tolist(), conversation.is_learned.tolist(), strict=True)
     spans = []
     for (is_learned, is_end), group in groupby(tokens, key=lambda pair: (pair[1], pair[0] == end)):
         text = tokenizer.decode_bytes([token for token, _ in group]).decode(errors="replace")
         spans.append(Span(text, is_learned, is_end))
-    return PreviewSample(conversation.where, conversation.n_inputs, conversation.n_learned, tuple(spans))
+    return PreviewSample(
+        conversation.where, conversation.n_inputs, conversation.n_learned, tuple(spans), side
+    )

@@ -15,18 +15,18 @@ def to_conversation(record: Record, dataset: InstructDataset) -> Conversation:
 
     Args:
         record: as its source gives it.
-        dataset: its format and the names of its fields and roles.
+        dataset: its format (any but "preference") and the names of its fields and roles.
 
     Raises:
         DataError: a field is missing or of another type, a role is not known, or there are no messages. The message
             does not name the record's place.
     """
     names = {**DEFAULT_FIELDS[dataset.format], **dataset.fields}
-    fields = _Fields(record.fields, names)
+    fields = Fields(record.fields, names)
     return _FORMATS[dataset.format](record.where, fields, {**DEFAULT_ROLES, **dataset.roles})
 
 
-class _Fields(NamedTuple):
+class Fields(NamedTuple):
     """An object of a record, asked by the parts of its format."""
 
     values: Mapping[str, object]
@@ -52,18 +52,31 @@ class _Fields(NamedTuple):
         return "" if value is None else text_of(value, self.names[part])
 
 
-def _turns(where: str, record: _Fields, roles: Mapping[str, Role]) -> Conversation:
-    turns = record.get("messages")
+def messages_of(
+    record: Fields, part: str, roles: Mapping[str, Role], *, wanted: str = "a list of messages"
+) -> list[Message]:
+    """Return the messages that a field lists, with marks where the format has them.
+
+    Raises:
+        DataError: it is no list or an empty one; or one of them is no object, lacks a part, has a part of another type
+            or an unknown role.
+    """
+    turns, name = record.get(part), record.names[part]
     if not isinstance(turns, list) or not turns:
         found = "an empty list" if turns == [] else "null" if turns is None else type(turns).__name__
-        raise DataError(f"{record.names['messages']!r} must be a list of messages, found {found}")
-    messages = _system(record) if "system" in record.names else []
+        raise DataError(f"{name!r} must be {wanted}, found {found}")
+    messages = []
     for number, turn in enumerate(turns, start=1):
         try:
             messages.append(_message(turn, record.names, roles))
         except DataError as error:
-            raise DataError(f"message {number}: {error}") from error
-    return Conversation(where, tuple(messages))
+            raise DataError(f"message {number} of {name!r}: {error}") from error
+    return messages
+
+
+def _turns(where: str, record: Fields, roles: Mapping[str, Role]) -> Conversation:
+    messages = system_of(record) if "system" in record.names else []
+    return Conversation(where, (*messages, *messages_of(record, "messages", roles)))
 
 
 def _message(turn: object, names: Mapping[str, str], roles: Mapping[str, Role]) -> Message:
@@ -71,14 +84,15 @@ def _message(turn: object, names: Mapping[str, str], roles: Mapping[str, Role]) 
         raise DataError(
             f"wanted an object with {names['role']!r} and {names['content']!r}, found {type(turn).__name__}"
         )
-    fields = _Fields(turn, names)
+    fields = Fields(turn, names)
     role = fields.text("role")
     if role not in roles:
         raise DataError(
             f"the role {role!r} is not known; there are {', '.join(roles)}: say what it means with roles: "
             f"{{{role}: user}}"
         )
-    return Message(roles[role], fields.text("content"), _own_mark(turn.get(names["learn"]), names["learn"]))
+    mark = _own_mark(turn.get(names["learn"]), names["learn"]) if "learn" in names else None
+    return Message(roles[role], fields.text("content"), mark)
 
 
 def _own_mark(value: object, name: str) -> bool | None:
@@ -90,30 +104,31 @@ def _own_mark(value: object, name: str) -> bool | None:
     raise DataError(f"{name!r} must be true or false (or 1 or 0), found {value!r}")
 
 
-def _alpaca(where: str, record: _Fields, roles: Mapping[str, Role]) -> Conversation:
+def _alpaca(where: str, record: Fields, roles: Mapping[str, Role]) -> Conversation:
     question, more = record.text("instruction"), record.text_if_any("input")
     asked = Message("user", f"{question}\n{more}" if more else question)
-    return Conversation(where, (*_system(record), asked, Message("assistant", record.text("output"))))
+    return Conversation(where, (*system_of(record), asked, Message("assistant", record.text("output"))))
 
 
-def _prompt_completion(where: str, record: _Fields, roles: Mapping[str, Role]) -> Conversation:
+def _prompt_completion(where: str, record: Fields, roles: Mapping[str, Role]) -> Conversation:
     asked = Message("user", record.text("prompt"))
-    return Conversation(where, (*_system(record), asked, Message("assistant", record.text("completion"))))
+    return Conversation(where, (*system_of(record), asked, Message("assistant", record.text("completion"))))
 
 
-def _text(where: str, record: _Fields, roles: Mapping[str, Role]) -> Conversation:
+def _text(where: str, record: Fields, roles: Mapping[str, Role]) -> Conversation:
     text = record.text("text")
     if not text:
         raise DataError(f"{record.names['text']!r} is empty: there is nothing to learn")
     return Conversation(where, (), text)
 
 
-def _system(record: _Fields) -> list[Message]:
+def system_of(record: Fields) -> list[Message]:
+    """Return the message of a field that may be missing, null or empty."""
     system = record.text_if_any("system")
     return [Message("system", system)] if system else []
 
 
-_FORMATS: dict[RecordFormat, Callable[[str, _Fields, Mapping[str, Role]], Conversation]] = {
+_FORMATS: dict[RecordFormat, Callable[[str, Fields, Mapping[str, Role]], Conversation]] = {
     "messages": _turns,
     "sharegpt": _turns,
     "alpaca": _alpaca,

@@ -2,7 +2,7 @@
 
 What fits into a row is never divided. A longer conversation goes through whole rows in turn; what is left of it
 begins the next row, where short ones may follow. Its rows are a chain: each begins with the state that the last
-sequence of the row before ended with.
+sequence of the row before ended with. Pairs of answers stand whole in a row.
 """
 
 from bisect import bisect_left, insort
@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from rwkv_train.data.instruct.pairs import PreferencePair
 from rwkv_train.data.instruct.tokens import IGNORED, TokenizedConversation
 
 
@@ -112,3 +113,50 @@ def fill_row(row: Row, conversations: Conversations, ctx_len: int) -> FilledRow:
     if starts[-1] < ctx_len:
         starts.append(ctx_len)
     return FilledRow(tokens, targets, np.asarray(starts, np.int64))
+
+
+class FilledPairRow(NamedTuple):
+    """A row of pairs as the model gets it."""
+
+    tokens: npt.NDArray[np.int64]
+    """``[ctx_len]``; end-of-document tokens fill the end."""
+    targets: npt.NDArray[np.int64]
+    """``[ctx_len]``; ``IGNORED`` where nothing is learned, and in the filling."""
+    cu_seqlens: npt.NDArray[np.int64]
+    """Where sequences begin, ``[S + 1]`` from 0 to ctx_len; the filling is one of its own."""
+    chosen: npt.NDArray[np.int64]
+    """Which sequence is the chosen answer of each of the row's pairs, ``[P]``."""
+    rejected: npt.NDArray[np.int64]
+    """Likewise the rejected one."""
+
+
+def pack_pairs(lengths: Sequence[int], ctx_len: int) -> list[tuple[int, ...]]:
+    """Put whole pairs into few rows, as :func:`pack` does.
+
+    Args:
+        lengths: positions of each pair (``n_inputs``), at least 1.
+        ctx_len: positions of a row.
+
+    Returns:
+        The numbers of the pairs of each row.
+
+    Raises:
+        ValueError: a pair is longer than a row.
+    """
+    if lengths and max(lengths) > ctx_len:
+        raise ValueError(f"a pair of {max(lengths)} tokens does not stand in a row of {ctx_len}")
+    return [tuple(part.conversation for part in row.parts) for (row,) in pack(lengths, ctx_len)]
+
+
+def fill_pair_row(numbers: Sequence[int], pairs: Sequence[PreferencePair], ctx_len: int) -> FilledPairRow:
+    """Return the tokens of a row: of each pair the chosen conversation, then the rejected one.
+
+    Args:
+        numbers: a row of :func:`pack_pairs`, for these pairs and this ``ctx_len``.
+        pairs: all of them.
+        ctx_len: positions of the row.
+    """
+    sides = [side for number in numbers for side in (pairs[number].chosen, pairs[number].rejected)]
+    row = Row(tuple(Part(place, 0, side.n_inputs) for place, side in enumerate(sides)))
+    chosen = 2 * np.arange(len(numbers))
+    return FilledPairRow(*fill_row(row, sides, ctx_len), chosen, chosen + 1)

@@ -26,7 +26,7 @@ def by_hand(text):
 
 def only(config, tokenizer="bytes"):
     (read,) = read_conversations(config, load_tokenizer(tokenizer))
-    (conversation,) = read.conversations
+    (conversation,) = read.samples
     return conversation
 
 
@@ -129,13 +129,13 @@ BAD = {
     "unknown role": (
         {"messages": [{"role": "narrator", "content": "x"}]},
         {},
-        r"message 1: the role 'narrator' is not known; .*roles: \{narrator: user\}",
+        r"message 1 of 'messages': the role 'narrator' is not known; .*roles: \{narrator: user\}",
     ),
     "missing field": ({"turns": []}, {}, r"no field 'messages', only 'turns'; .*fields: \{messages: NAME\}"),
     "missing content": (
         {"messages": [{"role": "user"}]},
         {},
-        r"message 1: there is no field 'content', only 'role'",
+        r"message 1 of 'messages': there is no field 'content', only 'role'",
     ),
     "content that is no text": (
         {"messages": [{"role": "user", "content": None}]},
@@ -143,7 +143,11 @@ BAD = {
         '"content" must be a string, found null',
     ),
     "no messages": ({"messages": []}, {}, "'messages' must be a list of messages, found an empty list"),
-    "a message that is none": ({"messages": ["hi"]}, {}, "message 1: wanted an object .* found str"),
+    "a message that is none": (
+        {"messages": ["hi"]},
+        {},
+        "message 1 of 'messages': wanted an object .* found str",
+    ),
     "nothing to learn": (
         {"messages": [{"role": "user", "content": "x"}]},
         {},
@@ -197,7 +201,7 @@ def test_what_is_dropped_is_counted_with_its_reason(write_data):
 
     (read,) = read_conversations(config, load_tokenizer("bytes"))
 
-    assert [conversation.where.rpartition(", ")[2] for conversation in read.conversations] == [
+    assert [conversation.where.rpartition(", ")[2] for conversation in read.samples] == [
         "line 1",
         "line 5",
     ]
@@ -220,14 +224,14 @@ def test_the_builtin_dataset_has_right_answers_and_other_questions_for_validatio
     for split in ("train", "valid"):
         data = {"datasets": [{"path": "builtin", "split": split}], "tokenizer": "bytes"}
         (read,) = read_conversations(InstructDataConfig.model_validate(data), load_tokenizer("bytes"))
-        texts = [bytes(t - 1 for t in c.tokens if t).decode() for c in read.conversations]
+        texts = [bytes(t - 1 for t in c.tokens if t).decode() for c in read.samples]
         turns = [turn for text in texts for turn in text.split("User: ")[1:]]
         asked[split] = {turn.split("\n\nAssistant: ")[0] for turn in turns}
         for turn in turns:
             question, answer = turn.removesuffix("\n\n").split("\n\nAssistant: ")
             if question.startswith("Swap the words: "):
                 assert answer.split() == question.split()[:-3:-1]
-        assert all(np.any(c.is_learned) for c in read.conversations)
+        assert all(np.any(c.is_learned) for c in read.samples)
     assert asked["train"]
     assert asked["valid"]
     assert not asked["train"] & asked["valid"]
