@@ -75,3 +75,30 @@ def test_a_missing_file_ends_with_one_line(call_main, tmp_path):
     code, _, err = call_main(*PREVIEW, *data(tmp_path / "no.jsonl"))
     assert code == 2
     assert "no.jsonl: No such file or directory" in err
+
+
+def test_both_answers_of_a_pair_are_shown(call_main, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    records = [
+        {"prompt": "a", "chosen": "b", "rejected": "cd"},
+        {"prompt": "a", "chosen": "x" * 40, "rejected": "y"},
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    pairs = (*PREVIEW, "--set", f"data.datasets=[{{path: '{path}', format: preference}}]")
+    pairs = (*pairs, "--set", "model.ctx_len=64", "--set", "data.bad_records=drop", "--samples", "1")
+    code, out, _ = call_main(*pairs)
+
+    assert code == 0
+    # "User: a", blank line, "Assistant:", " b", blank line: 23 bytes, and the end is predicted; the other has one more.
+    assert (
+        f"sample 0, chosen: {path}, line 1\n24 tokens, 5 learned\n[end]User: a\n\nAssistant:« b\n\n»" in out
+    )
+    assert (
+        f"sample 0, rejected: {path}, line 1\n25 tokens, 6 learned\n[end]User: a\n\nAssistant:« cd\n\n»"
+        in out
+    )
+    assert "left out 1 of 2: longer than a row, such as" in out
+    assert "packed in rows of 64 tokens: 1, 76.6% filled" in out  # 49 of 64
+
+    _, out, _ = call_main(*pairs, "--json")
+    assert [sample["side"] for sample in json.loads(out)["samples"]] == ["chosen", "rejected"]
