@@ -223,11 +223,11 @@ def test_a_row_has_the_chosen_conversation_of_a_pair_and_then_the_rejected_one(w
         here = slice(starts[sequence], starts[sequence + 1])
         assert row.tokens[here].tolist() == ids[:-1]
         assert row.targets[here].tolist() == [
-            token if learned else -120 for token, learned in zip(ids[1:], mask[1:], strict=True)
+            token if learned else -100 for token, learned in zip(ids[1:], mask[1:], strict=True)
         ]
     assert row.cu_seqlens.tolist() == [*starts, 120]
     assert row.tokens[starts[-1] :].tolist() == [0] * (120 - starts[-1])
-    assert row.targets[starts[-1] :].tolist() == [-120] * (120 - starts[-1])
+    assert row.targets[starts[-1] :].tolist() == [-100] * (120 - starts[-1])
     assert (row.chosen.tolist(), row.rejected.tolist()) == ([0, 2], [1, 3])
 
 
