@@ -77,7 +77,7 @@ def compute_reference(
     sums = []  # of each row [2 P], chosen and rejected in turn; on the device until the end, so that none is waited for
     with torch.no_grad():
         for row in rows:
-            filled = fill_pair_row(row, picked, ctx_len)
+            filled = fill_pair_row([picked[place] for place in row], ctx_len)
             tokens, targets, cu_seqlens = (torch.from_numpy(x).to(device) for x in filled[:3])
             losses = losses_of(tokens[None], targets[None], cu_seqlens)
             sums.append(sequence_log_probs(losses, targets[None], cu_seqlens)[0][: 2 * len(row)].float())

@@ -1,3 +1,5 @@
+"""Pairs in packed rows, and the file that keeps what the model before the run says of them."""
+
 import numpy as np
 import pytest
 import torch
@@ -5,9 +7,10 @@ from safetensors.torch import load_file, save_file
 
 from rwkv_train.config.model import Rwkv4Config
 from rwkv_train.data.instruct.pairs import PreferencePair
+from rwkv_train.data.instruct.rows import fill_pair_row
 from rwkv_train.data.instruct.tokens import Run, tokenize
 from rwkv_train.errors import CheckpointError
-from rwkv_train.finetuning.preferences import PairValues
+from rwkv_train.finetuning.preferences import PairValues, dpo_loss, sequence_log_probs
 from rwkv_train.finetuning.reference import (
     ReferenceLogProbs,
     compute_reference,
@@ -63,19 +66,39 @@ def losses_of(built):
 def alone(built, side):
     """Sum of the answer's log-probabilities, of one conversation without padding or neighbours."""
     inputs, targets = (torch.from_numpy(x) for x in side.inputs_and_targets())
-    scores = built(inputs[None]).logits[0].detach().log_softmax(-1)
-    return sum(float(scores[place, target]) for place, target in enumerate(targets) if target != -100)
+    state = built.zero_state(1, dtype=torch.float64)
+    scores = built(inputs[None], state).logits[0].log_softmax(-1)
+    return sum(scores[place, target] for place, target in enumerate(targets) if target != -100)
 
 
 def test_answers_in_packed_rows_have_the_log_probability_that_they_have_alone():
     built, numbers = model(), [3, 1, 0]  # not all of them, and in an order of their own
     values = compute_reference(losses_of(built), pairs(), numbers, 80)
 
-    chosen = [alone(built, pairs()[number].chosen) for number in numbers]
-    rejected = [alone(built, pairs()[number].rejected) for number in numbers]
+    chosen = [alone(built, pairs()[number].chosen).item() for number in numbers]
+    rejected = [alone(built, pairs()[number].rejected).item() for number in numbers]
     assert values.chosen.tolist() == pytest.approx(chosen, rel=1e-6)  # they are rounded to float32 at the end
     assert values.rejected.tolist() == pytest.approx(rejected, rel=1e-6)
     assert values.chosen.dtype == torch.float32
+
+
+def test_the_gradient_of_packed_pairs_is_the_sum_of_theirs_alone():
+    built = model()
+    row = fill_pair_row(pairs()[2:], 64)
+    tokens, targets, cu_seqlens = map(torch.from_numpy, row[:3])
+    sums, _ = sequence_log_probs(
+        losses_of(built)(tokens[None], targets[None], cu_seqlens), targets[None], cu_seqlens
+    )
+    zeros = PairValues(torch.zeros(2), torch.zeros(2))
+    loss = dpo_loss(PairValues(sums[row.chosen], sums[row.rejected]), zeros, beta=0.5)
+    packed = torch.autograd.grad(loss.losses.sum(), built.emb.weight)[0]
+
+    margins = [0.5 * (alone(built, pair.chosen) - alone(built, pair.rejected)) for pair in pairs()[2:]]
+    wanted = torch.autograd.grad(
+        sum(torch.log1p(torch.exp(-margin)) for margin in margins), built.emb.weight
+    )[0]
+    assert wanted.abs().max() > 1e-3
+    torch.testing.assert_close(packed, wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_a_process_without_a_share_gives_none():

@@ -148,15 +148,14 @@ def pack_pairs(lengths: Sequence[int], ctx_len: int) -> list[tuple[int, ...]]:
     return [tuple(part.conversation for part in row.parts) for (row,) in pack(lengths, ctx_len)]
 
 
-def fill_pair_row(numbers: Sequence[int], pairs: Sequence[PreferencePair], ctx_len: int) -> FilledPairRow:
+def fill_pair_row(pairs: Sequence[PreferencePair], ctx_len: int) -> FilledPairRow:
     """Return the tokens of a row: of each pair the chosen conversation, then the rejected one.
 
     Args:
-        numbers: a row of :func:`pack_pairs`, for these pairs and this ``ctx_len``.
-        pairs: all of them.
-        ctx_len: positions of the row.
+        pairs: those of the row, at least one, in the order that they are to stand in.
+        ctx_len: positions of the row; no less than the pairs have.
     """
-    sides = [side for number in numbers for side in (pairs[number].chosen, pairs[number].rejected)]
+    sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
     row = Row(tuple(Part(place, 0, side.n_inputs) for place, side in enumerate(sides)))
-    chosen = 2 * np.arange(len(numbers))
+    chosen = 2 * np.arange(len(pairs))
     return FilledPairRow(*fill_row(row, sides, ctx_len), chosen, chosen + 1)

@@ -189,6 +189,18 @@ def test_what_is_left_out_is_counted_by_reason(write_data):
     assert "have 106 tokens, and both must stand in one row of 100" in data.examples["longer than a row"][0]
 
 
+def test_a_pair_counts_once_if_one_of_its_texts_would_be_cut_otherwise(write_data, tmp_path):
+    # "G" and "o" are one token of the World tokenizer, "G" and "z" are two.
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    records = [
+        {"prompt": "G", "chosen": "o", "rejected": "z"},
+        {"prompt": "G", "chosen": "z", "rejected": "zz"},
+    ]
+    config = write_data(records, dataset={"format": "preference"}, template=template(tmp_path, source))
+    (data,) = read_pairs(config, load_tokenizer("world"), 64, compare_whole=True)
+    assert data.n_cut_otherwise == 1
+
+
 def test_a_pair_longer_than_a_row_is_refused_unless_it_is_dropped(write_data):
     config = write_data([GIVEN], dataset={"format": "preference"})
     assert read(config, ctx_len=54).samples[0].n_inputs == 54
@@ -214,7 +226,7 @@ def test_whole_pairs_stand_in_few_rows():
 def test_a_row_has_the_chosen_conversation_of_a_pair_and_then_the_rejected_one(write_data):
     records = [{**GIVEN, "rejected": "no"}, {**GIVEN, "chosen": "four"}]
     pairs = read(write_data(records, dataset={"format": "preference"})).samples
-    row = fill_pair_row((1, 0), pairs, 120)
+    row = fill_pair_row([pairs[1], pairs[0]], 120)
 
     starts = [0]
     for sequence, text in enumerate(("four", "5", "4", "no")):
