@@ -190,6 +190,18 @@ def test_without_lengths_each_row_is_a_sequence():
     assert sums.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["dpo", "orpo", "simpo"])
+def test_no_value_is_read_into_python(name):
+    # A tensor without values cannot be waited for: reading one raises.
+    losses, targets = torch.empty(1, 12, device="meta"), torch.empty(1, 12, device="meta", dtype=torch.int64)
+    sums, counts = sequence_log_probs(losses, targets, torch.empty(5, device="meta", dtype=torch.int64))
+    log_probs, n_tokens = PairValues(sums[:2], sums[2:]), PairValues(counts[:2], counts[2:])
+    reference = log_probs if name == "dpo" else None
+    assert preference_loss(PreferenceConfig(loss=name), log_probs, n_tokens, reference).accuracies.shape == (
+        2,
+    )
+
+
 @pytest.mark.parametrize(
     ("losses", "targets", "cu_seqlens", "message"),
     [
