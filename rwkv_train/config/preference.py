@@ -19,8 +19,9 @@ class PreferenceConfig(Config):
 
     loss: Literal["dpo", "orpo", "simpo"] = "dpo"
     """DPO compares with the model before the run; ORPO and SimPO need no such reference."""
-    beta: PositiveFloat = 0.1
-    """DPO and SimPO: steepness of the preference; ORPO: weight of the odds ratio beside the chosen answer's loss."""
+    beta: PositiveFloat
+    """DPO and SimPO: steepness of the preference; ORPO: weight of the odds ratio beside the chosen answer's loss; 0.1
+    if not set, for SimPO 2."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = None
     """Only with "dpo": part of the pairs that are taken to be the wrong way round; 0 if not set."""
     chosen_weight: NonNegativeFloat | None = None
@@ -35,7 +36,8 @@ class PreferenceConfig(Config):
         if not isinstance(values, dict):
             return values
         loss = values.get("loss", "dpo")
-        own = {name: value for name, (owner, value) in _ONLY_OF.items() if owner == loss}
+        own: dict[str, Any] = {"beta": 2.0 if loss == "simpo" else 0.1}
+        own |= {name: value for name, (owner, value) in _ONLY_OF.items() if owner == loss}
         return own | {name: value for name, value in values.items() if value is not None or name not in own}
 
     @model_validator(mode="after")

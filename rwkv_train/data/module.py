@@ -30,6 +30,17 @@ class Carry(NamedTuple):
     """Lane and sequence of each that the lane goes on with in the next step."""
 
 
+class PairSequences(NamedTuple):
+    """Which sequences of a packed micro-batch are the answers of its P preference pairs."""
+
+    chosen: Tensor
+    """Numbers of sequences, ``[P]`` int64."""
+    rejected: Tensor
+    """Likewise."""
+    reference: tuple[Tensor, Tensor] | None
+    """Log-probabilities of both under the model before the run, ``[P]`` float32; ``None`` where none are needed."""
+
+
 class MicroBatch(NamedTuple):
     """What a process computes at once."""
 
@@ -38,13 +49,15 @@ class MicroBatch(NamedTuple):
     targets: Tensor
     """The tokens to predict, of the same shape; -100 where none is."""
     step_targets: int
-    """Tokens to predict in the whole step, over all processes and accumulated micro-batches."""
+    """Tokens to predict (of pairs: pairs) in the whole step, over all processes and accumulated micro-batches."""
     first_sample: int
     """Number of its first sample in the run."""
     cu_seqlens: Tensor | None = None
     """Where a sequence begins in a packed micro-batch, ``[S + 1]`` int64; see :func:`cut_at_documents`."""
     carry: Carry | None = None
     """Which of them go on from the step before or in the next one; ``None``: each is whole."""
+    pairs: PairSequences | None = None
+    """Which of them are answers to one prompt; ``None``: they are no pairs."""
 
 
 class Drawn(NamedTuple):

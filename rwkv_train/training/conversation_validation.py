@@ -35,7 +35,7 @@ class ConversationValidator:
     """Scores the same held-out conversations each time; see :class:`~rwkv_train.training.validation.Validator`.
 
     Args:
-        held_out: conversations by dataset; :func:`head_of` chooses them.
+        held_out: conversations by dataset; :func:`~rwkv_train.data.instruct.split.head_of` chooses them.
         tokenizer: the model's.
         config: the settings of the run.
         processes: the processes of the run; rows are dealt out to them.
@@ -130,23 +130,6 @@ def batches_of(
             dealt = [DealtRow(chain[number], number + 1 < len(chain)) for chain in left]
             filled = [fill_row(row, conversations, ctx_len) for row, _ in dealt]
             yield join_rows(filled, 1, carry=carry_of(dealt, 0, ctx_len))
-
-
-def head_of(
-    held_out: dict[str, list[TokenizedConversation]], n_tokens: int
-) -> dict[str, list[TokenizedConversation]]:
-    """Take the first conversations of each dataset, as many positions as its share of ``n_tokens``; at least one."""
-    all_tokens = sum(one.n_inputs for held in held_out.values() for one in held)
-    chosen: dict[str, list[TokenizedConversation]] = {}
-    for name, held in held_out.items():
-        left = n_tokens / all_tokens * sum(one.n_inputs for one in held)
-        chosen[name] = []
-        for conversation in held:
-            if left <= 0:
-                break
-            chosen[name].append(conversation)
-            left -= conversation.n_inputs
-    return chosen
 
 
 class Answerer:

@@ -59,7 +59,7 @@ class FinetuningTask:
         self.config = config
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         data = read_data(config.data, self.tokenizer, config.trainer.seed)
-        self.source = ConversationSamples([one.conversations for one in data.train], config)
+        self.source = ConversationSamples([one.samples for one in data.train], config)
         self._held_out = head_of(data.valid, config.trainer.val_tokens) if data.valid else None
         self.held_out: dict[str, object] | None = None
         if self._held_out is not None:

@@ -1,7 +1,8 @@
 """Micro-batches of conversations."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -9,39 +10,60 @@ from torch.utils.data import Dataset
 
 from rwkv_train.config.finetune import FinetuneConfig
 from rwkv_train.data.instruct.dealing import Dealer, DealtRow
-from rwkv_train.data.instruct.rows import FilledRow, fill_row
+from rwkv_train.data.instruct.rows import FilledPairRow, FilledRow, fill_row
 from rwkv_train.data.instruct.samples import ConversationOrder
 from rwkv_train.data.instruct.tokens import TokenizedConversation
 from rwkv_train.data.module import Carry, Drawn, MicroBatch, Position
 
 
-class ConversationSamples:
-    """The conversations of a run, of which each sample is one.
+class Sample(Protocol):
+    """A conversation, or a pair of them."""
+
+    @property
+    def n_inputs(self) -> int:
+        """Positions that the model reads."""
+        ...
+
+
+SampleT = TypeVar("SampleT", bound=Sample)
+
+
+class InstructSamples(Generic[SampleT]):
+    """The conversations of a run, or the pairs of them, by their number in it.
 
     Args:
-        datasets: the conversations of each dataset, in the order of ``data.datasets``.
+        datasets: those of each dataset, in the order of ``data.datasets``.
+        hashes: of what is in each dataset.
         config: the settings of the run.
     """
 
-    def __init__(self, datasets: Sequence[Sequence[TokenizedConversation]], config: FinetuneConfig) -> None:
-        self._datasets = datasets
+    def __init__(
+        self, datasets: Sequence[Sequence[SampleT]], hashes: Sequence[str], config: FinetuneConfig
+    ) -> None:
+        self.datasets = datasets
+        """All of them."""
+        self._hashes = hashes
         self._names = [dataset.path for dataset in config.data.datasets]
         self._weights = [dataset.weight for dataset in config.data.datasets]
         self._n_lanes = config.trainer.global_batch_size
         self._order = ConversationOrder([*map(len, datasets)], self._weights, config.trainer.seed)
-        lengths = [[conversation.n_inputs for conversation in dataset] for dataset in datasets]
+        lengths = [[sample.n_inputs for sample in dataset] for dataset in datasets]
+        self._sizes = [sum(dataset) for dataset in lengths]
         self.dealer = Dealer(lengths, self._order, config.model.ctx_len, self._n_lanes)
         """Says who reads what when."""
-        self._hashes = [hash_of(dataset) for dataset in datasets]
 
-    def __getitem__(self, sample: int) -> TokenizedConversation:
-        dataset, number = self._order.locate(sample)
-        return self._datasets[dataset][number]
+    def __getitem__(self, sample: int) -> SampleT:
+        dataset, number = self.locate(sample)
+        return self.datasets[dataset][number]
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Return the dataset of a sample and its place there."""
+        return self._order.locate(sample)
 
     @property
     def identity(self) -> dict[str, object]:
         """The weight, number and hash of the conversations of each dataset."""
-        parts = zip(self._weights, self._datasets, self._hashes, strict=True)
+        parts = zip(self._weights, self.datasets, self._hashes, strict=True)
         return {
             "conversations": [
                 {"weight": weight, "conversations": len(dataset), "sha256": sha256}
@@ -51,17 +73,16 @@ class ConversationSamples:
 
     def drawn(self, n_samples: int) -> tuple[Drawn, ...]:
         """Return what the first ``n_samples`` rows took from each of several datasets; nothing where there is one."""
-        if len(self._datasets) == 1 or n_samples == 0:
-            return tuple(Drawn(name, 0, 0.0) for name in self._names) if len(self._names) > 1 else ()
-        read = self.dealer.step(n_samples // self._n_lanes - 1).n_tokens
-        sizes = [sum(conversation.n_inputs for conversation in dataset) for dataset in self._datasets]
-        return tuple(
-            Drawn(name, tokens, tokens / size)
-            for name, tokens, size in zip(self._names, read, sizes, strict=True)
-        )
+        if len(self.datasets) == 1:
+            return ()
+        n_tokens: Sequence[int] = [0] * len(self.datasets)
+        if n_samples:
+            n_tokens = self.dealer.step(n_samples // self._n_lanes - 1).n_tokens
+        parts = zip(self._names, n_tokens, self._sizes, strict=True)
+        return tuple(Drawn(name, tokens, tokens / size) for name, tokens, size in parts)
 
 
-def hash_of(conversations: Sequence[TokenizedConversation]) -> str:
+def hash_of(conversations: Iterable[TokenizedConversation]) -> str:
     """Return the SHA-256 of the tokens of conversations and of what is learned of them."""
     sha256 = hashlib.sha256()
     for conversation in conversations:
@@ -69,6 +90,32 @@ def hash_of(conversations: Sequence[TokenizedConversation]) -> str:
         sha256.update(np.ascontiguousarray(conversation.tokens, "<u4").tobytes())
         sha256.update(np.packbits(conversation.is_learned).tobytes())
     return sha256.hexdigest()
+
+
+class LaneOrder(Sequence[tuple[int, range]]):
+    """The step, and the lanes that a process reads in it, of each of its micro-batches.
+
+    Args:
+        config: the settings of the run.
+        rank: number of the process.
+        start: where the run stands.
+        n_steps: steps of the whole run.
+    """
+
+    def __init__(self, config: FinetuneConfig, rank: int, start: Position, n_steps: int) -> None:
+        self._trainer = config.trainer
+        self._rank = rank
+        self._first_step = start.first_sample(config) // config.trainer.global_batch_size
+        self._length = (n_steps - start.step) * config.trainer.accumulation
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[int, range]:  # type: ignore[override]  # no slices
+        trainer = self._trainer
+        step, micro_batch = divmod(index, trainer.accumulation)
+        first = (micro_batch * trainer.world_size + self._rank) * trainer.micro_batch_size
+        return self._first_step + step, range(first, first + trainer.micro_batch_size)
 
 
 class ConversationBatches(Dataset[MicroBatch]):
@@ -85,30 +132,28 @@ class ConversationBatches(Dataset[MicroBatch]):
     """
 
     def __init__(
-        self, samples: ConversationSamples, config: FinetuneConfig, rank: int, start: Position, n_steps: int
+        self,
+        samples: InstructSamples[TokenizedConversation],
+        config: FinetuneConfig,
+        rank: int,
+        start: Position,
+        n_steps: int,
     ) -> None:
         self._samples = samples
-        self._trainer = config.trainer
         self._ctx_len = config.model.ctx_len
-        self._rank = rank
-        self._first_step = start.first_sample(config) // config.trainer.global_batch_size
-        self._length = (n_steps - start.step) * config.trainer.accumulation
+        self._lanes = LaneOrder(config, rank, start, n_steps)
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._lanes)
 
     def __getitem__(self, index: int) -> MicroBatch:
-        trainer = self._trainer
-        step, micro_batch = divmod(index, trainer.accumulation)
-        step += self._first_step
-        first_lane = (micro_batch * trainer.world_size + self._rank) * trainer.micro_batch_size
-        lanes = range(first_lane, first_lane + trainer.micro_batch_size)
+        step, lanes = self._lanes[index]
         rows = self._samples.dealer.step(step).rows
         return join_rows(
             [fill_row(rows[lane].row, self._samples, self._ctx_len) for lane in lanes],
             step_targets=sum(self._n_targets(dealt) for dealt in rows),
-            first_sample=step * trainer.global_batch_size + first_lane,
-            carry=carry_of([rows[lane] for lane in lanes], first_lane, self._ctx_len),
+            first_sample=step * len(rows) + lanes[0],
+            carry=carry_of([rows[lane] for lane in lanes], lanes[0], self._ctx_len),
         )
 
     def _n_targets(self, dealt: DealtRow) -> int:
@@ -119,7 +164,10 @@ class ConversationBatches(Dataset[MicroBatch]):
 
 
 def join_rows(
-    filled: Sequence[FilledRow], step_targets: int, first_sample: int = 0, carry: Carry | None = None
+    filled: Sequence[FilledRow | FilledPairRow],
+    step_targets: int,
+    first_sample: int = 0,
+    carry: Carry | None = None,
 ) -> MicroBatch:
     """Put rows one after another into one packed micro-batch.
 

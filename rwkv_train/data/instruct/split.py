@@ -1,50 +1,72 @@
-"""The conversations of a run: those to learn from, and those held out."""
+"""What a run reads: to learn from, and held out."""
 
 import random
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 from rwkv_train.config.instruct import InstructDataConfig
-from rwkv_train.data.instruct.reading import ReadDataset, read_conversations
+from rwkv_train.data.instruct.pairs import PreferencePair
+from rwkv_train.data.instruct.reading import ReadDataset
 from rwkv_train.data.instruct.tokens import TokenizedConversation
 from rwkv_train.errors import DataError
-from rwkv_train.tokenizers import Tokenizer
+
+SampleT = TypeVar("SampleT", TokenizedConversation, PreferencePair)
 
 
-class ConversationData(NamedTuple):
+class Split(NamedTuple, Generic[SampleT]):
     """What a run reads."""
 
-    train: list[ReadDataset]
+    train: list[ReadDataset[SampleT]]
     """By dataset, in the order of the settings."""
-    valid: dict[str, list[TokenizedConversation]]
-    """Held-out conversations by the name of their dataset; empty where nothing is held out."""
+    valid: dict[str, list[SampleT]]
+    """What is held out, by the name of its dataset; empty where nothing is."""
 
 
-def read_data(config: InstructDataConfig, tokenizer: Tokenizer, seed: int) -> ConversationData:
-    """Read the conversations of a run.
+def read_split(
+    read: Callable[[InstructDataConfig], list[ReadDataset[SampleT]]], config: InstructDataConfig, seed: int
+) -> Split[SampleT]:
+    """Read what a run learns from and what is held out.
 
     Args:
+        read: reads the datasets of settings.
         config: which, and how.
-        tokenizer: the model's.
         seed: chooses what ``valid_fraction`` holds out.
 
     Raises:
-        DataError: as :func:`~rwkv_train.data.instruct.reading.read_conversations`; or a dataset is
-            too small to be divided.
+        DataError: as ``read``; or a dataset is too small to be divided.
     """
-    train = read_conversations(config, tokenizer)
+    train = read(config)
     if config.valid is not None:
-        read = read_conversations(config.model_copy(update={"datasets": config.valid}), tokenizer)
-        return ConversationData(train, {one.dataset.path: one.conversations for one in read})
+        held_out = read(config.model_copy(update={"datasets": config.valid}))
+        return Split(train, {one.dataset.path: one.samples for one in held_out})
     if config.valid_fraction is None:
-        return ConversationData(train, {})
-    parts = [_divide(one, config.valid_fraction, seed) for one in train]
-    return ConversationData(
-        [part for part, _ in parts], {part.dataset.path: held_out for part, held_out in parts}
-    )
+        return Split(train, {})
+    divided = [_divide(one, config.valid_fraction, seed) for one in train]
+    return Split([kept for kept, _ in divided], {kept.dataset.path: held for kept, held in divided})
 
 
-def _divide(read: ReadDataset, fraction: float, seed: int) -> tuple[ReadDataset, list[TokenizedConversation]]:
-    count = len(read.conversations)
+def head_of(held_out: dict[str, list[SampleT]], n_tokens: int) -> dict[str, list[SampleT]]:
+    """Take the first samples of each dataset, as many positions as its share of ``n_tokens``; at least one."""
+    sizes = {name: sum(sample.n_inputs for sample in held) for name, held in held_out.items()}
+    return {
+        name: _first(held, n_tokens * sizes[name] / sum(sizes.values())) for name, held in held_out.items()
+    }
+
+
+def _first(samples: Sequence[SampleT], n_tokens: float) -> list[SampleT]:
+    chosen = []
+    for sample in samples:
+        if n_tokens <= 0:
+            break
+        chosen.append(sample)
+        n_tokens -= sample.n_inputs
+    return chosen
+
+
+def _divide(
+    read: ReadDataset[SampleT], fraction: float, seed: int
+) -> tuple[ReadDataset[SampleT], list[SampleT]]:
+    count = len(read.samples)
     n_held_out = max(1, round(fraction * count))
     if n_held_out >= count:
         raise DataError(
@@ -52,6 +74,6 @@ def _divide(read: ReadDataset, fraction: float, seed: int) -> tuple[ReadDataset,
             f"{count} conversations; hold out less, or name a file in data.valid"
         )
     chosen = set(random.Random(f"held out {seed}").sample(range(count), n_held_out))
-    kept = [one for number, one in enumerate(read.conversations) if number not in chosen]
-    held_out = [read.conversations[number] for number in sorted(chosen)]
-    return read._replace(conversations=kept), held_out
+    kept = [one for number, one in enumerate(read.samples) if number not in chosen]
+    held_out = [read.samples[number] for number in sorted(chosen)]
+    return read._replace(samples=kept), held_out
