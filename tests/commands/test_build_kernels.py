@@ -116,7 +116,9 @@ def test_without_nvcc_it_says_where_it_looked(nvcc, folder, monkeypatch, capsys,
 
 def start(folder):
     """The command in a process and a group of its own, as a shell starts it."""
-    program = "from rwkv_train.commands import main; main()"
+    # Where the suite runs in the background of a script, all it starts inherits that Ctrl-C is ignored.
+    hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{hears}; from rwkv_train.commands import main; main()"
     words = [
         "build-kernels",
         "--arch",
