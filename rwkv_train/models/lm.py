@@ -88,7 +88,9 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.recompute_blocks = False
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        # From a tensor, as the other constructor draws random numbers; where there is no memory yet, that loads the
+        # compiler of PyTorch, which takes a second.
+        self.emb = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
         self.ln_out = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)

@@ -31,6 +31,7 @@ from rwkv_train.ops.crossover import (
     user_folder,
     warn_of_unmeasured,
 )
+from rwkv_train.ops.tracing import constant_when_traced
 
 logger = logging.getLogger(__name__)
 
@@ -301,7 +302,7 @@ _UNAVAILABLE: dict[str, dict[str, str]] = {}
 
 
 # Traced code asks once, while it is traced.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_traced
 def _auto_name(op: str, *fields: Any) -> str:
     return _resolve_auto(op, Problem(*fields)).name
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from rwkv_train.ops.tracing import constant_when_traced
+
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -34,17 +36,17 @@ def capability_of(device: torch.device) -> int | None:
 
 
 # Traced code asks once, while it is traced.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_traced
 def _name_of_cpu() -> str:
     return _cpu_model()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_traced
 def _name_of_gpu(index: int | None) -> str | None:
     return _gpu(index)[0]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_traced
 def _capability_of_gpu(index: int | None) -> int | None:
     return _gpu(index)[1]
 

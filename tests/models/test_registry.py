@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -196,3 +199,17 @@ def test_loading_keeps_what_is_frozen(config):
     target.load_state_dict(source.state_dict(), assign=True)
     assert [p.requires_grad for p in target.parameters()] == [p.requires_grad for p in source.parameters()]
     assert isinstance(target.emb.weight, torch.nn.Parameter)
+
+
+def test_a_model_computes_without_the_compiler_of_pytorch_being_loaded():
+    """Which takes a second of every start, and few commands compile."""
+    script = """
+import sys, torch
+from rwkv_train.config.model import Rwkv7Config
+from rwkv_train.models.registry import build_model, initialize
+model = build_model(Rwkv7Config(n_layer=1, n_embd=64, vocab_size=9))
+initialize(model, 0)
+model(torch.zeros(1, 3, dtype=torch.long)).logits.sum().backward()
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
