@@ -1,8 +1,8 @@
 """Losses of many token sequences, read side by side: what every evaluation here is made of.
 
-Each sequence starts from a state of zero and carries it to its end, however long it is, so a loss does not depend on
-the length of the chunks in which the sequence is read. A batch has a row ("lane") for each of several sequences; a
-lane whose sequence ends takes the next one with the next call of the model.
+Each sequence starts from the model's initial state and carries it to its end, however long it is, so a loss does not
+depend on the length of the chunks in which the sequence is read. A batch has a row ("lane") for each of several
+sequences; a lane whose sequence ends takes the next one with the next call of the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +32,7 @@ CALL_TOKENS = 256
 
 
 class Sequence(NamedTuple):
-    """Tokens that are read from a state of zero, and what is to be predicted after each of them."""
+    """Tokens that are read from the initial state, and what is to be predicted after each of them."""
 
     inputs: TokenArray
     """Token ids, ``[n]``."""
@@ -85,6 +85,8 @@ def score_sequences(
     waiting = _similar_lengths_together(require_vocab(sequences, model.config.vocab_size))
     lanes: list[_Lane] = []
     state = model.zero_state(0)
+    with torch.no_grad():
+        start = model.initial_state(1)
     while True:
         n_before = len(lanes)
         while len(lanes) < batch_size and (entry := next(waiting, None)) is not None:
@@ -93,7 +95,7 @@ def score_sequences(
                 lanes.append(_Lane(index, sequence))
             else:
                 yield Score(index, np.zeros(0, np.float32), np.zeros(0, np.bool_) if with_greedy else None)
-        state = join_rows([state, model.zero_state(len(lanes) - n_before)])
+        state = join_rows([state, take_rows(start, [0] * (len(lanes) - n_before))])
         if not lanes:
             return
 
@@ -132,7 +134,7 @@ def best_length(remaining: list[int], chunk_len: int) -> int:
 
 @torch.no_grad()  # not inference_mode: FSDP keeps what it gathers here for the training that goes on
 def losses_of(
-    model: LanguageModel, inputs: Tensor, targets: Tensor, state: ModelState, with_greedy: bool
+    model: LanguageModel, inputs: Tensor, targets: Tensor, state: ModelState | None, with_greedy: bool
 ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.bool_] | None, ModelState]:
     """Call a model once: losses ``[B, T]`` in nats, whether each target is the likeliest, and the new state.
 
@@ -140,7 +142,7 @@ def losses_of(
         model: the model.
         inputs: token ids, ``[B, T]`` int64 on the CPU.
         targets: likewise; -100 is not scored.
-        state: before the first input.
+        state: before the first input; ``None`` at the start of a text.
         with_greedy: whether to tell which targets are the likeliest; takes the logits instead of the losses alone.
 
     Raises:

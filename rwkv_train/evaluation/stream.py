@@ -8,6 +8,7 @@ import torch
 
 from rwkv_train.evaluation.scoring import CHUNK_LEN, Score, Sequence, losses_of, require_sizes, require_vocab
 from rwkv_train.models.lm import LanguageModel
+from rwkv_train.models.state import ModelState
 
 
 def score_stream(
@@ -26,7 +27,7 @@ def score_stream(
         CheckpointError: a loss is not finite.
     """
     require_sizes(chunk_len=chunk_len)
-    state = model.zero_state(1)
+    state: ModelState | None = None
     unfinished: dict[int, list[npt.NDArray[np.floating]]] = {}
     for parts in _chunks(require_vocab(sequences, model.config.vocab_size), chunk_len):
         inputs = np.concatenate([sequence.inputs for _, sequence, _ in parts])

@@ -4,11 +4,12 @@ import re
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
-from rwkv_train.errors import CheckpointError, ConfigError
+from rwkv_train.checkpoints.states import require_state_of
+from rwkv_train.errors import ConfigError
 from rwkv_train.generation.generate import Generation, read_tokens
 from rwkv_train.generation.sampling import SamplingSettings
 from rwkv_train.models.lm import LanguageModel
-from rwkv_train.models.state import LayerState, ModelState, load_state, save_state
+from rwkv_train.models.state import LayerState, load_state, save_state
 from rwkv_train.tokenizers import Tokenizer
 
 TURN_SEPARATOR = "\n\n"
@@ -51,9 +52,7 @@ class ChatSession:
     def reset(self) -> None:
         """Forget everything."""
         self.n_turns = 0
-        _, self._state = read_tokens(
-            self._model, [self._tokenizer.end_of_document], self._model.zero_state(1)
-        )
+        _, self._state = read_tokens(self._model, [self._tokenizer.end_of_document], None)
         self._unread = ""  # the end of the conversation, which the state does not hold yet
 
     def reply(self, message: str) -> Generator[str, None, None]:
@@ -103,19 +102,10 @@ class ChatSession:
         """
         state = load_state(path)
         wanted = self._model.zero_state(1)
-        if _describe(state) != _describe(wanted):
-            raise CheckpointError(
-                f"{path} is the state of another model: it has {_describe(state)}; "
-                f"this model's has {_describe(wanted)}"
-            )
+        require_state_of(path, state, wanted)
         self._state = tuple(
             LayerState(*(x.to(like) for x, like in zip(layer, layer_like, strict=True)))
             for layer, layer_like in zip(state, wanted, strict=True)
         )
         self._unread = ""
         self.n_turns = 1
-
-
-def _describe(state: ModelState) -> str:
-    shapes = ", ".join(str(list(tensor.shape)) for tensor in state[0])
-    return f"{len(state)} layers of {shapes}"

@@ -44,7 +44,10 @@ class Generation(Iterator[str]):
         self.finish_reason: FinishReason | None = None
         """Why the text ended; None as long as it has not."""
         self._start = [tokenizer.end_of_document] if state is None else []
-        self._position = (model.zero_state(1) if state is None else state, prompt)
+        if state is None:
+            with torch.no_grad():
+                state = model.initial_state(1)
+        self._position = (state, prompt)
         self._model = model
         self._tokenizer = tokenizer
         self._settings = settings
@@ -143,8 +146,15 @@ def generate(
 
 
 @torch.no_grad()  # not inference_mode: FSDP keeps what it gathers here for the training that goes on
-def read_tokens(model: LanguageModel, tokens: Sequence[int], state: ModelState) -> tuple[Tensor, ModelState]:
+def read_tokens(
+    model: LanguageModel, tokens: Sequence[int], state: ModelState | None
+) -> tuple[Tensor, ModelState]:
     """Let the model read ``tokens``, one at least, in chunks of ``PROMPT_CHUNK``.
+
+    Args:
+        model: the model, on any device.
+        tokens: their ids.
+        state: with a batch of one; ``None`` at the start of a text.
 
     Returns:
         The prediction after the last token, ``[V]`` float32 on the CPU, and the state after it.
@@ -162,4 +172,4 @@ def read_tokens(model: LanguageModel, tokens: Sequence[int], state: ModelState) 
         chunk = torch.tensor([tokens[start : start + PROMPT_CHUNK]], device=device)
         output = model(chunk, state)
         state = output.state
-    return output.logits[0, -1].to("cpu", torch.float32), state
+    return output.logits[0, -1].to("cpu", torch.float32), output.state

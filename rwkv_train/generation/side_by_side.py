@@ -60,7 +60,7 @@ def generate_side_by_side(
         while len(rows) < batch_size and (entry := next(waiting, None)) is not None:
             index, prompt = entry
             row = _Row(index, prompt, tokenizer)
-            logits, after = read_tokens(model, prompt.tokens, model.zero_state(1))
+            logits, after = read_tokens(model, prompt.tokens, None)
             row.take_next(logits)
             if row.is_done:
                 yield index, row.text

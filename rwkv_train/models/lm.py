@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_train.config.model import ModelConfig
 from rwkv_train.models.block import LAYER_NORM_EPS, Block
+from rwkv_train.models.start import Start
 from rwkv_train.models.state import LayerState, ModelState
 from rwkv_train.ops.context import PLAIN, SequenceContext, count_sequences
 from rwkv_train.ops.cross_entropy import linear_cross_entropy
@@ -83,6 +84,8 @@ class LanguageModel(nn.Module):
 
     recompute_blocks: bool
     """Whether a backward computes each block again from its input instead of keeping what is inside it."""
+    start: Start | None
+    """What every text is read from; ``None``: the empty state."""
 
     def __init__(self, config: ModelConfig, blocks: Iterable[Block], dropout: float = 0.0) -> None:
         super().__init__()
@@ -95,6 +98,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.ln_out = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.head = Head(config.n_embd, config.vocab_size)
+        self.register_module("start", None)
 
     def forward(
         self,
@@ -108,7 +112,8 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: ids, ``[B, T]`` int64, T at least 1.
-            state: what the model keeps of the tokens before these; ``None`` at the start of a text.
+            state: what the model keeps of the tokens before these; ``None`` at the start of a text, which is read
+                from :meth:`initial_state`.
             targets: the tokens that follow, ``[B, T]``, where their losses are wanted instead of logits.
             context: how the batch is cut into sequences. Of a packed row, ``[1, T]``, the state is that of each of
                 its S sequences, ``[S, ...]``.
@@ -118,8 +123,26 @@ class LanguageModel(nn.Module):
             ValueError: the context does not fit the tokens or the state.
         """
         if state is None:
-            state = self.zero_state(count_sequences(context, tokens.shape[0]), device=tokens.device)
-        x = self.dropout(self.emb(tokens))  # [B, T, C]
+            state = self.initial_state(count_sequences(context, tokens.shape[0]), device=tokens.device)
+        x, after = self.run_blocks(self.dropout(self.emb(tokens)), state, context)
+        scores, penalties = self.head(self.ln_out(x), targets, with_penalty)
+        if targets is None:
+            return LmOutput(logits=scores, losses=None, state=after)
+        return LmOutput(logits=None, losses=scores, state=after, penalties=penalties)
+
+    def run_blocks(
+        self, x: Tensor, state: ModelState, context: SequenceContext = PLAIN
+    ) -> tuple[Tensor, ModelState]:
+        """Let all blocks read vectors.
+
+        Args:
+            x: the vectors of tokens, as the embedding has them, ``[B, T, C]``.
+            state: what the model keeps of what stands before them.
+            context: how the batch is cut into sequences.
+
+        Returns:
+            The residual stream after the last block, ``[B, T, C]``, and the state after the last vector.
+        """
         v_first: Tensor | None = None
         after: list[LayerState] = []
         for block, before in zip(self.blocks, state, strict=True):
@@ -136,15 +159,36 @@ class LanguageModel(nn.Module):
             else:
                 x, layer_state, v_first = block(x, before, v_first, context)
             after.append(layer_state)
-        scores, penalties = self.head(self.ln_out(x), targets, with_penalty)
-        if targets is None:
-            return LmOutput(logits=scores, losses=None, state=tuple(after))
-        return LmOutput(logits=None, losses=scores, state=tuple(after), penalties=penalties)
+        return x, tuple(after)
+
+    def initial_state(
+        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> ModelState:
+        """Return the state that texts are read from: the empty one, or what :attr:`start` gives.
+
+        A start that learns gets its gradient through this state.
+
+        Args:
+            batch_size: number of texts that are read side by side (B), or that stand in a packed row (S).
+            device: as for :meth:`zero_state`.
+            dtype: likewise.
+        """
+        if self.start is None:
+            return self.zero_state(batch_size, device, dtype)
+        return tuple(
+            LayerState(
+                *(
+                    x.to(like).expand(batch_size, *x.shape[1:]).contiguous()
+                    for x, like in zip(one, empty, strict=True)
+                )
+            )
+            for one, empty in zip(self.start(self), self.zero_state(0, device, dtype), strict=True)
+        )
 
     def zero_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> ModelState:
-        """Return the state before any token.
+        """Return the empty state: nothing was read, nothing was learned.
 
         Args:
             batch_size: number of texts that are read side by side (B).

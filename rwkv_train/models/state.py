@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,6 +26,9 @@ class LayerState(NamedTuple):
 ModelState = tuple[LayerState, ...]
 """Memory of a model, one entry for each block."""
 
+BASE = "base"
+"""Name of a file's entry with the fingerprint of the weights that a state belongs to."""
+
 
 def join_rows(states: Sequence[ModelState]) -> ModelState:
     """Return the state of a batch that has the rows of all of these, one after another; in the first one's dtypes."""
@@ -45,8 +48,13 @@ def take_rows(state: ModelState, rows: Sequence[int]) -> ModelState:
     return tuple(LayerState(*map(take, layer)) for layer in state)
 
 
-def save_state(path: str | Path, state: ModelState) -> None:
+def save_state(path: str | Path, state: ModelState, *, base: str | None = None) -> None:
     """Write ``state`` as safetensors, tensors named ``LAYER.FIELD``; the file appears whole or not at all.
+
+    Args:
+        path: the file.
+        state: of any batch size.
+        base: fingerprint of the weights that it belongs to, for who reads it; see :func:`base_of_state`.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -59,7 +67,7 @@ def save_state(path: str | Path, state: ModelState) -> None:
     }
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
-        save_file(tensors, unfinished)
+        save_file(tensors, unfinished, None if base is None else {BASE: base})
         unfinished.replace(path)
     except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
@@ -86,3 +94,16 @@ def load_state(path: str | Path) -> ModelState:
             f"a state has {', '.join(f'0.{field}' for field in LayerState._fields)}, 1. and so on"
         )
     return tuple(LayerState(*(tensors[name] for name in layer)) for layer in names)
+
+
+def base_of_state(path: str | Path) -> str | None:
+    """Return the fingerprint that :func:`save_state` was given; ``None`` where it was given none.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get(BASE)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: the state cannot be read: {error}") from error

@@ -35,7 +35,7 @@ class ModelCalls:
         self._beat = beat
 
     def as_model(self) -> LanguageModel:
-        """Return this as what it stands in for: it has the config, parameters, zero state and call of a model."""
+        """Return this as what it stands in for: it has the config, parameters, states and call of a model."""
         return cast(LanguageModel, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> LmOutput:
@@ -51,8 +51,12 @@ class ModelCalls:
         return iter(self._model.parameters())
 
     def zero_state(self, batch_size: int) -> ModelState:
-        """Return the model's state before any token."""
+        """Return the model's empty state."""
         return self._model.zero_state(batch_size)
+
+    def initial_state(self, batch_size: int) -> ModelState:
+        """Return the state that the model reads texts from."""
+        return self._model.initial_state(batch_size)
 
     @contextmanager
     def finished_by_all(self) -> Iterator[None]:

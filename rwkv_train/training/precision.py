@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.models.lm import LanguageModel
+from rwkv_train.models.start import Start
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16-autocast": torch.bfloat16, "bf16-params": torch.bfloat16}
 """Dtype of the activations under each precision."""
@@ -66,23 +67,25 @@ def cast_in_forward(model: LanguageModel, dtype: torch.dtype) -> None:
     """
     for module in (model, *model.blocks):
         # Entered before and left after every call; nested calls find nothing left to cast.
-        module.forward = _with_cast(module, dtype)
+        module.forward = _with_cast(module, module.forward, dtype)
+    # Texts are also read from states that are asked for outside of the forward.
+    model.initial_state = _with_cast(model, model.initial_state, dtype)  # type: ignore[method-assign]
 
 
-def _with_cast(module: nn.Module, dtype: torch.dtype) -> Any:
-    inner = module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
+def _with_cast(module: nn.Module, function: Callable[..., Any], dtype: torch.dtype) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         with _cast_parameters(module, dtype):
-            return inner(*args, **kwargs)
+            return function(*args, **kwargs)
 
-    return forward
+    return run
 
 
 @contextmanager
 def _cast_parameters(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     swapped: list[tuple[dict[str, Any], str, Tensor]] = []  # what holds a parameter, its name there, it
     for part in module.modules():
+        if isinstance(part, Start):  # a state is float32 everywhere
+            continue
         own: dict[str, Any] = part._parameters
         swapped += [
             (own, name, parameter)

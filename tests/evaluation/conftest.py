@@ -38,7 +38,11 @@ class CountingModel:
         zeros = torch.zeros(batch_size, 1, dtype=torch.float64)
         return (LayerState(zeros, zeros.clone(), zeros.clone()),)
 
+    def initial_state(self, batch_size):
+        return self.zero_state(batch_size)
+
     def __call__(self, tokens, state, targets=None):
+        state = self.initial_state(len(tokens)) if state is None else state
         read = state[0].wkv + tokens.cumsum(dim=1)
         losses = torch.where(targets == -100, 0.0, targets * (1.0 + read))
         last = read[:, -1:]

@@ -54,6 +54,7 @@ class NextByte:
     def __init__(self, counting_model):
         self.config, self.parameters = counting_model.config, counting_model.parameters
         self.zero_state = counting_model.zero_state
+        self.initial_state = counting_model.initial_state
 
     def __call__(self, tokens, state):
         return LmOutput(F.one_hot(tokens + 1, 257).float(), None, state)

@@ -38,7 +38,11 @@ class ScriptedModel:
         empty = torch.zeros(batch_size, 0, dtype=torch.int64)
         return (LayerState(empty, empty, empty),)
 
+    def initial_state(self, batch_size):
+        return self.zero_state(batch_size)
+
     def __call__(self, tokens, state):
+        state = self.initial_state(len(tokens)) if state is None else state
         self.lengths_read.append(tokens.shape[1])
         history = torch.cat([state[0].wkv, tokens], dim=1)
         logits = torch.zeros(1, tokens.shape[1], self.config.vocab_size)
