@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import NamedTuple, get_args
 
+import torch
+
 from rwkv_train.checkpoints.formats import SourceFormat
+from rwkv_train.checkpoints.merging import merge_into
 from rwkv_train.checkpoints.weights import read_weights
 from rwkv_train.checkpoints.writing import (
     StoredDtype,
@@ -42,6 +45,8 @@ def convert(
     overwrite: bool = False,
     v7_block0: UnusedTensors = "keep",
     dry_run: bool = False,
+    adapter: str | Path | None = None,
+    unchecked_base: bool = False,
 ) -> Conversion:
     """Write the weights of ``src`` to ``dst``, read them back and compare every bit.
 
@@ -56,9 +61,12 @@ def convert(
         overwrite: replace what is at ``dst``, once the new one is complete.
         v7_block0: which of RWKV-7's unused ``blocks.0.att.v0/v1/v2`` are in what is written.
         dry_run: check all that can be checked without writing.
+        adapter: merge it into the weights, as :func:`merge_into` does; ``None``: there is none.
+        unchecked_base: also take an adapter that does not say what its base is.
 
     Raises:
-        CheckpointError: ``src`` cannot be read or ``dst`` not written; what was at ``dst`` is still there.
+        CheckpointError: ``src`` cannot be read, or the adapter is not for it, or ``dst`` cannot be written; what was at
+            ``dst`` is still there.
         ValueError: there is no such format or choice.
     """
     for name, given, known in (
@@ -72,6 +80,10 @@ def convert(
     if (Path(dst).exists() or Path(dst).is_symlink()) and not overwrite:
         raise already_there(dst)
     weights = read_weights(src, source_format)
+    if adapter is not None:
+        # In the dtype that is asked for, not rounded to the base's on the way.
+        rounded_to = torch.float32 if dtype == "q8_0" else dtype
+        weights = merge_into(weights, adapter, dtype=rounded_to, unchecked_base=unchecked_base)
     plan = plan_writing(dst, weights, to, dtype, v7_block0=v7_block0, overwrite=overwrite)
     facts = plan.target, to, weights.config.arch, plan.n_tensors
     if dry_run:

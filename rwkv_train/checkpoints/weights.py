@@ -29,6 +29,7 @@ from rwkv_train.checkpoints.hugging_face import read_hugging_face
 from rwkv_train.checkpoints.infer import check_tensors, fill_unused, infer_config, make_explicit
 from rwkv_train.checkpoints.lightning_ckpt import read_lightning_ckpt
 from rwkv_train.checkpoints.manifest import WEIGHTS, own_shapes, tensor_files, verify_checkpoint
+from rwkv_train.checkpoints.merging import merge_into
 from rwkv_train.checkpoints.pth import read_pth
 from rwkv_train.checkpoints.run_folder import newest_valid_checkpoint
 from rwkv_train.checkpoints.tensor_files import TensorFiles, tensor_file_names
@@ -119,6 +120,7 @@ def load_model(
     wkv_backend: str = "auto",
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[LanguageModel, Weights]:
     """Build the model that a checkpoint holds, in evaluation mode.
 
@@ -127,14 +129,18 @@ def load_model(
         wkv_backend: backend of the recurrence.
         device: where the model goes.
         dtype: dtype of all its parameters; ``None``: that of the file.
+        adapter: merged into the weights, as :func:`merge_into` does; ``None``: there is none.
 
     Returns:
-        The model, and the weights as they were read.
+        The model, and the weights as they were read, merged where there is an adapter.
 
     Raises:
-        CheckpointError: as in :func:`read_weights`; or the file mixes dtypes and ``dtype`` is ``None``.
+        CheckpointError: as in :func:`read_weights` and :func:`merge_into`; or the file mixes dtypes and ``dtype`` is
+            ``None``.
     """
     weights = read_weights(path)
+    if adapter is not None:
+        weights = merge_into(weights, adapter, dtype=dtype)
     dtypes = {header.dtype for header in TensorSource.of(weights.tensors).headers.values()}
     if dtype is None and len(dtypes) > 1:
         found = ", ".join(sorted(dtype_name(found) for found in dtypes))
