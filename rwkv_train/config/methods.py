@@ -71,6 +71,8 @@ class LoraMethod(Config):
             given = self.model_fields_set & {"alpha", "alpha_pattern", "rslora"}
             if given:
                 raise ValueError(f"{min(given)} changes nothing for the variant 'miss'; leave it out")
+            if self.rank_pattern:
+                raise ValueError("the variant 'miss' has one rank for all layers; leave rank_pattern out")
         return self
 
     @model_validator(mode="after")

@@ -87,10 +87,14 @@ class LanguageModel(nn.Module):
     start: Start | None
     """What every text is read from; ``None``: the empty state."""
 
+    draws_random_numbers: bool
+    """Whether blocks draw random numbers in training, which computing them again must draw again."""
+
     def __init__(self, config: ModelConfig, blocks: Iterable[Block], dropout: float = 0.0) -> None:
         super().__init__()
         self.config = config
         self.recompute_blocks = False
+        self.draws_random_numbers = dropout > 0
         # From a tensor, as the other constructor draws random numbers; where there is no memory yet, that loads the
         # compiler of PyTorch, which takes a second.
         self.emb = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
@@ -154,7 +158,7 @@ class LanguageModel(nn.Module):
                     v_first,
                     context,
                     use_reentrant=False,
-                    preserve_rng_state=self.dropout.p > 0,  # else no block draws random numbers
+                    preserve_rng_state=self.draws_random_numbers,
                 )
             else:
                 x, layer_state, v_first = block(x, before, v_first, context)
