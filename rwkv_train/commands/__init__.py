@@ -28,6 +28,7 @@ from rwkv_train.commands.finetune import finetune
 from rwkv_train.commands.generate import generate
 from rwkv_train.commands.init_weights import init_weights
 from rwkv_train.commands.inspect import inspect
+from rwkv_train.commands.merge_adapter import merge_adapter
 from rwkv_train.commands.prepare_data import prepare_data
 from rwkv_train.commands.pretrain import pretrain
 from rwkv_train.commands.preview_data import preview_data
@@ -64,6 +65,7 @@ _COMMANDS = (
     eval_lambada,
     eval_harness,
     convert_checkpoint,
+    merge_adapter,
     generate,
     chat,
     inspect,

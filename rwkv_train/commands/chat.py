@@ -19,6 +19,7 @@ from rwkv_train.commands.generate import (
     TopP,
 )
 from rwkv_train.commands.inference import (
+    AdapterPath,
     Checkpoint,
     Device,
     Dtype,
@@ -57,6 +58,7 @@ def chat(
     load: Load = None,
     device: Device = "auto",
     dtype: Dtype = DtypeName.FP32,
+    adapter: AdapterPath = None,
 ) -> None:
     """Talk to a model. Its memory is the state, so a conversation can go on for ever at the same speed."""
     from rwkv_train.generation.chat import CHAT_STOP, ChatSession
@@ -67,7 +69,7 @@ def chat(
             "chat reads from the standard input, which is closed; start it from a terminal or a pipe"
         )
     settings = SamplingSettings(temperature, top_p, top_k, presence_penalty, frequency_penalty, penalty_decay)
-    model, text_tokenizer = load_for_inference(checkpoint, tokenizer, device, dtype)
+    model, text_tokenizer = load_for_inference(checkpoint, tokenizer, device, dtype, adapter)
     session = ChatSession(
         model, text_tokenizer, settings, max_tokens=max_tokens, seed=seed, stop=stop or CHAT_STOP
     )

@@ -10,10 +10,13 @@ from rwkv_train.commands.inference import CHECKPOINT_HELP
 from rwkv_train.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rwkv_train.checkpoints import Conversion
     from rwkv_train.checkpoints.writing import StoredDtype
 
 
-class _Target(StrEnum):
+class Target(StrEnum):
+    """Formats that are written."""
+
     PTH = "pth"
     SAFETENSORS = "safetensors"
     HF = "hf"
@@ -30,14 +33,18 @@ class _Source(StrEnum):
     LIGHTNING = "lightning"
 
 
-class _StoredDtype(StrEnum):
+class StoredDtypeName(StrEnum):
+    """What weights may be rounded to in a file."""
+
     FP32 = "fp32"
     BF16 = "bf16"
     FP16 = "fp16"
     Q8_0 = "q8_0"
 
 
-class _Unused(StrEnum):
+class Unused(StrEnum):
+    """What becomes of tensors that the model does not use."""
+
     KEEP = "keep"
     DROP = "drop"
     FILL = "fill"
@@ -49,7 +56,7 @@ Destination = Annotated[
     Path, typer.Argument(metavar="DST", help="What to write: a file for pth and gguf, else a folder.")
 ]
 To = Annotated[
-    _Target,
+    Target,
     typer.Option(
         help="Format to write: official .pth, our safetensors folder, Hugging Face's libraries, the layout of the "
         "RWKV/ repositories there, llama.cpp."
@@ -60,14 +67,14 @@ From = Annotated[
     typer.Option("--from", help="What SRC must be; by default whatever its content says."),
 ]
 Dtype = Annotated[
-    _StoredDtype | None,
+    StoredDtypeName | None,
     typer.Option(help="Round every weight to this (q8_0: gguf alone); by default each stays as it is."),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace DST, once the new one is written and compared.")
 ]
 Block0 = Annotated[
-    _Unused,
+    Unused,
     typer.Option(
         help="RWKV-7's unused blocks.0.att.v0/v1/v2: as SRC has or lacks them, left out, or filled in (zeros)."
     ),
@@ -88,33 +95,47 @@ def convert_checkpoint(
     source_format: From = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
-    v7_block0: Block0 = _Unused.KEEP,
+    v7_block0: Block0 = Unused.KEEP,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Write weights in another format, read them back and compare every bit."""
     from rwkv_train.checkpoints import convert
-    from rwkv_train.checkpoints.tensors import DTYPES
 
-    if dtype is _StoredDtype.Q8_0 and to is not _Target.GGUF:
-        raise ConfigError(f"--dtype q8_0 is for --to gguf, not {to.value}; choose fp32, bf16 or fp16")
-    stored: StoredDtype | None = DTYPES[dtype.value] if dtype in DTYPES else None
-    if dtype is _StoredDtype.Q8_0:
-        stored = "q8_0"
     written = convert(
         src,
         dst,
         to.value,
         source_format=None if source_format is None else source_format.value,
-        dtype=stored,
+        dtype=stored_dtype(to, dtype),
         overwrite=overwrite,
         v7_block0=v7_block0.value,
         dry_run=dry_run,
     )
+    report(written, as_json=as_json)
+
+
+def stored_dtype(to: Target, name: StoredDtypeName | None) -> "StoredDtype | None":
+    """Return what weights are rounded to.
+
+    Raises:
+        ConfigError: the format has no such dtype.
+    """
+    from rwkv_train.checkpoints.tensors import DTYPES
+
+    if name is not StoredDtypeName.Q8_0:
+        return None if name is None else DTYPES[name.value]
+    if to is not Target.GGUF:
+        raise ConfigError(f"--dtype q8_0 is for --to gguf, not {to.value}; choose fp32, bf16 or fp16")
+    return "q8_0"
+
+
+def report(written: "Conversion", *, as_json: bool) -> None:
+    """Print what was written, or would be."""
     if as_json:
         import json
 
         typer.echo(json.dumps({**written._asdict(), "path": str(written.path)}, indent=2, ensure_ascii=False))
         return
-    what = f"{written.path} ({to.value}, {written.n_tensors} tensors, {written.size_bytes:,} bytes)"
+    what = f"{written.path} ({written.to}, {written.n_tensors} tensors, {written.size_bytes:,} bytes)"
     typer.echo(f"wrote {what}, read back bit for bit" if written.is_written else f"would write {what}")

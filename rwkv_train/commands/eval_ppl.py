@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rwkv_train.commands.inference import (
+    ADAPTER_HELP,
     CHECKPOINT_HELP,
     Device,
     Dtype,
     DtypeName,
     find_devices,
 )
-from rwkv_train.commands.perplexity_tables import print_curves, print_scores, shorten, tokenizers_differ
+from rwkv_train.commands.perplexity_tables import (
+    name_of,
+    print_curves,
+    print_scores,
+    shorten,
+    tokenizers_differ,
+)
 from rwkv_train.commands.prepare_data import (
     DatasetConfig,
     DatasetSplit,
@@ -80,6 +87,15 @@ Tokenizers = Annotated[
         "to give each --checkpoint its own, in their order.",
     ),
 ]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="PATH|none",
+        help=f"Merge an adapter into the model. {ADAPTER_HELP} Give it once for each --checkpoint, in their order; "
+        "none: that one has none.",
+    ),
+]
 Limit = Annotated[int | None, typer.Option(help="Score only this many documents, the first ones.")]
 BatchSize = Annotated[int, typer.Option(help="Documents that are read side by side.")]
 ChunkLen = Annotated[int, typer.Option(help="Tokens of each that are read at once; no limit to the context.")]
@@ -126,12 +142,14 @@ def eval_ppl(
     devices: Devices = 1,
     dtype: Dtype = DtypeName.FP32,
     cache_dir: CacheDir = CACHE_DIR,
+    adapter: Adapters = None,
 ) -> None:
     """Measure how well models predict text: perplexity and bits per byte, pooled and by domain, with intervals."""
     require_writable(json_file)
     _require_picture(plot_file)
     prefix = _parse_prefix(prefix_token)
     tokenizers = _one_for_each(tokenizer or [], len(checkpoint))
+    adapters = _adapter_of_each(adapter or [], len(checkpoint))
 
     from rwkv_train.checkpoints.tensors import DTYPES
     from rwkv_train.data.sources.base import SourceOptions
@@ -166,8 +184,9 @@ def eval_ppl(
             batch_size=batch_size,
             chunk_len=chunk_len,
             dtype=DTYPES[dtype.value],
+            adapter=merged,
         )
-        for path, name in zip(checkpoint, tokenizers, strict=True)
+        for path, name, merged in zip(checkpoint, tokenizers, adapters, strict=True)
     ]
     jobs[0].require_consistent(devices)
     places = find_devices(device, devices)
@@ -244,6 +263,15 @@ def _one_for_each(tokenizers: list[str], n_checkpoints: int) -> Sequence[str | N
     return tokenizers if len(tokenizers) > 1 else [tokenizers[0] if tokenizers else None] * n_checkpoints
 
 
+def _adapter_of_each(adapters: list[str], n_checkpoints: int) -> Sequence[str | None]:
+    if adapters and len(adapters) != n_checkpoints:
+        raise ConfigError(
+            f"--adapter is given {len(adapters)} times for {n_checkpoints} checkpoints; give it once for each "
+            "--checkpoint in their order, none for one without"
+        )
+    return [None if path == "none" else path for path in adapters] or [None] * n_checkpoints
+
+
 def _find_input(name: str, cache_dir: Path) -> str | Path:
     from rwkv_train.data.builtin import BUILTIN, builtin_folder, write_builtin_corpus
 
@@ -278,9 +306,7 @@ def _progress(title: str) -> "Iterator[Callable[[Totals], None]]":
 
 def _legend(results: list[dict[str, Any]]) -> list[str]:
     """Return a short name for each line of the picture, numbered as the tables are."""
-    names = [
-        f"[{n}] {shorten(result['checkpoint'], LEGEND_WIDTH)}" for n, result in enumerate(results, start=1)
-    ]
+    names = [f"[{n}] {shorten(name_of(result), LEGEND_WIDTH)}" for n, result in enumerate(results, start=1)]
     if not tokenizers_differ(results):
         return names
     return [f"{name} ({result['tokenizer']['name']})" for name, result in zip(names, results, strict=True)]

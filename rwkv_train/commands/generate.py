@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from rwkv_train.commands.inference import (
+    AdapterPath,
     Checkpoint,
     Device,
     Dtype,
@@ -66,6 +67,7 @@ def generate(
     stop: Stop = None,
     device: Device = "auto",
     dtype: Dtype = DtypeName.FP32,
+    adapter: AdapterPath = None,
 ) -> None:
     """Continue a text: what the model writes goes to stdout as it comes."""
     text = _read_prompt(prompt, prompt_file)
@@ -74,7 +76,7 @@ def generate(
     from rwkv_train.generation.sampling import SamplingSettings
 
     settings = SamplingSettings(temperature, top_p, top_k, presence_penalty, frequency_penalty, penalty_decay)
-    model, text_tokenizer = load_for_inference(checkpoint, tokenizer, device, dtype)
+    model, text_tokenizer = load_for_inference(checkpoint, tokenizer, device, dtype, adapter)
     for piece in generate_text(
         model, text_tokenizer, text, settings, max_tokens=max_tokens, seed=seed, stop=stop or ()
     ):

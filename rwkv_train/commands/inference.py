@@ -26,7 +26,15 @@ CHECKPOINT_HELP = (
     "A .pth, safetensors file or folder, Hugging Face folder, training checkpoint, out_dir of a run, or "
     "hf:OWNER/NAME/FILE."
 )
+ADAPTER_HELP = (
+    "A folder with adapter_config.json and adapter_model.safetensors, or a training checkpoint or the out_dir of a run "
+    "that trained an adapter."
+)
 Checkpoint = Annotated[str, typer.Option(metavar="PATH", help=CHECKPOINT_HELP)]
+AdapterPath = Annotated[
+    str | None,
+    typer.Option("--adapter", metavar="PATH", help=f"Merge an adapter into the model. {ADAPTER_HELP}"),
+]
 TokenizerName = Annotated[
     str | None,
     typer.Option(
@@ -42,12 +50,12 @@ Dtype = Annotated[DtypeName, typer.Option(help="What the model computes in.")]
 
 
 def load_for_inference(
-    checkpoint: str, tokenizer: str | None, device: str, dtype: DtypeName
+    checkpoint: str, tokenizer: str | None, device: str, dtype: DtypeName, adapter: str | None = None
 ) -> "tuple[LanguageModel, Tokenizer]":
-    """Load a checkpoint's model and its tokenizer.
+    """Load a checkpoint's model, with an adapter merged into it where there is one, and its tokenizer.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read.
+        CheckpointError: the checkpoint cannot be read, or the adapter is not for it.
         DataError: the tokenizer is not the model's.
         BackendError: there is no such device.
     """
@@ -55,7 +63,9 @@ def load_for_inference(
     from rwkv_train.checkpoints.tensors import DTYPES
     from rwkv_train.checkpoints.tokenizer import choose_tokenizer
 
-    model, weights = load_model(checkpoint, device=find_device(device), dtype=DTYPES[dtype.value])
+    model, weights = load_model(
+        checkpoint, device=find_device(device), dtype=DTYPES[dtype.value], adapter=adapter
+    )
     return model, choose_tokenizer(weights, tokenizer)
 
 

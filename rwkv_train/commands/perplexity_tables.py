@@ -46,7 +46,7 @@ def print_scores(results: Sequence[Mapping[str, Any]], reading: str) -> None:
         return
     for number, result in enumerate(results, start=1):
         name = result["tokenizer"]["name"]
-        typer.echo(f"[{number}] {result['checkpoint']} (tokenizer: {name}; {_prefix_line(result)})")
+        typer.echo(f"[{number}] {name_of(result)} (tokenizer: {name}; {_prefix_line(result)})")
     total = first["total"]
     typer.echo(f"{total['documents']:,} documents, {total['bytes']:,} bytes; read: {reading}\n")
     _print_comparison(results, list(shown))
@@ -54,6 +54,13 @@ def print_scores(results: Sequence[Mapping[str, Any]], reading: str) -> None:
         typer.echo(more)
     if tokenizers_differ(results):
         typer.echo("\nThe tokenizers differ: bits per byte compare, loss and perplexity of a token do not.")
+
+
+def name_of(result: Mapping[str, Any]) -> str:
+    """Return what a model is called: its checkpoint, and the adapter that is merged into it."""
+    return (
+        f"{result['checkpoint']} + {result['adapter']}" if "adapter" in result else str(result["checkpoint"])
+    )
 
 
 def print_curves(curves: Sequence["Curve"], n_documents: int) -> None:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from rwkv_train.checkpoints import load_model, read_weights
+from rwkv_train.checkpoints import load_model, merge_into, read_weights
 from rwkv_train.checkpoints.tokenizer import choose_tokenizer
 from rwkv_train.data.corpus import read_documents
 from rwkv_train.data.sources.base import SourceOptions
@@ -44,6 +44,8 @@ class Job:
     batch_size: int = BATCH_SIZE
     chunk_len: int = CHUNK_LEN
     dtype: torch.dtype = torch.float32
+    adapter: str | None = None
+    """Merged into the checkpoint, as :func:`~rwkv_train.checkpoints.merge_into` does."""
 
     def require_consistent(self, n_processes: int) -> None:
         """Refuse settings that do not go together, before the long work.
@@ -67,6 +69,8 @@ class Job:
             RwkvTrainError: as :func:`run_job` would.
         """
         weights = read_weights(self.checkpoint)
+        if self.adapter is not None:
+            weights = merge_into(weights, self.adapter)
         tokenizer = choose_tokenizer(weights, self.tokenizer)
         _prefix_token(self.prefix, tokenizer.end_of_document, weights.config.vocab_size)
 
@@ -102,7 +106,7 @@ def run_job(
     job.require_consistent(world_size)
     for name in job.data:
         open_source(name, job.options)  # what is missing is said before the model is loaded
-    model, weights = load_model(job.checkpoint, device=device, dtype=job.dtype)
+    model, weights = load_model(job.checkpoint, device=device, dtype=job.dtype, adapter=job.adapter)
     tokenizer = choose_tokenizer(weights, job.tokenizer)
     prefix_token = _prefix_token(job.prefix, tokenizer.end_of_document, model.config.vocab_size)
     documents = islice(read_documents(job.data, options=job.options, skip_bad=job.skip_bad), job.limit)

@@ -29,6 +29,7 @@ def results_of(jobs: list[Job], evaluations: list[Evaluation]) -> list[dict[str,
         results.append(
             {
                 "checkpoint": job.checkpoint,
+                **({} if job.adapter is None else {"adapter": job.adapter}),
                 "tokenizer": evaluation.tokenizer._asdict(),
                 "prefix_token": evaluation.prefix_token,
                 **evaluation.report.to_json(),
