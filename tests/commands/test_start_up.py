@@ -16,6 +16,7 @@ COMMANDS = [
     "eval-lambada",
     "eval-harness",
     "convert-checkpoint",
+    "merge-adapter",
     "generate",
     "chat",
     "inspect",
