@@ -43,6 +43,9 @@ STREAM_FILE = "stream.safetensors"
 CARRIED_FILE = "carried.safetensors"
 """Name of the file of states with which long conversations go on."""
 
+STATE_FILE = "state.safetensors"
+"""Name of the file of a learned state, as texts are read from it."""
+
 GIVEN_KEYS: Kinds = {
     "step": (int,),
     "tokens": (int,),

@@ -28,7 +28,7 @@ from rwkv_train.checkpoints.hub import resolve_path
 from rwkv_train.checkpoints.hugging_face import read_hugging_face
 from rwkv_train.checkpoints.infer import check_tensors, fill_unused, infer_config, make_explicit
 from rwkv_train.checkpoints.lightning_ckpt import read_lightning_ckpt
-from rwkv_train.checkpoints.manifest import WEIGHTS, own_shapes, tensor_files, verify_checkpoint
+from rwkv_train.checkpoints.manifest import STATE_FILE, WEIGHTS, own_shapes, tensor_files, verify_checkpoint
 from rwkv_train.checkpoints.merging import merge_into
 from rwkv_train.checkpoints.pth import read_pth
 from rwkv_train.checkpoints.run_folder import newest_valid_checkpoint
@@ -202,7 +202,7 @@ def _read_training_checkpoint(folder: Path) -> Weights:
             + (
                 f"merge it: rwkv-train merge-adapter {base} {folder} OUT"
                 if manifest["learned"]["method"] == "lora"
-                else f"use {base} with --state {folder}"
+                else f"use {base} with --state {folder / STATE_FILE}"
             )
         )
     files = TensorFiles(folder, tensor_files(folder, manifest, WEIGHTS))

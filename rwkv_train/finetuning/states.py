@@ -1,9 +1,10 @@
 """Learned starts of texts: the state, or vectors that are read before every text; the model itself stays as it is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from rwkv_train.config.methods import PrefixMethod
 from rwkv_train.config.model import Rwkv4Config
@@ -62,16 +63,25 @@ def learn_prefix(
     model.start = LearnedPrefix(at_least_float32(rows.detach()))
 
 
-def export_start(model: LanguageModel) -> ModelState:
+def export_start(model: LanguageModel, learned: Mapping[str, Tensor] | None = None) -> ModelState:
     """Return the state that a model reads texts from, ``[1, ...]`` on the CPU and without gradient.
 
     For :func:`~rwkv_train.models.state.save_state`; what was learned as a prefix is a state like any other here.
+
+    Args:
+        model: with a start.
+        learned: the parameters of the start by their names in the model, where it has them rounded.
     """
+    assert model.start is not None
+    own = {
+        name: (parameter if learned is None else learned[f"start.{name}"].to(parameter.device))
+        for name, parameter in model.start.named_parameters()
+    }
     was_training = model.training
     model.eval()  # no dropout while a prefix is read
     try:
         with torch.no_grad():
-            state = model.initial_state(1)
+            state = functional_call(model.start, own, (model,))
     finally:
         model.train(was_training)
     return tuple(LayerState(*(x.detach().to("cpu", copy=True) for x in layer)) for layer in state)

@@ -97,7 +97,8 @@ class LanguageModel(nn.Module):
         self.draws_random_numbers = dropout > 0
         # From a tensor, as the other constructor draws random numbers; where there is no memory yet, that loads the
         # compiler of PyTorch, which takes a second.
-        self.emb = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
+        weight = torch.empty(config.vocab_size, config.n_embd)
+        self.emb = nn.Embedding.from_pretrained(weight, freeze=False)  # type: ignore[no-untyped-call]
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
         self.ln_out = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)

@@ -7,28 +7,23 @@ import torch
 
 from rwkv_train.config.finetune import FinetuneConfig
 from rwkv_train.data.instruct.batches import carry_of, join_rows
-from rwkv_train.data.instruct.conversation import Message
 from rwkv_train.data.instruct.dealing import DealtRow
 from rwkv_train.data.instruct.rows import Chain, fill_row, pack
-from rwkv_train.data.instruct.templates import ChatTemplate
 from rwkv_train.data.instruct.tokens import TokenizedConversation
 from rwkv_train.data.module import MicroBatch
 from rwkv_train.errors import CheckpointError
 from rwkv_train.evaluation.totals import Totals
-from rwkv_train.generation.generate import generate
-from rwkv_train.generation.sampling import SamplingSettings
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.parallel.processes import Processes
 from rwkv_train.tokenizers import Tokenizer
+from rwkv_train.training.answers import Answerer
 from rwkv_train.training.model_calls import ModelCalls
-from rwkv_train.training.objective import NextTokenLoss
-from rwkv_train.training.validation import SAMPLES_FILE, Answer, Validation, metric_columns
+from rwkv_train.training.objective import NextTokenLoss, on_device
+from rwkv_train.training.validation import Answer, Validation, metric_columns
 
 logger = logging.getLogger(__name__)
 
 PERPLEXITY = "val_perplexity"
-
-_GREEDY = SamplingSettings(temperature=0.0)
 
 
 class ConversationValidator:
@@ -109,12 +104,7 @@ class ConversationValidator:
         total = 0.0
         objective = NextTokenLoss()
         for batch in batches_of(own, held, self._ctx_len, self._settings.micro_batch_size):
-            batch = batch._replace(  # noqa: PLW2901
-                tokens=batch.tokens.to(device),
-                targets=batch.targets.to(device),
-                cu_seqlens=None if batch.cu_seqlens is None else batch.cu_seqlens.to(device),
-            )
-            total += float(objective(model, batch, 0.0).loss)
+            total += float(objective(model, on_device(batch, device), 0.0).loss)
         return total
 
 
@@ -130,50 +120,3 @@ def batches_of(
             dealt = [DealtRow(chain[number], number + 1 < len(chain)) for chain in left]
             filled = [fill_row(row, conversations, ctx_len) for row, _ in dealt]
             yield join_rows(filled, 1, carry=carry_of(dealt, 0, ctx_len))
-
-
-class Answerer:
-    """Lets the model answer the prompts of the settings, greedily.
-
-    Args:
-        tokenizer: the model's.
-        config: the settings of the run.
-        processes: the processes of the run; all generate, the first one writes.
-
-    Raises:
-        DataError: the template cannot write a prompt.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, config: FinetuneConfig, processes: Processes) -> None:
-        self._tokenizer = tokenizer
-        self._settings = config.trainer
-        self._processes = processes
-        self._prompts = config.prompts
-        template = ChatTemplate(config.data.template)
-        self._texts = [template.prompt([Message("user", prompt)]) for prompt in config.prompts]
-        self._stop = template.turn_end() if config.prompts else ""
-
-    def write(self, model: LanguageModel, step: int) -> tuple[Answer, ...]:
-        """Return the answers, and add them to the file of samples.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        answers = []
-        for prompt, text in zip(self._prompts, self._texts, strict=True):
-            pieces = generate(
-                model,
-                self._tokenizer,
-                text,
-                _GREEDY,
-                max_tokens=self._settings.sample_tokens,
-                seed=self._settings.seed,
-                stop=[self._stop] if self._stop else [],
-            )
-            answers.append(Answer(prompt, "".join(pieces).strip()))
-        if answers and self._processes.is_first:
-            with (self._settings.run_folder / SAMPLES_FILE).open("a", encoding="utf-8") as file:
-                file.write(f"--- step {step}\n")
-                for prompt, answer in answers:
-                    file.write(f"> {prompt}\n{answer}\n")
-        return tuple(answers)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.config.trainer import TrainerConfig
-from rwkv_train.data.module import Carry, MicroBatch
+from rwkv_train.data.module import Carry, MicroBatch, PairSequences
 from rwkv_train.errors import CheckpointError
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.models.state import LayerState, ModelState, take_rows
@@ -59,6 +59,22 @@ class Objective(Protocol):
 def context_of(batch: MicroBatch) -> SequenceContext:
     """Return how a micro-batch is cut into sequences."""
     return PLAIN if batch.cu_seqlens is None else packed_context(batch.cu_seqlens)
+
+
+def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """Return a micro-batch with its tensors on a device."""
+    pairs = batch.pairs
+    if pairs is not None:
+        reference = pairs.reference
+        if reference is not None:
+            reference = reference[0].to(device), reference[1].to(device)
+        pairs = PairSequences(pairs.chosen.to(device), pairs.rejected.to(device), reference)
+    return batch._replace(
+        tokens=batch.tokens.to(device),
+        targets=batch.targets.to(device),
+        cu_seqlens=None if batch.cu_seqlens is None else batch.cu_seqlens.to(device),
+        pairs=pairs,
+    )
 
 
 def lanes_of(settings: TrainerConfig, rank: int) -> frozenset[int]:
@@ -134,7 +150,7 @@ class NextTokenLoss:
         if not comes:
             return None
         device = batch.tokens.device
-        start = model.zero_state(count_sequences(context, len(batch.tokens)), device=device)
+        start = model.initial_state(count_sequences(context, len(batch.tokens)), device=device)
         sequences = torch.tensor([sequence for _, sequence in comes], device=device)
         return tuple(
             LayerState(

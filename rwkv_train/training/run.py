@@ -188,8 +188,8 @@ def _run(
         if processes.is_first and start.step < length.n_steps:
             require_space(out_dir, checkpoint_bytes(config.model, task.learned))
     logger.info("recurrence: %s", backend.reason)
-    task.prepare(model, processes, watchdog.beat)
     prepare_forward(model, config.trainer)
+    task.prepare(model, processes, watchdog.beat)
     engine = ENGINES[config.trainer.strategy](model, config)
     module = TrainingModule(model, engine, config, length, start, guard, task.objective)
     with processes.failing_together():
