@@ -68,8 +68,8 @@ def apply_method(
         wanted = own_shapes_of(model)
         if {name: tuple(tensor.shape) for name, tensor in learned.items()} != wanted:
             raise CheckpointError(
-                f"a checkpoint of finetune.method {method.method!r} has {', '.join(sorted(wanted)[:3])} and so on; this "
-                f"one has {', '.join(sorted(learned)[:3]) or 'nothing'}"
+                f"a checkpoint of finetune.method {method.method!r} has {', '.join(sorted(wanted)[:3])} and so on; "
+                f"this one has {', '.join(sorted(learned)[:3]) or 'nothing'}"
             )
         with torch.no_grad():
             for name, tensor in learned.items():

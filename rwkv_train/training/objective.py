@@ -150,7 +150,7 @@ class NextTokenLoss:
         if not comes:
             return None
         device = batch.tokens.device
-        start = model.initial_state(count_sequences(context, len(batch.tokens)), device=device)
+        start = model.initial_state(count_sequences(context, len(batch.tokens)))
         sequences = torch.tensor([sequence for _, sequence in comes], device=device)
         return tuple(
             LayerState(
