@@ -15,11 +15,12 @@ from rwkv_train.parallel.watchdog import Watchdog
 from rwkv_train.training.diagnosis import where_it_went_wrong
 from rwkv_train.training.guard import RollBack
 from rwkv_train.training.keeper import CheckpointKeeper
+from rwkv_train.training.loggers import log_answers
 from rwkv_train.training.meter import Meter
 from rwkv_train.training.module import StepResult, TrainingModule
 from rwkv_train.training.objective import lanes_of
 from rwkv_train.training.progress import Display
-from rwkv_train.training.validation import Validation, Validator
+from rwkv_train.training.validation import Answer, Validation, Validator
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class RunCallback(Callback):
         if self.validator is not None and pl_module.start.step == 0:
             validation = self._validate(self.validator, pl_module, 0)
             self.keeper.early_stopping.note(validation.loss)
-            self._log(trainer, validation.as_metrics(), 0)
+            self._log(trainer, validation.as_metrics(), 0, validation.answers)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -120,7 +121,7 @@ class RunCallback(Callback):
             row |= validation.as_metrics()
             self.keeper.early_stopping.note(validation.loss)
         if row:
-            self._log(trainer, row, step)
+            self._log(trainer, row, step, () if validation is None else validation.answers)
 
         # One small exchange a step: signals and clocks differ between processes, decisions must not.
         wants_stop, is_time = self.processes.any_of(self.stop.is_set, self.keeper.is_time())
@@ -209,10 +210,13 @@ class RunCallback(Callback):
         self.stop.ignore()
         self.display.close()
 
-    def _log(self, trainer: Trainer, row: dict[str, float], step: int) -> None:
+    def _log(
+        self, trainer: Trainer, row: dict[str, float], step: int, answers: tuple[Answer, ...] = ()
+    ) -> None:
         with self.processes.failing_together():
             for run_logger in trainer.loggers:  # the first process has them
                 run_logger.log_metrics(row, step=step)
+            log_answers(trainer.loggers, answers, step)
 
 
 def drawn_metrics(source: DataSource, n_samples: int) -> dict[str, float]:

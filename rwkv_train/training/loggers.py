@@ -3,7 +3,7 @@
 import csv
 import secrets
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from rwkv_train.checkpoints.io import new_file
 from rwkv_train.config.run import RunConfig
 from rwkv_train.config.save import to_tree
 from rwkv_train.errors import CheckpointError, ConfigError
+from rwkv_train.training.validation import Answer
 
 METRICS_FILE = "metrics.csv"
 WANDB_FILE = "wandb.json"
@@ -94,6 +95,25 @@ def make_loggers(config: RunConfig, columns: Sequence[str], start_step: int) -> 
     if config.trainer.wandb_project is not None:
         loggers.append(_make_wandb_logger(config.trainer.wandb_project, config, out_dir))
     return loggers
+
+
+def log_answers(loggers: Iterable[Logger], answers: Sequence[Answer], step: int) -> None:
+    """Give TensorBoard and Weights & Biases what the model answered, as a table."""
+    if not answers:
+        return
+    for run_logger in loggers:
+        if isinstance(run_logger, WandbLogger):
+            rows = [[step, *answer] for answer in answers]
+            run_logger.log_text("answers", columns=["step", *Answer._fields], data=rows, step=step)
+        elif isinstance(run_logger, TensorBoardLogger):
+            lines = [" | ".join(Answer._fields), "--- | ---"]
+            lines += [" | ".join(map(_in_a_cell, answer)) for answer in answers]
+            run_logger.experiment.add_text("answers", "\n".join(lines), step)
+
+
+def _in_a_cell(text: str) -> str:
+    """Write a text such that it stays in one cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", "<br>")
 
 
 class _WandbRun(WandbLogger):
