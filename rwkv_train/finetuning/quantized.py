@@ -193,7 +193,7 @@ def _quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return (codes * scales).to(dtype)  # the product in float32
+    return codes.float().mul_(scales).to(dtype)
 
 
 def _quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
