@@ -5,6 +5,7 @@ peft puts a layer of its own in the place of a linear one, which is then its ``b
 ``blocks.0.att.key.lora_A.default.weight`` and the like, the adapter's own parameters.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -98,6 +99,8 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _peft_config(method: LoraMethod, targets: Mapping[str, Target]) -> tuple[Any, Any]:
     """Return peft's function and its settings."""
+    # peft loads bitsandbytes, which misses, loudly, a kernel for inference that we do not call.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from peft import LoraConfig, MissConfig, inject_adapter_in_model  # noqa: PLC0415 - takes seconds
     except ImportError as error:

@@ -15,7 +15,6 @@ from rwkv_train.errors import CheckpointError
 from rwkv_train.finetuning.adapter_files import write_adapter
 from rwkv_train.finetuning.adapters import base_name, inject_adapter
 from rwkv_train.finetuning.freezing import freeze
-from rwkv_train.finetuning.quantized import quantize_linears
 from rwkv_train.finetuning.states import export_start, learn_prefix, learn_state
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.models.state import save_state
@@ -39,7 +38,7 @@ def apply_method(
     """Say what of a model learns, and give it what it needs for that.
 
     Args:
-        model: with the weights to start from, on the CPU; it is changed.
+        model: with the weights to start from, quantized where the settings say so; it is changed.
         method: the settings.
         encode: text -> ids of tokens.
         seed: of initial values.
@@ -54,9 +53,6 @@ def apply_method(
     if not keeps_base(method):
         return
     assert isinstance(method, LoraMethod | StateMethod | PrefixMethod)
-    if method.quantize != "none":
-        # On the CPU, as the same weights give the same codes on the same device.
-        quantize_linears(model, method.quantize, "cpu")
     if isinstance(method, LoraMethod):
         inject_adapter(model, method, seed, learned)
         return

@@ -14,6 +14,7 @@ from rwkv_train.checkpoints.infer import make_explicit
 from rwkv_train.checkpoints.manifest import Shapes
 from rwkv_train.checkpoints.training_state import TrainingCheckpoint
 from rwkv_train.config.finetune import FinetuneConfig
+from rwkv_train.config.methods import FreezeMethod, FullMethod
 from rwkv_train.data.instruct.batches import ConversationBatches, InstructSamples, hash_of
 from rwkv_train.data.instruct.pair_batches import PairBatches
 from rwkv_train.data.instruct.pairs import PreferencePair
@@ -26,6 +27,7 @@ from rwkv_train.finetuning.base import read_base
 from rwkv_train.finetuning.freezing import require_learning
 from rwkv_train.finetuning.method import apply_method, keeps_base, own_shapes_of, write_learned
 from rwkv_train.finetuning.preferences import PairValues
+from rwkv_train.finetuning.quantized import load_quantized
 from rwkv_train.finetuning.reference import (
     REFERENCE_FILE,
     ReferenceLogProbs,
@@ -118,14 +120,20 @@ class FinetuningTask:
         """
         method, seed = self.config.finetune, self.config.trainer.seed
         self._resumed = saved
-        model = build_model(self.config.model, wkv_backend=wkv_backend)
+        quantize = "none" if isinstance(method, FullMethod | FreezeMethod) else method.quantize
+        model = build_model(
+            self.config.model, wkv_backend=wkv_backend, device="cpu" if quantize == "none" else "meta"
+        )
         if saved is not None and not keeps_base(method):
             model.load_state_dict(saved.weights())
             self._base = saved.manifest.get("base")
         else:
             weights = read_base(self.config, self.tokenizer)
             self._base = fingerprint(weights.tensors)
-            model.load_state_dict(weights.tensors)
+            if quantize == "none":
+                model.load_state_dict(weights.tensors)
+            else:  # on the CPU: on the same device the same weights have the same codes
+                load_quantized(model, weights.tensors, quantize, "cpu")
         learned = None
         if saved is not None and keeps_base(method):
             self._require_same_base(saved)

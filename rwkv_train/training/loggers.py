@@ -103,7 +103,7 @@ def log_answers(loggers: Iterable[Logger], answers: Sequence[Answer], step: int)
         return
     for run_logger in loggers:
         if isinstance(run_logger, WandbLogger):
-            rows = [[step, *answer] for answer in answers]
+            rows: list[Any] = [[step, *answer] for answer in answers]  # a number is as good as a text
             run_logger.log_text("answers", columns=["step", *Answer._fields], data=rows, step=step)
         elif isinstance(run_logger, TensorBoardLogger):
             lines = [" | ".join(Answer._fields), "--- | ---"]

@@ -98,4 +98,5 @@ def _strategy(config: RunConfig, device: torch.device) -> Strategy | Literal["au
         return make_fsdp_strategy(settings)
     if settings.strategy == "auto" and settings.world_size == 1:
         return "auto"
-    return DDPStrategy()
+    # The only buffers are codes of quantized weights, which every process makes alike.
+    return DDPStrategy(broadcast_buffers=False)

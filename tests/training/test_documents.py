@@ -15,6 +15,7 @@ from rwkv_train.training.engine import Engine
 from rwkv_train.training.guard import Guard
 from rwkv_train.training.loggers import METRICS_FILE, read_metrics
 from rwkv_train.training.module import TrainingModule
+from rwkv_train.training.objective import NextTokenLoss
 from rwkv_train.training.run import run_pretraining
 from rwkv_train.training.schedule import run_length
 
@@ -71,7 +72,9 @@ def test_a_packed_step_has_the_loss_and_gradients_of_its_documents_alone(short_d
     batch = MicroBatches(samples, config, 0, Position(0), 1, end_of_document=0)[0]
     model = perturbed(build_model(config.model, wkv_backend="reference"))
     length = run_length(config.trainer, config.model.ctx_len, 0)
-    module = TrainingModule(model, Engine(model, config), config, length, Position(0), Guard(config.guard))
+    module = TrainingModule(
+        model, Engine(model, config), config, length, Position(0), Guard(config.guard), NextTokenLoss()
+    )
     share = module.training_step(batch, 0)
     share.backward()
     packed = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -10,7 +10,7 @@ from rwkv_train.checkpoints import list_training_checkpoints, load_training_chec
 from rwkv_train.config.guard import GuardConfig
 from rwkv_train.data.module import CorpusSamples
 from rwkv_train.errors import CheckpointError, TrainingError
-from rwkv_train.training import run
+from rwkv_train.training import pretraining
 from rwkv_train.training.guard import Guard
 from rwkv_train.training.loggers import METRICS_FILE, read_metrics
 from rwkv_train.training.module import TrainingModule
@@ -168,7 +168,7 @@ def test_rolling_back_goes_on_from_the_last_checkpoint_with_the_data_after_the_b
 def test_rolling_back_keeps_one_model_in_memory(settings, monkeypatch, poisoned_samples, strategy):
     made = []
     alive = []
-    original = run.build_model
+    original = pretraining.build_model
 
     def build(*args, **kwargs):
         alive.append([model() is not None for model in made])
@@ -176,7 +176,7 @@ def test_rolling_back_keeps_one_model_in_memory(settings, monkeypatch, poisoned_
         made.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(run, "build_model", build)
+    monkeypatch.setattr(pretraining, "build_model", build)
     poisoned_samples(range(5 * 8, 6 * 8))
     run_pretraining(settings(QUIET | {"guard.action": "rollback", "trainer.strategy": strategy}))
     assert alive == [[], [False]]
