@@ -3,9 +3,9 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from rwkv_train.checkpoints.hub import resolve_path
 from rwkv_train.checkpoints.run_folder import newest_valid_checkpoint
 from rwkv_train.checkpoints.tensor_files import TensorFiles
 from rwkv_train.errors import CheckpointError
+
+ValueT = TypeVar("ValueT", int, float)
 
 PEFT_PREFIX = "base_model.model."
 """What peft puts before the name of every layer."""
@@ -167,13 +169,13 @@ class _Config:
         self.kind = "MiSS" if self.is_miss else "DoRA" if is_dora else "LoRA"
         self.wanted = _WANTED[kind, is_dora and not self.is_miss]
         self._refuse_the_unknown()
-        self._rank = self._number("r", content.get("r"))
+        self._rank = self._count("r", content.get("r"))
         self._alpha = 0.0 if self.is_miss else self._number("lora_alpha", content.get("lora_alpha"))
-        self._ranks = {} if self.is_miss else self._numbers("rank_pattern")
-        self._alphas = {} if self.is_miss else self._numbers("alpha_pattern")
+        self._ranks = {} if self.is_miss else self._section("rank_pattern", self._count)
+        self._alphas = {} if self.is_miss else self._section("alpha_pattern", self._number)
         self._uses_root = content.get("use_rslora") is True
 
-    def rank(self, layer: str) -> float:
+    def rank(self, layer: str) -> int:
         return _look_up(self._path, layer, self._ranks, self._rank)
 
     def scale(self, layer: str) -> float:
@@ -201,11 +203,18 @@ class _Config:
                     f"{self._path}: {name} is {shortened(repr(value))}, which is not supported"
                 )
 
-    def _numbers(self, name: str) -> dict[str, float]:
+    def _section(self, name: str, check: Callable[[str, Any], ValueT]) -> dict[str, ValueT]:
         section = self._content.get(name) or {}
         if not isinstance(section, dict):
             raise CheckpointError(f"{self._path}: {name} is {shortened(repr(section))}, not a JSON object")
-        return {pattern: self._number(f"{name}.{pattern}", value) for pattern, value in section.items()}
+        return {pattern: check(f"{name}.{pattern}", value) for pattern, value in section.items()}
+
+    def _count(self, name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CheckpointError(
+                f"{self._path}: {name} is {shortened(repr(value))}; wanted a whole number above 0"
+            )
+        return value
 
     def _number(self, name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -215,7 +224,7 @@ class _Config:
         return value
 
 
-def _look_up(path: Path, layer: str, patterns: Mapping[str, float], default: float) -> float:
+def _look_up(path: Path, layer: str, patterns: Mapping[str, ValueT], default: ValueT) -> ValueT:
     """Return the value of the first pattern that fits, as peft does: a regular expression for the end of a name."""
     for pattern, value in patterns.items():
         try:
@@ -232,7 +241,7 @@ def _of_layer(path: Path, config: _Config, layer: str, parts: Mapping[str, Tenso
     if missing := sorted(config.wanted - parts.keys()):
         name = next(ending for ending, part in _PARTS.items() if part == missing[0])
         raise CheckpointError(f"{path}: tensor '{PEFT_PREFIX}{layer}.{name}' is missing")
-    rank = int(config.rank(layer))
+    rank = config.rank(layer)
     if config.is_miss:
         block = parts["block"]
         _require_shape(path, f"{layer}.miss_block", block, (rank, *block.shape[-1:]))

@@ -81,7 +81,7 @@ def test_a_changed_file_is_damaged(whole, tmp_path, name):
         ),
         ({"modules_to_save": ["head"]}, r"modules_to_save is \['head'\], which is not supported"),
         ({"from_the_future": 1}, "from_the_future is 1, which is not supported"),
-        ({"r": 0}, "r is 0; wanted a positive number"),
+        ({"r": 0}, "r is 0; wanted a whole number above 0"),
         ({"lora_alpha": "32"}, "lora_alpha is '32'; wanted a positive number"),
         ({"lora_alpha": float("inf")}, "lora_alpha is inf; wanted a positive number"),
         ({"rank_pattern": {"*.key": 4}}, r"'\*\.key' is no regular expression"),
