@@ -24,6 +24,7 @@ from rwkv_train.commands.inference import (
     Device,
     Dtype,
     DtypeName,
+    State,
     TokenizerName,
     load_for_inference,
 )
@@ -56,6 +57,7 @@ def chat(
     seed: Seed = 0,
     stop: Stop = None,
     load: Load = None,
+    state: State = None,
     device: Device = "auto",
     dtype: Dtype = DtypeName.FP32,
     adapter: AdapterPath = None,
@@ -69,7 +71,9 @@ def chat(
             "chat reads from the standard input, which is closed; start it from a terminal or a pipe"
         )
     settings = SamplingSettings(temperature, top_p, top_k, presence_penalty, frequency_penalty, penalty_decay)
-    model, text_tokenizer = load_for_inference(checkpoint, tokenizer, device, dtype, adapter)
+    model, text_tokenizer = load_for_inference(
+        checkpoint, tokenizer, device, dtype, adapter=adapter, state=state
+    )
     session = ChatSession(
         model, text_tokenizer, settings, max_tokens=max_tokens, seed=seed, stop=stop or CHAT_STOP
     )

@@ -10,6 +10,7 @@ import typer
 from rwkv_train.commands.inference import (
     ADAPTER_HELP,
     CHECKPOINT_HELP,
+    STATE_HELP,
     Device,
     Dtype,
     DtypeName,
@@ -96,6 +97,14 @@ Adapters = Annotated[
         "none: that one has none.",
     ),
 ]
+States = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--state",
+        metavar="FILE|none",
+        help=f"{STATE_HELP} Repeat it to give each --checkpoint its own, in their order; none: the empty state.",
+    ),
+]
 Limit = Annotated[int | None, typer.Option(help="Score only this many documents, the first ones.")]
 BatchSize = Annotated[int, typer.Option(help="Documents that are read side by side.")]
 ChunkLen = Annotated[int, typer.Option(help="Tokens of each that are read at once; no limit to the context.")]
@@ -133,6 +142,7 @@ def eval_ppl(
     window: Window = None,
     prefix_token: PrefixToken = None,
     tokenizer: Tokenizers = None,
+    state: States = None,
     min_length: MinLength = None,
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
@@ -148,7 +158,8 @@ def eval_ppl(
     require_writable(json_file)
     _require_picture(plot_file)
     prefix = _parse_prefix(prefix_token)
-    tokenizers = _one_for_each(tokenizer or [], len(checkpoint))
+    tokenizers = _one_for_each("--tokenizer", tokenizer or [], len(checkpoint))
+    states = _one_for_each("--state", state or [], len(checkpoint))
     adapters = _adapter_of_each(adapter or [], len(checkpoint))
 
     from rwkv_train.checkpoints.tensors import DTYPES
@@ -175,6 +186,7 @@ def eval_ppl(
             checkpoint=path,
             data=inputs,
             tokenizer=name,
+            state=None if start == "none" else start,
             options=options,
             skip_bad=skip_bad_lines,
             limit=limit,
@@ -186,7 +198,7 @@ def eval_ppl(
             dtype=DTYPES[dtype.value],
             adapter=merged,
         )
-        for path, name, merged in zip(checkpoint, tokenizers, adapters, strict=True)
+        for path, name, merged, start in zip(checkpoint, tokenizers, adapters, states, strict=True)
     ]
     jobs[0].require_consistent(devices)
     places = find_devices(device, devices)
@@ -254,13 +266,13 @@ def _parse_prefix(given: str | None) -> "PrefixChoice":
     return int(given)
 
 
-def _one_for_each(tokenizers: list[str], n_checkpoints: int) -> Sequence[str | None]:
-    if len(tokenizers) > 1 and len(tokenizers) != n_checkpoints:
+def _one_for_each(option: str, values: list[str], n_checkpoints: int) -> Sequence[str | None]:
+    if len(values) > 1 and len(values) != n_checkpoints:
         raise ConfigError(
-            f"--tokenizer is given {len(tokenizers)} times for {n_checkpoints} checkpoints; give it once for all, or "
-            "once for each --checkpoint in their order"
+            f"{option} is given {len(values)} times for {n_checkpoints} checkpoints; give it once for all, or once for "
+            "each --checkpoint in their order"
         )
-    return tokenizers if len(tokenizers) > 1 else [tokenizers[0] if tokenizers else None] * n_checkpoints
+    return values if len(values) > 1 else [values[0] if values else None] * n_checkpoints
 
 
 def _adapter_of_each(adapters: list[str], n_checkpoints: int) -> Sequence[str | None]:

@@ -12,6 +12,7 @@ from rwkv_train.commands.inference import (
     Device,
     Dtype,
     DtypeName,
+    State,
     TokenizerName,
     load_for_inference,
 )
@@ -65,6 +66,7 @@ def generate(
     penalty_decay: PenaltyDecay = 0.996,
     seed: Seed = 0,
     stop: Stop = None,
+    state: State = None,
     device: Device = "auto",
     dtype: Dtype = DtypeName.FP32,
     adapter: AdapterPath = None,
@@ -76,7 +78,9 @@ def generate(
     from rwkv_train.generation.sampling import SamplingSettings
 
     settings = SamplingSettings(temperature, top_p, top_k, presence_penalty, frequency_penalty, penalty_decay)
-    model, text_tokenizer = load_for_inference(checkpoint, tokenizer, device, dtype, adapter)
+    model, text_tokenizer = load_for_inference(
+        checkpoint, tokenizer, device, dtype, adapter=adapter, state=state
+    )
     for piece in generate_text(
         model, text_tokenizer, text, settings, max_tokens=max_tokens, seed=seed, stop=stop or ()
     ):

@@ -1,6 +1,7 @@
 """What the commands that run a model have in common: which checkpoint, tokenizer, device and dtype."""
 
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,25 +48,51 @@ Device = Annotated[
     str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one.")
 ]
 Dtype = Annotated[DtypeName, typer.Option(help="What the model computes in.")]
+STATE_HELP = (
+    "Read every text from this state: a learned one (state.safetensors or an official .pth), or that of a saved "
+    "conversation."
+)
+State = Annotated[Path | None, typer.Option(metavar="FILE", help=STATE_HELP)]
 
 
 def load_for_inference(
-    checkpoint: str, tokenizer: str | None, device: str, dtype: DtypeName, adapter: str | None = None
+    checkpoint: str,
+    tokenizer: str | None,
+    device: str,
+    dtype: DtypeName,
+    *,
+    adapter: str | None = None,
+    state: Path | None = None,
 ) -> "tuple[LanguageModel, Tokenizer]":
     """Load a checkpoint's model, with an adapter merged into it where there is one, and its tokenizer.
 
+    Args:
+        checkpoint: where it is.
+        tokenizer: name of the tokenizer; ``None``: the one that the checkpoint names.
+        device: as for :func:`find_device`.
+        dtype: what the model computes in.
+        adapter: where an adapter is that is merged into it; ``None``: none.
+        state: file of the state that texts are read from; ``None``: the empty one.
+
     Raises:
-        CheckpointError: the checkpoint cannot be read, or the adapter is not for it.
+        CheckpointError: the checkpoint, the adapter or the state cannot be read, or they are not of one model.
         DataError: the tokenizer is not the model's.
         BackendError: there is no such device.
     """
     from rwkv_train.checkpoints import load_model
+    from rwkv_train.checkpoints.fingerprint import fingerprint
+    from rwkv_train.checkpoints.states import read_state_file
     from rwkv_train.checkpoints.tensors import DTYPES
     from rwkv_train.checkpoints.tokenizer import choose_tokenizer
+    from rwkv_train.models.start import FixedStart
 
     model, weights = load_model(
         checkpoint, device=find_device(device), dtype=DTYPES[dtype.value], adapter=adapter
     )
+    if state is not None:
+        # A model with an adapter is not the base that the file may name.
+        base = fingerprint(weights.tensors) if adapter is None else None
+        model.start = FixedStart(read_state_file(state, model.config, base=base))
     return model, choose_tokenizer(weights, tokenizer)
 
 

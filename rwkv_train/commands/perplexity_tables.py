@@ -169,9 +169,10 @@ def _row_name(domain: str) -> str:
 
 
 def _prefix_line(result: Mapping[str, Any]) -> str:
+    start = f"from the state {result['state']}; " if result["state"] is not None else ""
     if result["prefix_token"] is None:
-        return "no prefix, so the first token of each document is not scored"
-    return f"read before a document: token {result['prefix_token']}"
+        return f"{start}no prefix, so the first token of each document is not scored"
+    return f"{start}read before a document: token {result['prefix_token']}"
 
 
 def _fixed(value: float | None) -> str:

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from rwkv_train.checkpoints import load_model, merge_into, read_weights
+from rwkv_train.checkpoints.fingerprint import fingerprint
+from rwkv_train.checkpoints.states import read_state_file
 from rwkv_train.checkpoints.tokenizer import choose_tokenizer
 from rwkv_train.data.corpus import read_documents
 from rwkv_train.data.sources.base import SourceOptions
@@ -18,6 +20,7 @@ from rwkv_train.evaluation.perplexity import Reading, evaluate, tokenize
 from rwkv_train.evaluation.report import Report
 from rwkv_train.evaluation.scoring import BATCH_SIZE, CHUNK_LEN, require_sizes
 from rwkv_train.evaluation.totals import Totals
+from rwkv_train.models.start import FixedStart
 from rwkv_train.tokenizers.base import TokenizerIdentity
 
 PrefixChoice = int | Literal["end", "none"]
@@ -34,6 +37,8 @@ class Job:
     """What :func:`~rwkv_train.data.sources.opening.open_source` takes."""
     tokenizer: str | None = None
     """``None``: the one that the checkpoint names."""
+    state: str | None = None
+    """File of the state that texts are read from; ``None``: the empty one."""
     options: SourceOptions | None = None
     skip_bad: bool = False
     limit: int | None = None
@@ -63,7 +68,7 @@ class Job:
             )
 
     def require_readable(self) -> None:
-        """Refuse a checkpoint, a tokenizer or a prefix that cannot be used; nothing is computed.
+        """Refuse a checkpoint, a tokenizer, a prefix or a state that cannot be used; nothing is computed.
 
         Raises:
             RwkvTrainError: as :func:`run_job` would.
@@ -73,6 +78,8 @@ class Job:
             weights = merge_into(weights, self.adapter)
         tokenizer = choose_tokenizer(weights, self.tokenizer)
         _prefix_token(self.prefix, tokenizer.end_of_document, weights.config.vocab_size)
+        if self.state is not None:
+            read_state_file(self.state, weights.config)
 
 
 class Evaluation(NamedTuple):
@@ -107,6 +114,10 @@ def run_job(
     for name in job.data:
         open_source(name, job.options)  # what is missing is said before the model is loaded
     model, weights = load_model(job.checkpoint, device=device, dtype=job.dtype, adapter=job.adapter)
+    if job.state is not None:
+        # A model with an adapter is not the base that the file may name.
+        base = fingerprint(weights.tensors) if job.adapter is None else None
+        model.start = FixedStart(read_state_file(job.state, model.config, base=base))
     tokenizer = choose_tokenizer(weights, job.tokenizer)
     prefix_token = _prefix_token(job.prefix, tokenizer.end_of_document, model.config.vocab_size)
     documents = islice(read_documents(job.data, options=job.options, skip_bad=job.skip_bad), job.limit)

@@ -30,6 +30,7 @@ def results_of(jobs: list[Job], evaluations: list[Evaluation]) -> list[dict[str,
             {
                 "checkpoint": job.checkpoint,
                 **({} if job.adapter is None else {"adapter": job.adapter}),
+                "state": job.state,
                 "tokenizer": evaluation.tokenizer._asdict(),
                 "prefix_token": evaluation.prefix_token,
                 **evaluation.report.to_json(),
