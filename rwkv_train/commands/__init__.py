@@ -51,7 +51,7 @@ _DISK_PROBLEMS = {
 
 app = typer.Typer(
     name="rwkv-train",
-    help="Pretrain, evaluate, convert and run RWKV language models.",
+    help="Pretrain, finetune, evaluate, convert and run RWKV language models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
