@@ -183,7 +183,8 @@ class LanguageModel(nn.Module):
         return tuple(
             LayerState(
                 *(
-                    x.to(like).expand(batch_size, *x.shape[1:]).contiguous()
+                    # A copy, also of one row: what is read from here must not change as the start learns.
+                    x.to(like).expand(batch_size, *x.shape[1:]).clone(memory_format=torch.contiguous_format)
                     for x, like in zip(one, empty, strict=True)
                 )
             )

@@ -83,8 +83,10 @@ def _with_cast(module: nn.Module, function: Callable[..., Any], dtype: torch.dty
 @contextmanager
 def _cast_parameters(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     swapped: list[tuple[dict[str, Any], str, Tensor]] = []  # what holds a parameter, its name there, it
+    starts = (part for part in module.modules() if isinstance(part, Start))
+    kept = {part for start in starts for part in start.modules()}  # a state is float32 everywhere
     for part in module.modules():
-        if isinstance(part, Start):  # a state is float32 everywhere
+        if part in kept:
             continue
         own: dict[str, Any] = part._parameters
         swapped += [

@@ -135,9 +135,6 @@ def test_the_mean_of_rwkv4_begins_with_little_weight_and_a_gradient(tiny_model):
     tokens, _ = BATCHES["plain"]
     before = model(tokens).logits
     learn_state(model)
-    # The share of the mean in the first token's result is exp(p) / (exp(p) + exp(u + k)), and falls from there.
-    for block in model.blocks:
-        assert block.att.time_first.min() > -2.5
     change = (model(tokens).logits - before).abs().amax() / before.abs().amax()
     assert 0 < change < 0.05
 
