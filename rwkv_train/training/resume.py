@@ -194,7 +194,8 @@ def _check_same_settings(
                     "or choose another trainer.out_dir for a new one"
                 )
             continue
-        for name, value in {**_ONCE_FIXED.get(section, {}), **saved}.items():
+        once = {name: value for name, value in _ONCE_FIXED.get(section, {}).items() if name in now[section]}
+        for name, value in {**once, **saved}.items():
             found = now[section].get(name)
             if found == value or name in MAY_CHANGE.get(section, set()):
                 continue
