@@ -64,6 +64,8 @@ def make_trainer(
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
     # The engine knows that DeepSpeed clips by itself.
     warnings.filterwarnings("ignore", "Since DeepSpeed handles gradient clipping internally.*")
+    # PyTorch 2.13 has another name for it, which 2.11 does not know.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     is_bf16_in_deepspeed = settings.zero_stage is not None and settings.precision == "bf16-params"
     return Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
