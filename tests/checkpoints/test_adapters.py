@@ -1,6 +1,7 @@
 """Adapters on disk: what is read, and the sentence about what is not."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -47,16 +48,15 @@ def test_layers_have_their_own_scale(foreign):
     }
 
 
-def test_a_run_gives_the_adapter_of_its_newest_checkpoint(whole, tmp_path, monkeypatch):
-    newest = tmp_path / "checkpoints" / "step-00000002"
-    newest.mkdir(parents=True)
-    for file in whole.iterdir():
-        (newest / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr(
-        "rwkv_train.checkpoints.adapters.newest_valid_checkpoint", lambda folder, with_optimizer: newest
-    )
-    assert read_adapter(tmp_path).path == newest
-    assert read_adapter(newest).note.step == 3
+def test_a_run_gives_the_adapter_of_its_newest_checkpoint(whole, run, folder):
+    with pytest.raises(
+        CheckpointError, match=r"step-00000015 holds no adapter_config\.json; the run trains no"
+    ):
+        read_adapter(run)
+    for checkpoint in (folder, folder.with_name("step-00000005")):
+        shutil.copytree(whole, checkpoint, dirs_exist_ok=True)
+    assert read_adapter(run).path == folder
+    assert read_adapter(folder.with_name("step-00000005")).note.step == 3
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
