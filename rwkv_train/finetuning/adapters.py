@@ -148,18 +148,26 @@ def _set_lengths(layer: Any, name: str) -> None:
 def _start_from_singular_values(layer: Any, name: str, target: Target, scale: float) -> None:
     """Begin with the largest singular values of the base's weight, as in Meng et al. 2024, "PiSSA", arXiv:2404.02948.
 
-    Not by peft: that would leave the base without them as it rounds, and what it took must be taken again at a resume.
+    With ``W = U S V^T`` and the ``r`` largest of ``S``, ``B = U_r sqrt(S_r / s)`` and ``A = sqrt(S_r / s) V_r^T``. Not
+    by peft: that would leave the base without them as it rounds, and what it took must be taken again at a resume.
     """
-    a, b = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
-    u, s, vh = torch.linalg.svd(layer.base_layer.weight.to(a.dtype), full_matrices=False)
-    if s[0] == 0:
+    weight = layer.base_layer.weight.double()
+    is_wide = target.n_outputs <= target.n_inputs
+    # Eigenvectors of the smaller product come several times sooner than all singular vectors, and in float64 the
+    # largest are more exact than those of a decomposition in float32.
+    squares, vectors = torch.linalg.eigh(weight @ weight.T if is_wide else weight.T @ weight)
+    if squares[-1] <= 0:
         raise ConfigError(
             f"finetune.variant 'pissa' starts from singular values, and those of {name}.weight are all zero; leave the "
             "layer out of finetune.targets, or choose another variant"
         )
-    roots = (s[: target.rank] / scale).sqrt()
-    a.copy_(roots[:, None] * vh[: target.rank])
-    b.copy_(u[:, : target.rank] * roots)
+    smallest = squares[-1] * torch.finfo(squares.dtype).eps  # what is below is 0, but for rounding
+    values, vectors = squares[-target.rank :].clamp(min=smallest).sqrt(), vectors[:, -target.rank :]
+    # One side's vectors are found; those of the other side are V = W^T U / S, or U = W V / S.
+    ours, for_others = vectors * (values / scale).sqrt(), vectors / (values * scale).sqrt()
+    a, b = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
+    a.copy_(for_others.T @ weight if is_wide else ours.T)
+    b.copy_(ours if is_wide else weight @ for_others)
     _register_initial(layer, a, b)
 
 
