@@ -5,7 +5,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from rwkv_train.config.instruct import InstructDataConfig
-from rwkv_train.config.methods import Method
+from rwkv_train.config.methods import LoraMethod, Method
 from rwkv_train.config.preference import PreferenceConfig
 from rwkv_train.config.run import RunConfig
 
@@ -89,6 +89,15 @@ class FinetuneConfig(RunConfig):
             raise ValueError(
                 "trainer.compile cannot take trainer.wkv_backend 'reference' with packed rows, a loop whose length "
                 "depends on the data; set the backend to 'auto', or compile to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dora_cannot_be_compiled(self) -> Self:
+        if self.trainer.compile and isinstance(self.finetune, LoraMethod) and self.finetune.variant == "dora":
+            raise ValueError(
+                "trainer.compile cannot take finetune.variant 'dora', whose layers PyTorch cannot trace whole; set the "
+                "variant to 'lora', or compile to false"
             )
         return self
 
