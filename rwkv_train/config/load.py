@@ -41,7 +41,7 @@ _METHODS: dict[str, type[Config]] = {
 _TAGS: dict[str, type[Config] | None] = {
     **_ARCHITECTURES,
     **_METHODS,
-    **dict.fromkeys(("ranks", "rule", "corpus", "mixture", "parts")),
+    **dict.fromkeys(("four ranks", "rule", "corpus", "mixture", "parts")),
 }
 """Names of union members in pydantic's locations, and the class that each one selects."""
 

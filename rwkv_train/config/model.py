@@ -185,8 +185,8 @@ class LoraRanks(Config):
 
 
 RanksOrRule = Annotated[
-    Annotated[LoraRanks, Tag("ranks")] | Annotated[LoraRule, Tag("rule")],
-    Discriminator(lambda value: "rule" if isinstance(value, str) else "ranks"),
+    Annotated[LoraRanks, Tag("four ranks")] | Annotated[LoraRule, Tag("rule")],
+    Discriminator(lambda value: "rule" if isinstance(value, str) else "four ranks"),
 ]
 
 
