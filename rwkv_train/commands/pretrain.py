@@ -12,8 +12,8 @@ from rwkv_train.commands.run import (
     Overrides,
     Resume,
     log_to_stderr,
+    print_plan,
     quiet_lightning,
-    rows_table,
     train,
 )
 from rwkv_train.errors import RwkvTrainError
@@ -47,14 +47,12 @@ def _run(settings: "TrainConfig", resume: str, allow_change: Collection[str]) ->
 
 
 def _print_plan(settings: "TrainConfig") -> None:
-    from rich.console import Console
-
     from rwkv_train.config.save import to_yaml
     from rwkv_train.planning.plan import make_plan
 
     log_to_stderr()
     typer.echo(to_yaml(settings))
     plan = make_plan(settings)
-    Console().print(rows_table("plan", plan.rows()))
+    print_plan(plan.rows())
     if plan.obstacles:
         raise RwkvTrainError("; ".join(map(str, plan.obstacles)))

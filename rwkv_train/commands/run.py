@@ -125,6 +125,13 @@ def _log_to(handler: logging.Handler) -> None:
     package.addHandler(handler)
 
 
+def print_plan(rows: list[tuple[str, str]]) -> None:
+    """Print what settings come to, as wide as the terminal: its values are sentences."""
+    from rich.console import Console
+
+    Console(markup=False, highlight=False).print(rows_table("plan", rows))
+
+
 def rows_table(title: str, rows: list[tuple[str, str]]) -> "Table":
     """Return a table of names and values."""
     from rich.table import Table

@@ -56,7 +56,7 @@ def inject_adapter(
     the adapter's own parameters and the base's weights give the same model again, bit for bit.
 
     Args:
-        model: with the weights of the base, whole; it is changed.
+        model: with the weights of the base, whole; it is changed. On the device "meta" it has shapes without values.
         method: what kind of adapter, and where.
         seed: of the initial values. PyTorch's global random numbers are neither used nor changed.
         initial: the adapter's own parameters, to go on from; ``None``: it begins.
@@ -97,16 +97,27 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if is_of_adapter(name))
 
 
-def _peft_config(method: LoraMethod, targets: Mapping[str, Target]) -> tuple[Any, Any]:
-    """Return peft's function and its settings."""
+def require_peft() -> None:
+    """Refuse at once where the library of the adapters is not installed.
+
+    Raises:
+        ConfigError: it is not; with the command that installs it.
+    """
     # peft loads bitsandbytes, which misses, loudly, a kernel for inference that we do not call.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        from peft import LoraConfig, MissConfig, inject_adapter_in_model  # noqa: PLC0415 - takes seconds
+        import peft  # noqa: F401, PLC0415 - takes seconds
     except ImportError as error:
         raise ConfigError(
             f"finetune.method 'lora' needs the package peft ({error}): pip install 'rwkv-train[finetune]'"
         ) from error
+
+
+def _peft_config(method: LoraMethod, targets: Mapping[str, Target]) -> tuple[Any, Any]:
+    """Return peft's function and its settings."""
+    require_peft()
+    from peft import LoraConfig, MissConfig, inject_adapter_in_model  # noqa: PLC0415
+
     names = list(targets)
     config: Any
     if method.variant == "miss":
@@ -137,7 +148,7 @@ def _set_lengths(layer: Any, name: str) -> None:
     """Start from the lengths of the rows in the adapter's dtype, not rounded to the base's."""
     magnitude = layer.lora_magnitude_vector[ADAPTER_NAME].weight
     magnitude.copy_(torch.linalg.norm(layer.base_layer.weight.to(magnitude.dtype), dim=1))
-    n_zero = int((magnitude == 0).sum())
+    n_zero = 0 if magnitude.is_meta else int((magnitude == 0).sum())
     if n_zero:
         raise ConfigError(
             f"finetune.variant 'dora' divides by the lengths of a matrix's rows, and {n_zero} rows of {name}.weight "
@@ -156,7 +167,7 @@ def _start_from_singular_values(layer: Any, name: str, target: Target, scale: fl
     # Eigenvectors of the smaller product come several times sooner than all singular vectors, and in float64 the
     # largest are more exact than those of a decomposition in float32.
     squares, vectors = torch.linalg.eigh(weight @ weight.T if is_wide else weight.T @ weight)
-    if squares[-1] <= 0:
+    if not squares.is_meta and squares[-1] <= 0:
         raise ConfigError(
             f"finetune.variant 'pissa' starts from singular values, and those of {name}.weight are all zero; leave the "
             "layer out of finetune.targets, or choose another variant"

@@ -38,7 +38,8 @@ def apply_method(
     """Say what of a model learns, and give it what it needs for that.
 
     Args:
-        model: with the weights to start from, quantized where the settings say so; it is changed.
+        model: with the weights to start from, quantized where the settings say so; it is changed. On the device "meta",
+            which has shapes without values, what depends on values is not refused.
         method: the settings.
         encode: text -> ids of tokens.
         seed: of initial values.

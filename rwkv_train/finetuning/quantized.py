@@ -174,7 +174,7 @@ def _replace(
     n_weights = n_bytes = 0
     for name, layer in linears.items():
         weight = weight_of(name, layer).detach().to(device)
-        if not weight.isfinite().all():
+        if not weight.is_meta and not weight.isfinite().all():
             raise CheckpointError(f"{name}.weight holds infinities or NaN, which cannot be quantized")
         quantized = QuantizedLinear(weight, kind).train(layer.training)
         n_weights += weight.numel()

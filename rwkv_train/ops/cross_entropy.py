@@ -86,7 +86,13 @@ def linear_cross_entropy(
 
 
 def working_bytes(
-    n_rows: int, n_embd: int, vocab_size: int, dtype: torch.dtype, weight_dtype: torch.dtype
+    n_rows: int,
+    n_embd: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    *,
+    weight_learns: bool = True,
 ) -> int:
     """Return the memory that a backward needs for a while, besides what the forward kept for it.
 
@@ -99,14 +105,16 @@ def working_bytes(
         vocab_size: rows of the weight (V).
         dtype: dtype of the products.
         weight_dtype: dtype of the weight.
+        weight_learns: whether it gets a gradient.
     """
     wide = _wide(dtype)
     chunk = min(n_rows, _rows_in(CHUNK_LOGITS, vocab_size)) * vocab_size * dtype.itemsize
     part = min(n_rows, _rows_in(PART_LOGITS, vocab_size)) * vocab_size * wide.itemsize
     softmax = part if dtype == wide else 2 * part  # logits are widened before it
     cast = dtype.itemsize if weight_dtype != dtype else 0
-    rounded = weight_dtype.itemsize if weight_dtype != wide else 0
-    gradients = vocab_size * n_embd * (wide.itemsize + cast) + n_rows * n_embd * dtype.itemsize
+    rounded = weight_dtype.itemsize if weight_learns and weight_dtype != wide else 0
+    gradient = wide.itemsize if weight_learns else 0
+    gradients = vocab_size * n_embd * (gradient + cast) + n_rows * n_embd * dtype.itemsize
     return gradients + max(chunk + softmax, vocab_size * n_embd * rounded)
 
 

@@ -5,13 +5,15 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rwkv_train.config.train import TrainConfig
+from rwkv_train.config.run import RunConfig
 from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.models.registry import build_model, recurrence_of
+from rwkv_train.models.start import Start
+from rwkv_train.ops.context import PLAIN, SequenceContext
 from rwkv_train.ops.cross_entropy import working_bytes
 from rwkv_train.ops.prepare import OPERATORS
 from rwkv_train.training.precision import COMPUTE_DTYPES, autocast_of, cast_in_forward
@@ -27,11 +29,13 @@ class MemoryEstimate(NamedTuple):
     """
 
     model_bytes: int
-    """Parameters, gradients, masters and moments that this process keeps on its device."""
+    """Parameters, quantized weights, gradients, masters and moments that this process keeps on its device."""
     activation_bytes: int
     """What the forward of one micro-batch keeps for its backward, and what the backward of the head needs besides."""
     offloaded_bytes: int = 0
     """What it keeps in the CPU's memory instead."""
+    weight_bytes: int = 0
+    """Of ``model_bytes`` what holds the weights themselves."""
 
     @property
     def total_bytes(self) -> int:
@@ -49,7 +53,9 @@ class _Part(NamedTuple):
     is_offloaded: bool = False
 
 
-def estimate_memory(config: TrainConfig, wkv_backend: str) -> MemoryEstimate:
+def estimate_memory(
+    config: RunConfig, wkv_backend: str, model: LanguageModel | None = None, n_sequences: int = 0
+) -> MemoryEstimate:
     """Estimate the memory of one training step in one process.
 
     The forward runs once on tensors without data; every tensor that autograd keeps is counted once. With
@@ -59,23 +65,30 @@ def estimate_memory(config: TrainConfig, wkv_backend: str) -> MemoryEstimate:
     Args:
         config: the settings of the run.
         wkv_backend: name of the recurrence's backend.
+        model: what is trained, on the device "meta", which this call takes; ``None``: the model of the settings, whole.
+        n_sequences: sequences in a micro-batch of packed rows; 0: each row is one, and none is packed.
     """
-    model = build_model(config.model, wkv_backend=wkv_backend, device="meta")
+    if model is None:
+        model = build_model(config.model, wkv_backend=wkv_backend, device="meta")
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     parts = _parts(
         config.trainer,
         sum(size for size, _ in sizes),
         sum(size for size, is_trained in sizes if is_trained),
     )
+    # Quantized weights, which no strategy divides.
+    quantized = sum(buffer.nbytes for buffer in model.buffers())
+    weights = parts[0]
     return MemoryEstimate(
-        model_bytes=_total(part for part in parts if not part.is_offloaded),
-        activation_bytes=_activation_bytes(model, config, wkv_backend),
+        model_bytes=_total(part for part in parts if not part.is_offloaded) + quantized,
+        activation_bytes=_activation_bytes(model, config, wkv_backend, n_sequences),
         offloaded_bytes=_total(part for part in parts if part.is_offloaded),
+        weight_bytes=(0 if weights.is_offloaded else _total([weights])) + quantized,
     )
 
 
 def _parts(settings: TrainerConfig, n_all: int, n_trained: int) -> list[_Part]:
-    """What is kept of the model from step to step, by strategy."""
+    """What is kept of the model from step to step, by strategy; first the parameters."""
     world, stage = settings.world_size, settings.zero_stage
     if settings.strategy == "fsdp2":
         # Parameters (the masters, where the forward sees bfloat16 ones), gradients, two moments.
@@ -113,7 +126,7 @@ class _Kept:
         """Storage -> bytes, of what blocks are called with."""
         self.by_block: dict[int | None, dict[int, int]] = {None: {}}
         """Number of a block, or ``None`` for the rest -> storage -> bytes."""
-        self._parameters = {_storage_of(parameter) for parameter in model.parameters()}
+        self._own = {_storage_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._seen: set[int] = set()
         self._alive: list[Tensor] = []  # a freed storage's address may be used again
         self._block: int | None = None
@@ -125,7 +138,7 @@ class _Kept:
     def keep(self, tensor: Tensor) -> Tensor:
         """Count a tensor, once."""
         storage = _storage_of(tensor)
-        if storage not in self._parameters and storage not in self._seen:
+        if storage not in self._own and storage not in self._seen:
             self._seen.add(storage)
             self._alive.append(tensor)
             self.by_block[self._block][storage] = tensor.untyped_storage().nbytes()
@@ -157,37 +170,59 @@ def _taken_for_any_device(op: str, wkv_backend: str) -> Iterator[None]:
         table[wkv_backend] = row
 
 
-def _activation_bytes(model: LanguageModel, config: TrainConfig, wkv_backend: str) -> int:
+def _activation_bytes(model: LanguageModel, config: RunConfig, wkv_backend: str, n_sequences: int) -> int:
     settings = config.trainer
     batch, ctx_len = settings.micro_batch_size, config.model.ctx_len
+    shape = (1, batch * ctx_len) if n_sequences else (batch, ctx_len)
     is_bf16 = settings.precision == "bf16-params"
     casts = is_bf16 and settings.strategy in {"auto", "ddp"}
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    dtype = torch.bfloat16 if is_bf16 and not casts else torch.float32
     # As if on a CPU: a GPU keeps the same tensors, and need not be there.
     with FakeTensorMode(), torch.device("cpu"):
-        weights = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
-        model.load_state_dict(weights, assign=True)
+        _give_memory(model, torch.bfloat16 if is_bf16 and not casts else None)
         model.head.recompute_logits = settings.grad_checkpointing
         kept = _Kept(model)
         if casts:
             cast_in_forward(model, torch.bfloat16)
-        tokens = torch.zeros(batch, ctx_len, dtype=torch.int64)
+        tokens = torch.zeros(shape, dtype=torch.int64)
+        context = _packed(n_sequences) if n_sequences else PLAIN
         autocast = autocast_of(settings.precision, torch.device("cpu"))
         saved = torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor)
         with _taken_for_any_device(recurrence_of(config.model)[0], wkv_backend), autocast, saved:
-            model(tokens, targets=tokens, with_penalty=config.optim.l2wrap > 0)
+            model(tokens, targets=tokens, context=context, with_penalty=config.optim.l2wrap > 0)
     head = working_bytes(
         batch * ctx_len,
         config.model.n_embd,
         config.model.vocab_size,
         COMPUTE_DTYPES[settings.precision],
         torch.bfloat16 if is_bf16 else torch.float32,
+        weight_learns=model.head.weight.requires_grad,
     )
     if not settings.grad_checkpointing:
         return sum(sum(found.values()) for found in kept.by_block.values()) + head
     largest = max(kept.bytes_of(block) for block in kept.by_block if block is not None)
     return sum(kept.inputs.values()) + max(largest, kept.bytes_of(None) + head)
+
+
+def _give_memory(model: LanguageModel, dtype: torch.dtype | None) -> None:
+    """Put tensors that hold no data, but behave as if they did, in the place of a model's on "meta"."""
+    for module in model.modules():
+        is_start = isinstance(module, Start)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            kind = parameter.dtype if dtype is None or is_start else dtype
+            values = torch.empty(parameter.shape, dtype=kind)
+            module.register_parameter(name, nn.Parameter(values, parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype), persistent=False)
+
+
+def _packed(n_sequences: int) -> SequenceContext:
+    """The context of a packed row, whose numbers nobody looks at."""
+    return SequenceContext(
+        torch.zeros(n_sequences + 1, dtype=torch.int64),
+        first=torch.zeros(n_sequences, dtype=torch.int64),
+        last=torch.zeros(n_sequences, dtype=torch.int64),
+        is_empty=torch.zeros(n_sequences, 1, dtype=torch.bool),
+    )
 
 
 def _tensors_in(values: Any) -> Iterable[Tensor]:

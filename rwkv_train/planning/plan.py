@@ -6,9 +6,10 @@ import torch
 
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.data.module import Drawn, Samples
-from rwkv_train.errors import ConfigError, DataError, RwkvTrainError
+from rwkv_train.errors import RwkvTrainError
 from rwkv_train.models.registry import count_parameters
 from rwkv_train.planning.memory import MemoryEstimate, estimate_memory
+from rwkv_train.planning.problems import Problems
 from rwkv_train.training.backend import choose_wkv_backend
 from rwkv_train.training.corpora import Corpora, open_corpora, open_samples, samples_in_epoch
 from rwkv_train.training.schedule import run_length
@@ -38,10 +39,9 @@ class Plan(NamedTuple):
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the plan as names and values for a table."""
-        memory = self.memory
         rows = [
             ("parameters", f"{self.n_parameters:,}"),
-            ("tokens a step", f"{self.tokens_per_step:,} in {self.accumulation} micro-batches a device"),
+            tokens_row(self.tokens_per_step, self.accumulation),
         ]
         if self.n_steps is not None:
             tokens = self.n_steps * self.tokens_per_step
@@ -54,15 +54,38 @@ class Plan(NamedTuple):
                 rows.append(("training corpus", epochs))
         return [
             *rows,
-            ("devices", f"{self.world_size} x {self.device.type}"),
-            (
-                "memory a device (estimate)",
-                f"{memory.total_bytes / 2**30:.2f} GiB: weights, gradients and Adam's moments "
-                f"{memory.model_bytes / 2**30:.2f}, activations {memory.activation_bytes / 2**30:.2f}"
-                + (f"; {memory.offloaded_bytes / 2**30:.2f} in the CPU's" if memory.offloaded_bytes else ""),
-            ),
+            devices_row(self.world_size, self.device),
+            memory_row(self.memory),
             ("recurrence", self.backend),
         ]
+
+
+def tokens_row(tokens_per_step: int, accumulation: int) -> tuple[str, str]:
+    """Return the row of a plan that says how large a step is."""
+    return "tokens a step", f"{tokens_per_step:,} in {accumulation} micro-batches a device"
+
+
+def devices_row(world_size: int, device: torch.device) -> tuple[str, str]:
+    """Return the row of a plan that says where it runs."""
+    return "devices", f"{world_size} x {device.type}"
+
+
+def memory_row(memory: MemoryEstimate) -> tuple[str, str]:
+    """Return the row of a plan that says what a step takes."""
+    parts = [
+        f"weights {show_bytes(memory.weight_bytes)}",
+        f"gradients and Adam's moments {show_bytes(memory.model_bytes - memory.weight_bytes)}",
+        f"activations {show_bytes(memory.activation_bytes)}",
+    ]
+    text = f"{show_bytes(memory.total_bytes)}: {', '.join(parts)}"
+    if memory.offloaded_bytes:
+        text += f"; {show_bytes(memory.offloaded_bytes)} in the CPU's"
+    return "memory a device (estimate)", text
+
+
+def show_bytes(n_bytes: int) -> str:
+    """Write a size in GiB, or in MiB where that is small."""
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**28 else f"{n_bytes / 2**20:.1f} MiB"
 
 
 def make_plan(config: TrainConfig) -> Plan:
@@ -74,23 +97,11 @@ def make_plan(config: TrainConfig) -> Plan:
     Raises:
         BackendError: ``trainer.wkv_backend`` cannot run there.
     """
-    obstacles: list[RwkvTrainError] = []
-    data: tuple[Corpora, Samples] | None = None
-    try:
-        device = device_of(config.trainer)
-    except ConfigError as error:
-        obstacles.append(error)
-        device = torch.device("cuda")
-    try:
-        corpora = open_corpora(config)
-        data = corpora, open_samples(config, corpora)
-    except DataError as error:
-        obstacles.append(error)
-    try:
-        if config.trainer.zero_stage is not None:
-            deepspeed_config(config, device)
-    except ConfigError as error:
-        obstacles.append(error)
+    obstacles = Problems()
+    device = obstacles.of(device_of, config.trainer) or torch.device("cuda")
+    data = obstacles.of(_open_data, config)
+    if config.trainer.zero_stage is not None:
+        obstacles.of(deepspeed_config, config, device)
     n_steps = _steps(config, data)
     backend = choose_wkv_backend(config, device)
     return Plan(
@@ -106,8 +117,13 @@ def make_plan(config: TrainConfig) -> Plan:
         device=device,
         world_size=config.trainer.world_size,
         backend=backend.reason,
-        obstacles=tuple(obstacles),
+        obstacles=tuple(obstacles.found),
     )
+
+
+def _open_data(config: TrainConfig) -> tuple[Corpora, Samples]:
+    corpora = open_corpora(config)
+    return corpora, open_samples(config, corpora)
 
 
 def _steps(config: TrainConfig, data: tuple[Corpora, Samples] | None) -> int | None:

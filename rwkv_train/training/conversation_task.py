@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 from rwkv_train.config.finetune import FinetuneConfig
 from rwkv_train.data.instruct.batches import ConversationBatches, InstructSamples, hash_of
-from rwkv_train.data.instruct.reading import read_conversations
-from rwkv_train.data.instruct.split import head_of, read_split
+from rwkv_train.data.instruct.split import Split, head_of
 from rwkv_train.data.instruct.tokens import TokenizedConversation
 from rwkv_train.data.module import Position
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.parallel.processes import Processes
+from rwkv_train.tokenizers import Tokenizer
 from rwkv_train.training.conversation_validation import ConversationValidator
 from rwkv_train.training.finetuning_task import FinetuningTask
 from rwkv_train.training.objective import NextTokenLoss, Objective
@@ -20,22 +20,20 @@ class ConversationTask(FinetuningTask):
 
     Args:
         config: the settings of the run, without a section ``preference``.
-
-    Raises:
-        DataError: the conversations cannot be used.
+        tokenizer: the model's.
+        split: the conversations.
     """
 
-    def __init__(self, config: FinetuneConfig) -> None:
-        super().__init__(config)
-        split = read_split(
-            lambda data: read_conversations(data, self.tokenizer), config.data, config.trainer.seed
-        )
+    def __init__(
+        self, config: FinetuneConfig, tokenizer: Tokenizer, split: Split[TokenizedConversation]
+    ) -> None:
+        super().__init__(config, tokenizer)
         datasets = [one.samples for one in split.train]
         self.samples: InstructSamples[TokenizedConversation] = InstructSamples(
             datasets, [hash_of(dataset) for dataset in datasets], config
         )
-        self._valid = head_of(split.valid, config.trainer.val_tokens)
-        self.held_out = {name: hash_of(held) for name, held in self._valid.items()} or None
+        self.valid: dict[str, list[TokenizedConversation]] = head_of(split.valid, config.trainer.val_tokens)
+        self.held_out = {name: hash_of(held) for name, held in self.valid.items()} or None
         self.objective: Objective = NextTokenLoss()
 
     def prepare(self, model: LanguageModel, processes: Processes, beat: Callable[[], None]) -> None:
@@ -47,6 +45,6 @@ class ConversationTask(FinetuningTask):
 
     def make_validator(self, processes: Processes, beat: Callable[[], None]) -> ConversationValidator | None:
         """Return what scores the held-out conversations, if there are any."""
-        if not self._valid:
+        if not self.valid:
             return None
-        return ConversationValidator(self._valid, self.tokenizer, self.config, processes, beat)
+        return ConversationValidator(self.valid, self.tokenizer, self.config, processes, beat)

@@ -24,7 +24,7 @@ from rwkv_train.finetuning.method import apply_method, keeps_base, own_shapes_of
 from rwkv_train.finetuning.quantized import load_quantized
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.models.registry import build_model
-from rwkv_train.tokenizers import load_tokenizer
+from rwkv_train.tokenizers import Tokenizer
 from rwkv_train.training.schedule import RunLength, length_of
 
 
@@ -33,14 +33,17 @@ class FinetuningTask:
 
     Args:
         config: the settings of the run.
+        tokenizer: the model's.
     """
 
     held_out: dict[str, object] | None
+    valid: dict[str, list[TokenizedConversation]] | dict[str, list[PreferencePair]]
+    """What each validation scores, by the name of its dataset."""
     samples: InstructSamples[TokenizedConversation] | InstructSamples[PreferencePair]
 
-    def __init__(self, config: FinetuneConfig) -> None:
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer) -> None:
         self.config = config
-        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        self.tokenizer = tokenizer
         self.learned: Shapes | None = None
         self._model: LanguageModel | None = None
         self._base: str | None = None  # fingerprint, where a run needs it

@@ -87,10 +87,7 @@ def make_loggers(config: RunConfig, columns: Sequence[str], start_step: int) -> 
     out_dir = config.trainer.run_folder
     loggers: list[Logger] = [MetricsFile(out_dir / METRICS_FILE, columns, start_step)]
     if config.trainer.tensorboard:
-        if find_spec("tensorboard") is None:
-            raise ConfigError(
-                "trainer.tensorboard is true but TensorBoard is not installed; pip install 'rwkv-train[tensorboard]'"
-            )
+        require_tensorboard()
         loggers.append(TensorBoardLogger(save_dir=out_dir, name="tensorboard", version=""))
     if config.trainer.wandb_project is not None:
         loggers.append(_make_wandb_logger(config.trainer.wandb_project, config, out_dir))
@@ -114,6 +111,18 @@ def log_answers(loggers: Iterable[Logger], answers: Sequence[Answer], step: int)
 def _in_a_cell(text: str) -> str:
     """Write a text such that it stays in one cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", "<br>")
+
+
+def require_tensorboard() -> None:
+    """Refuse at once where TensorBoard is not installed.
+
+    Raises:
+        ConfigError: it is not; with the command that installs it.
+    """
+    if find_spec("tensorboard") is None:
+        raise ConfigError(
+            "trainer.tensorboard is true but TensorBoard is not installed; pip install 'rwkv-train[tensorboard]'"
+        )
 
 
 class _WandbRun(WandbLogger):

@@ -11,8 +11,7 @@ from rwkv_train.config.finetune import FinetuneConfig
 from rwkv_train.data.instruct.batches import InstructSamples
 from rwkv_train.data.instruct.pair_batches import PairBatches
 from rwkv_train.data.instruct.pairs import PreferencePair
-from rwkv_train.data.instruct.reading import read_pairs
-from rwkv_train.data.instruct.split import head_of, read_split
+from rwkv_train.data.instruct.split import Split, head_of
 from rwkv_train.data.module import Position
 from rwkv_train.errors import CheckpointError
 from rwkv_train.finetuning.preferences import PairValues
@@ -27,6 +26,7 @@ from rwkv_train.finetuning.reference import (
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.ops.context import packed_context
 from rwkv_train.parallel.processes import Processes
+from rwkv_train.tokenizers import Tokenizer
 from rwkv_train.training.finetuning_task import FinetuningTask
 from rwkv_train.training.objective import Objective
 from rwkv_train.training.pair_validation import PairValidator
@@ -42,25 +42,19 @@ class PreferenceTask(FinetuningTask):
 
     Args:
         config: the settings of the run, with a section ``preference``.
-
-    Raises:
-        DataError: the pairs cannot be used.
+        tokenizer: the model's.
+        split: the pairs.
     """
 
-    def __init__(self, config: FinetuneConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer, split: Split[PreferencePair]) -> None:
+        super().__init__(config, tokenizer)
         assert config.preference is not None
-        split = read_split(
-            lambda data: read_pairs(data, self.tokenizer, config.model.ctx_len),
-            config.data,
-            config.trainer.seed,
-        )
         datasets = [one.samples for one in split.train]
         self.samples: InstructSamples[PreferencePair] = InstructSamples(
             datasets, [fingerprint_of([dataset]) for dataset in datasets], config
         )
-        self._valid = head_of(split.valid, config.trainer.val_tokens)
-        self.held_out = {name: fingerprint_of([held]) for name, held in self._valid.items()} or None
+        self.valid: dict[str, list[PreferencePair]] = head_of(split.valid, config.trainer.val_tokens)
+        self.held_out = {name: fingerprint_of([held]) for name, held in self.valid.items()} or None
         self.objective: Objective = PreferenceObjective(config.preference)
         self._needs_reference = config.preference.loss == "dpo"
         self._reference: ReferenceLogProbs | None = None
@@ -73,7 +67,7 @@ class PreferenceTask(FinetuningTask):
         """
         if not self._needs_reference:
             return
-        datasets = [*self.samples.datasets, *self._valid.values()]
+        datasets = [*self.samples.datasets, *self.valid.values()]
         data, base = fingerprint_of(datasets), self._base
         assert base is not None
         with processes.failing_together():
@@ -109,14 +103,14 @@ class PreferenceTask(FinetuningTask):
 
     def make_validator(self, processes: Processes, beat: Callable[[], None]) -> PairValidator | None:
         """Return what scores the held-out pairs, if there are any."""
-        if not self._valid:
+        if not self.valid:
             return None
         reference = None
         if self._reference is not None:
             kept = self._reference.datasets[len(self.samples.datasets) :]
-            reference = dict(zip(self._valid, kept, strict=True))
+            reference = dict(zip(self.valid, kept, strict=True))
         return PairValidator(
-            self._valid, reference, self.objective, self.tokenizer, self.config, processes, beat
+            self.valid, reference, self.objective, self.tokenizer, self.config, processes, beat
         )
 
     def add_files(self, folder: Path, learned: Mapping[str, Tensor], step: int) -> None:

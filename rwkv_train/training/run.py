@@ -176,11 +176,7 @@ def _run(
     device = device_of(config.trainer)
     watchdog = Watchdog(processes, config.trainer.hang_timeout_seconds)
     with processes.failing_together():
-        if start.step > length.n_steps:
-            raise ConfigError(
-                f"the run is {length.n_steps} steps long but {start.step} are done; set trainer.max_steps (or "
-                "max_tokens, max_epochs) higher, or choose another trainer.out_dir"
-            )
+        require_length(length, start.step)
         task.go_to(start.first_sample(config), saved)
         guard = _make_guard(config, saved, roll_back)
         backend = choose_wkv_backend(config, device)
@@ -234,6 +230,19 @@ def _run(
         drawn=task.source.drawn(start._replace(step=completed).first_sample(config)),
         ended_early=early_stopping.reason if completed < length.n_steps else None,
     )
+
+
+def require_length(length: RunLength, step: int) -> None:
+    """Refuse a run that is shorter than what is done of it.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if step > length.n_steps:
+        raise ConfigError(
+            f"the run is {length.n_steps} steps long but {step} are done; set trainer.max_steps (or max_tokens, "
+            "max_epochs) higher, or choose another trainer.out_dir"
+        )
 
 
 def _open_in_turns(open_task: Callable[[], Task], processes: Processes) -> Task:

@@ -1,5 +1,6 @@
 """What a run on chat data would see: samples with what is learned, lengths, and what was left out."""
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
@@ -50,9 +51,9 @@ class DatasetSummary(NamedTuple):
     """Tokens of its longest conversation."""
     n_segmented: int
     """Conversations longer than ctx_len, which are read in segments."""
-    n_cut_otherwise: int
+    n_cut_otherwise: int | None
     """Conversations (or pairs) whose tokens are not those of their whole text: inference that tokenizes the prompt sees
-    ours."""
+    ours. ``None``: not looked at."""
     left_out: dict[str, int]
     """Records by reason."""
     examples: dict[str, list[str]]
@@ -60,7 +61,7 @@ class DatasetSummary(NamedTuple):
 
 
 class Preview(NamedTuple):
-    """What ``rwkv-train preview-data`` prints."""
+    """What data came to, and what ``rwkv-train preview-data`` shows of them."""
 
     datasets: tuple[DatasetSummary, ...]
     histogram: tuple[tuple[int, int], ...]
@@ -123,14 +124,26 @@ def make_preview(
         for dataset, number in places
         for side, conversation in _sides(read[dataset].samples[number])
     ]
-    lengths = [sample.n_inputs for one in read for sample in one.samples]
+    return summarize(read, ctx_len)._replace(samples=tuple(shown))
+
+
+def summarize(read: Sequence[ReadDataset[Any]], ctx_len: int) -> Preview:
+    """Count what datasets came to, without showing samples.
+
+    Args:
+        read: the datasets, all of conversations or all of pairs.
+        ctx_len: tokens of a row.
+    """
+    samples = [sample for one in read for sample in one.samples]
+    lengths = [sample.n_inputs for sample in samples]
+    has_pairs = isinstance(samples[0], PreferencePair)
     return Preview(
         tuple(_summarize(one, ctx_len) for one in read),
         _histogram([length for one in read for length in _lengths(one)]),
         ctx_len,
-        len(pack_pairs(lengths, ctx_len)) if config.has_pairs else sum(map(len, pack(lengths, ctx_len))),
+        len(pack_pairs(lengths, ctx_len)) if has_pairs else sum(map(len, pack(lengths, ctx_len))),
         sum(lengths),
-        tuple(shown),
+        samples=(),
     )
 
 
@@ -148,7 +161,6 @@ def _lengths(read: ReadDataset[Any]) -> list[int]:
 
 def _summarize(read: ReadDataset[Any], ctx_len: int) -> DatasetSummary:
     lengths = _lengths(read)
-    assert read.n_cut_otherwise is not None
     return DatasetSummary(
         path=read.dataset.path,
         weight=read.dataset.weight,

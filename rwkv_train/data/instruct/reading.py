@@ -129,7 +129,7 @@ def _read_all(
     compare_whole: bool,
     ctx_len: int | None,
 ) -> list[ReadDataset[Sample]]:
-    sources = [_open(dataset) for dataset in config.datasets]  # all, before the first one is read
+    sources = [open_records(dataset) for dataset in config.datasets]  # all, before the first one is read
     return [
         _read(
             config,
@@ -144,7 +144,12 @@ def _read_all(
     ]
 
 
-def _open(dataset: InstructDataset) -> Iterator[Record | BadRecord]:
+def open_records(dataset: InstructDataset) -> Iterator[Record | BadRecord]:
+    """Open a dataset, of which nothing is read yet.
+
+    Raises:
+        DataError: it is missing, or of an unknown kind.
+    """
     if dataset.path == BUILTIN:
         return (builtin_pairs if dataset.format == "preference" else builtin_records)(dataset.split)
     options = SourceOptions(
