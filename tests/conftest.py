@@ -14,6 +14,7 @@ BEGIN_FIRST = (
 
 # As rwkv_train.commands.main does: tests share their cores with other processes, some of them their own.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # One thread each where several processes share out the tests; read when torch is loaded.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import typer
 import zstandard
 
 from rwkv_train.commands import app
+from tests import forks
 
 CHECKOUT = Path(__file__).parents[1]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
@@ -69,25 +68,20 @@ def test_every_link_leads_somewhere(page):
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
-def test_the_commands_of_the_readme_work_one_after_the_other(tmp_path):
+def test_the_commands_of_the_readme_work_one_after_the_other(tmp_path, monkeypatch):
     texts = [f"Document {i} has number {i}. " * 20 for i in range(100, 500)]  # all of one length
     lines = "\n".join(json.dumps({"text": text, "meta": {"pile_set_name": "a"}}) for text in texts)
     (tmp_path / "my-texts").mkdir()
     (tmp_path / "my-texts" / "some.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
 
+    monkeypatch.chdir(tmp_path)
     for line in commands_of(README):
         arguments = shlex.split(line, comments=True)[1:]
         if arguments[0] == "pretrain":
             arguments += [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
-        code = "from rwkv_train.commands import main; main()"
-        result = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, f"{line}\n{result.stderr}"
+        process = forks.start([CHECKOUT / "cli.py", *arguments], tmp_path / "log.txt")
+        process.join()
+        assert process.exitcode == 0, f"{line}\n{(tmp_path / 'log.txt').read_text()}"
 
     total = json.loads((tmp_path / "perplexity.json").read_text())["checkpoints"][0]["total"]
     assert 0 < total["documents"] < 40  # one in a hundred is held out

@@ -19,6 +19,7 @@ from rwkv_train.checkpoints.formats import Format, recognize_format
 from rwkv_train.checkpoints.infer import expected_shapes
 from rwkv_train.config.model import LoraRanks, Rwkv7Config
 from rwkv_train.errors import CheckpointError
+from tests import forks
 
 HERE = Path(__file__).parent
 WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -26,22 +27,18 @@ STAGES = pytest.mark.parametrize("stage", [1, 2, 3])
 DTYPES = pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 
 
-def run_together(commands):
-    """Run processes that need each other; none of them stays."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def run_together(lines, log):
+    """Run scripts that need each other, each in a process; none of them stays."""
+    logs = [log.with_name(f"{log.name}-{rank}.log") for rank in range(len(lines))]
     processes = [
-        subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for command in commands
+        forks.start(line, path, {"OMP_NUM_THREADS": "1"}) for line, path in zip(lines, logs, strict=True)
     ]
-    try:
-        for process in processes:
-            output = process.communicate(timeout=300)[0]
-            assert process.returncode == 0, output[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    for process in processes:
+        process.join(300)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert not any(codes), "\n".join([str(codes), *(path.read_text()[-3000:] for path in logs)])
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +70,8 @@ def saved(tmp_path_factory, start):
     def get(world_size):
         if world_size not in folders:
             out = tmp_path_factory.mktemp(f"world{world_size}")
-            writer = [sys.executable, str(HERE / "deepspeed_writer.py"), str(start), str(out)]
-            run_together([[*writer, str(rank), str(world_size)] for rank in range(world_size)])
+            writer = [HERE / "deepspeed_writer.py", start, out]
+            run_together([[*writer, rank, world_size] for rank in range(world_size)], out)
             folders[world_size] = out
         return folders[world_size]
 
@@ -84,7 +81,7 @@ def saved(tmp_path_factory, start):
 @pytest.fixture(scope="module")
 def saved_by_lightning(tmp_path_factory, start):
     out = tmp_path_factory.mktemp("lightning")
-    run_together([[sys.executable, str(HERE / "lightning_writer.py"), str(start), str(out)]])
+    run_together([[HERE / "lightning_writer.py", start, out]], out)
     return out
 
 
@@ -227,7 +224,7 @@ def test_reading_imports_neither_deepspeed_nor_lightning(saved):
         "import sys; from rwkv_train.checkpoints import read_weights; read_weights(sys.argv[1]); "
         "assert not {'deepspeed', 'lightning'} & sys.modules.keys()"
     )
-    run_together([[sys.executable, "-c", program, str(saved(2) / "zero2-bf16")]])
+    subprocess.run([sys.executable, "-c", program, str(saved(2) / "zero2-bf16")], check=True)
 
 
 @pytest.mark.parametrize("kind", ["zero2-fp32", "zero3-bf16"])

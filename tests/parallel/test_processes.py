@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from tests import forks
+
 SCRIPT = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -42,7 +44,7 @@ try:
 except RwkvTrainError as error:
     leave(error)
 """
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 120
 
 
 def indented(body):
@@ -61,34 +63,32 @@ def write(tmp_path):
     return make
 
 
+def start_rank(path, rank, n_ranks, port, **environment):
+    """Start one process by rank; return it with its log."""
+    variables = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(n_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    log = path.with_name(f"log-{rank}.txt")
+    return forks.start([path], log, variables | environment), log
+
+
 @pytest.fixture
 def start():
     """Start one process by rank; all are ended with the test."""
     started = []
 
-    def run(path, rank, n_ranks, port, **environment):
-        variables = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(n_ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCH_CPP_LOG_LEVEL": "ERROR",
-            "OMP_NUM_THREADS": "1",
-        }
-        process = subprocess.Popen(
-            [sys.executable, str(path)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | variables | environment,
-        )
-        started.append(process)
-        return process
+    def run(*arguments, **environment):
+        started.append(start_rank(*arguments, **environment))
+        return started[-1]
 
     yield run
-    for process in started:
+    for process, _ in started:
         process.kill()
-        process.communicate()
 
 
 @pytest.fixture
@@ -98,8 +98,9 @@ def port():
 
 
 def ends(processes):
-    logs = [process.communicate(timeout=PATIENCE_SECONDS)[1] for process in processes]
-    return [process.returncode for process in processes], logs
+    for process, _ in processes:
+        process.join(PATIENCE_SECONDS)
+    return [process.exitcode for process, _ in processes], [log.read_text() for _, log in processes]
 
 
 AGREEMENT = """
@@ -145,17 +146,7 @@ def results(tmp_path_factory):
     path.write_text(SCRIPT.format(folder=str(folder), body=indented(AGREEMENT), connect=20.0))
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-    shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(path)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(3)
-    ]
-    codes, logs = ends(processes)
+    codes, logs = ends([start_rank(path, rank, 3, port) for rank in range(3)])
     assert codes == [0, 0, 0], logs
     assert logs == ["", "", ""]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(3)]

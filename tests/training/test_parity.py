@@ -3,10 +3,7 @@
 import csv
 import importlib.util
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from rwkv_train.checkpoints import load_training_checkpoint
 from rwkv_train.config.load import check_tree
 from rwkv_train.data.stored import load_corpus
 from rwkv_train.models.registry import build_model, initialize
+from tests import forks
 
 JOB = Path(__file__).with_name("parity_job.py")
 PATIENCE_SECONDS = 240
@@ -90,21 +88,14 @@ class Runs:
         processes, logs = [], []
         for rank in range(world_size):
             ranked = {**world, "RANK": rank, "LOCAL_RANK": rank} if world_size > 1 else {}
-            logs.append(self.folder / f"log-{world_size}-{rank}.txt")  # a pipe would fill up unread
-            with logs[-1].open("w") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(JOB), str(path)],
-                        env=os.environ | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in ranked.items()},
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-        try:
-            codes = [process.wait(PATIENCE_SECONDS) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
+            environment = {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in ranked.items()}
+            logs.append(self.folder / f"log-{world_size}-{rank}.txt")
+            processes.append(forks.start([JOB, path], logs[-1], environment))
+        for process in processes:
+            process.join(PATIENCE_SECONDS)
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
         # Of all: the one that failed first ends the others.
         assert not any(codes), "\n".join([str(codes), *(log.read_text()[-8000:] for log in logs)])
 

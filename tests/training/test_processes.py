@@ -1,6 +1,7 @@
 """Runs in processes of their own: interrupted, shared by two processes. Killed ones: tests/campaigns/kill.py."""
 
 import csv
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from rwkv_train.checkpoints import list_training_checkpoints, load_training_checkpoint
+from tests import forks
 
 CHECKOUT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120
@@ -25,19 +27,15 @@ def command(tree, tmp_path):
         tree["trainer"] |= {"out_dir": str(tmp_path / name), **changes}
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(tree))
-        return [sys.executable, str(CHECKOUT / "cli.py"), "pretrain", "--config", str(path)]
+        return [str(CHECKOUT / "cli.py"), "pretrain", "--config", str(path)]
 
     return make
 
 
-def start(command):
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(command):
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
-    assert result.returncode == 0, result.stderr
-    return result
+def end(process, log):
+    process.join(PATIENCE_SECONDS)
+    process.kill()
+    return process.exitcode, log.read_text()
 
 
 def newest(out_dir):
@@ -48,7 +46,7 @@ def newest(out_dir):
 def wait_for_progress(process, out_dir, before):
     """Wait until the process has written a checkpoint of its own."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while newest(out_dir) == before and process.poll() is None and time.monotonic() < deadline:
+    while newest(out_dir) == before and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
@@ -61,12 +59,12 @@ def metric(out_dir, column):
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "term"]
 )
 def test_a_signal_saves_and_leaves_with_its_code(command, tmp_path, number, code):
-    process = start(command("run", max_steps=100_000))
+    process = forks.start(command("run", max_steps=100_000), tmp_path / "log.txt")
     wait_for_progress(process, tmp_path / "run", None)
-    process.send_signal(number)
-    _, log = process.communicate(timeout=PATIENCE_SECONDS)
+    os.kill(process.pid, number)
+    found, log = end(process, tmp_path / "log.txt")
 
-    assert process.returncode == code
+    assert found == code, log
     assert "saving after this step" in log
     assert "Traceback" not in log
     step = int(newest(tmp_path / "run").removeprefix("step-"))
@@ -74,10 +72,14 @@ def test_a_signal_saves_and_leaves_with_its_code(command, tmp_path, number, code
 
 
 def test_two_processes_learn_what_one_learns(command, tmp_path):
-    alone = finish(command("alone", micro_batch_size=8))
-    shared = finish(command("shared", micro_batch_size=4, devices=2))
+    line = command("alone", micro_batch_size=8)
+    found, log = end(forks.start(line, tmp_path / "log.txt"), tmp_path / "log.txt")
+    assert found == 0, log
+    line = [sys.executable, *command("shared", micro_batch_size=4, devices=2)]
+    shared = subprocess.run(line, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
+    assert shared.returncode == 0, shared.stderr
 
-    assert shared.stdout.count("validation loss") == alone.stdout.count("validation loss") == 1
+    assert shared.stdout.count("validation loss") == 1
     one, other = (
         load_training_checkpoint(tmp_path / name / "checkpoints/step-00000012")
         for name in ("alone", "shared")

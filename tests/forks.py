@@ -1,0 +1,46 @@
+"""Processes that begin with PyTorch and Lightning loaded: copies of one process that has loaded them.
+
+To load them takes a core ten seconds, which a test that starts several processes would spend for each. Not for tests
+of a start itself, nor for runs that start processes of their own, as those begin with nothing.
+"""
+
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["pytest", "rwkv_train.training.run"])
+
+
+def start(line: Sequence[object], log: Path, environment: Mapping[str, str] | None = None) -> BaseProcess:
+    """Start a script as Python does.
+
+    Args:
+        line: its path and its arguments.
+        log: file for both of its streams.
+        environment: variables besides those of this process.
+    """
+    surroundings = os.environ | dict(environment or {})
+    process = _CONTEXT.Process(target=_run, args=([str(word) for word in line], str(log), surroundings))
+    process.start()
+    return process
+
+
+def _run(line: list[str], log: str, environment: dict[str, str]) -> None:
+    import torch
+
+    os.environ.clear()
+    os.environ.update(environment)
+    if n_threads := environment.get("OMP_NUM_THREADS"):  # read when torch was loaded
+        torch.set_num_threads(int(n_threads))
+    sys.stdout.flush()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.argv = line
+    sys.path.insert(0, str(Path(line[0]).parent))
+    runpy.run_path(line[0], run_name="__main__")
