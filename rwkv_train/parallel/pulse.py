@@ -21,6 +21,7 @@ from typing import NamedTuple
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from rwkv_train.errors import LostProcessError
+from rwkv_train.parallel.last_words import say
 from rwkv_train.parallel.world import World
 
 INTERVAL_SECONDS = 0.5
@@ -214,11 +215,6 @@ class Pulse:
                 if self.verdict.by == self.world.rank:
                     say(self.verdict.sentence)
                 os._exit(LostProcessError.exit_code)
-
-
-def say(sentence: str) -> None:
-    """Write an error to stderr, from a process that is about to end without its interpreter's help."""
-    os.write(2, f"error: {sentence}\n".encode())
 
 
 def _place_of(frame: FrameType | None) -> tuple[str, bool]:

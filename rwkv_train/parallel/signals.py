@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from rwkv_train.parallel.pulse import say
+from rwkv_train.parallel.last_words import say
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,10 @@ import time
 from collections.abc import Mapping
 
 from rwkv_train.errors import LostProcessError
+from rwkv_train.parallel.last_words import say
 from rwkv_train.parallel.lost import after_no_progress
 from rwkv_train.parallel.processes import Processes
-from rwkv_train.parallel.pulse import Seen, say
+from rwkv_train.parallel.pulse import Seen
 
 logger = logging.getLogger(__name__)
 
