@@ -262,9 +262,9 @@ def test_rwkv7_removes_along_unit_keys(perturbed_model, tokens, operands):
 def test_a_model_compiles_as_one_graph(config, perturbed_model, tokens):
     # A named backend: choosing and loading one is the business of whoever builds the model, ahead of the graph.
     model = perturbed_model(config, wkv_backend="reference")
-    expected = model(tokens).logits
+    few = tokens[:, :3]  # each is traced by itself
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(tokens).logits, expected)
+    torch.testing.assert_close(compiled(few).logits, model(few).logits)
 
 
 def test_the_state_keeps_no_more_than_itself(config, perturbed_model, tokens):

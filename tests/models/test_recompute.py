@@ -83,7 +83,8 @@ def test_nothing_is_recomputed_where_no_gradient_is_wanted(model, tokens):
 
 def test_a_model_that_recomputes_compiles_as_one_graph(perturbed_model, tokens):
     model = perturbed_model(CONFIGS["rwkv7"], wkv_backend="reference")
-    expected = model(tokens).logits
+    few = tokens[:, :3]  # each is traced by itself
+    expected = model(few).logits
     model.recompute_blocks = True
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(tokens).logits, expected)
+    torch.testing.assert_close(compiled(few).logits, expected)
