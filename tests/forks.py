@@ -1,4 +1,4 @@
-"""Processes that begin with PyTorch and Lightning loaded: copies of one process that has loaded them.
+"""Processes that begin with PyTorch, Lightning and DeepSpeed loaded: copies of one that has loaded them for the CPU.
 
 To load them takes a core ten seconds, which a test that starts several processes would spend for each. Not for tests
 of a start itself, nor for runs that start processes of their own, as those begin with nothing.
@@ -11,9 +11,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import patch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["pytest", "rwkv_train.training.run"])
+# DeepSpeed's own optimizer, which it loads for every run, loads the compiler of PyTorch.
+_CONTEXT.set_forkserver_preload(
+    ["pytest", "rwkv_train.training.run", "deepspeed.runtime.zero.muon.muon_optimizer"]
+)
 
 
 def start(line: Sequence[object], log: Path, environment: Mapping[str, str] | None = None) -> BaseProcess:
@@ -26,7 +30,8 @@ def start(line: Sequence[object], log: Path, environment: Mapping[str, str] | No
     """
     surroundings = os.environ | dict(environment or {})
     process = _CONTEXT.Process(target=_run, args=([str(word) for word in line], str(log), surroundings))
-    process.start()
+    with patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # read when DeepSpeed is imported
+        process.start()
     return process
 
 
