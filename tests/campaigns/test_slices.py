@@ -22,14 +22,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes
 @pytest.mark.parametrize(
     ("kind", "strategy", "moments"),
     [
-        # Slow, and the second one kills, resumes and compares likewise.
-        pytest.param(
-            "one",
-            "auto",
-            (Moment("save", 0.3, 0.002, 0), Moment("step", 0.6, 0.01, 0)),
-            marks=pytest.mark.slow,
-        ),
-        ("rank", "ddp", (Moment("step", 0.3, 0.01, 1),)),
+        ("one", "auto", (Moment("save", 0.3, 0.002, 0),)),
+        # Six processes that load everything; tests/training/test_processes.py kills one of two that have it loaded.
+        pytest.param("rank", "ddp", (Moment("step", 0.3, 0.01, 1),), marks=pytest.mark.slow),
     ],
     ids=["the only process", "rank 1 of 2"],
 )
@@ -47,8 +42,9 @@ def test_a_killed_run_goes_on_to_the_undisturbed_end(tmp_path, kind, strategy, m
             1,
             marks=pytest.mark.skipif(not can_mount(), reason="no tmpfs can be mounted (unshare, nsenter)"),
         ),
-        (faults_at_start.rank_with_an_invalid_config, 2),
-        (faults_while_running.nan_and_skip, 1),
+        # The same in fewer processes: tests/commands/test_main_launch.py and tests/training/test_guard.py.
+        pytest.param(faults_at_start.rank_with_an_invalid_config, 2, marks=pytest.mark.slow),
+        pytest.param(faults_while_running.nan_and_skip, 1, marks=pytest.mark.slow),
     ],
     ids=["full disk", "invalid on rank 1", "nan"],
 )

@@ -11,6 +11,7 @@ import pytest
 
 from rwkv_train import commands
 from rwkv_train.errors import ConfigError, LostProcessError
+from tests import forks
 
 CHECKOUT = Path(__file__).parents[2]
 TWO = [
@@ -90,6 +91,27 @@ def test_a_setting_that_no_process_can_read_is_one_line_under_torchrun_too():
     assert [result.returncode for result in results] == [2, 2]
     assert "did you mean 'lr'?" in results[0].stderr
     assert results[1].stderr == ""
+
+
+def test_what_only_one_process_cannot_take_is_refused_by_all_and_said_once(tmp_path):
+    """The other one sees nothing wrong, and would wait for it."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    line = [CHECKOUT / "cli.py", *TWO, "--set", f"trainer.out_dir={tmp_path / 'run'}"]
+    logs = [tmp_path / "0.txt", tmp_path / "1.txt"]
+    processes = [
+        forks.start([*line, *more], log, world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, (log, more) in enumerate(zip(logs, ([], ["--set", "optim.lr=1e-9"]), strict=True))
+    ]
+    for process in processes:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in processes] == [2, 2]
+    errors = [[line for line in log.read_text().splitlines() if line.startswith("error:")] for log in logs]
+    assert len(errors[0]) == 1
+    assert "rank 1: optim: lr_final" in errors[0][0]
+    assert errors[1] == []
 
 
 def test_several_machines_need_a_launcher():

@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -69,6 +70,43 @@ def test_a_signal_saves_and_leaves_with_its_code(command, tmp_path, number, code
     assert "Traceback" not in log
     step = int(newest(tmp_path / "run").removeprefix("step-"))
     assert f"stopping after step {step} of 100000" in log
+
+
+def start_ranks(line, folder):
+    """Start two processes as torchrun does; their logs go to files by rank."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [
+        forks.start(line, folder / f"{rank}.txt", shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+
+
+def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_undisturbed_end(command, tree, tmp_path):
+    tree["checkpoint"]["every_n_steps"] = 1
+    many = {"max_steps": 40, "devices": 2, "val_every_n_steps": 100}
+    logs = [tmp_path / f"{rank}.txt" for rank in range(2)]
+
+    ranks = start_ranks(command("killed", **many), tmp_path)
+    wait_for_progress(ranks[0], tmp_path / "killed", None)
+    ranks[1].kill()
+    assert end(ranks[1], logs[1])[0] == -signal.SIGKILL
+    code, log = end(ranks[0], logs[0])
+    assert code == 75, log
+    assert [line for line in log.splitlines() if line.startswith("error:")] == [
+        "error: rank 1 is gone or does not answer; the same command goes on from the last checkpoint"
+    ]
+    assert newest(tmp_path / "killed") != "step-00000040"
+
+    for name in ("killed", "undisturbed"):
+        ended = [end(*both) for both in zip(start_ranks(command(name, **many), tmp_path), logs, strict=True)]
+        assert [code for code, _ in ended] == [0, 0], ended
+    files = [tmp_path / name / "checkpoints/step-00000040" for name in ("killed", "undisturbed")]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        one, other = ((folder / name).read_bytes() for folder in files)
+        assert one == other
 
 
 def test_two_processes_learn_what_one_learns(command, tmp_path):
