@@ -7,7 +7,9 @@ of a start itself, nor for runs that start processes of their own, as those begi
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -33,6 +35,34 @@ def start(line: Sequence[object], log: Path, environment: Mapping[str, str] | No
     with patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # read when DeepSpeed is imported
         process.start()
     return process
+
+
+def start_ranks(lines: Sequence[Sequence[object]], logs: Sequence[Path]) -> list[BaseProcess]:
+    """Start the ranks of a run as torchrun does, one for each line and log, with a thread each."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": len(lines),
+        "LOCAL_WORLD_SIZE": len(lines),
+        "GROUP_RANK": 0,
+        "TORCHELASTIC_RUN_ID": "x",
+    }
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    processes = []
+    for rank, (line, log) in enumerate(zip(lines, logs, strict=True)):
+        variables = shared | {"RANK": rank, "LOCAL_RANK": rank}
+        processes.append(start(line, log, {name: str(value) for name, value in variables.items()}))
+    return processes
+
+
+def end(processes: Sequence[BaseProcess], seconds: float) -> list[int | None]:
+    """Wait for processes and kill those that are left; return the exit codes."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 def _run(line: list[str], log: str, environment: dict[str, str]) -> None:

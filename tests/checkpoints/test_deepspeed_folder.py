@@ -33,11 +33,7 @@ def run_together(lines, log):
     processes = [
         forks.start(line, path, {"OMP_NUM_THREADS": "1"}) for line, path in zip(lines, logs, strict=True)
     ]
-    for process in processes:
-        process.join(300)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
+    codes = forks.end(processes, 300)
     assert not any(codes), "\n".join([str(codes), *(path.read_text()[-3000:] for path in logs)])
 
 

@@ -83,35 +83,33 @@ def test_a_port_in_use_is_one_line():
     assert result.stderr.count("\n") == 1
 
 
-def test_a_setting_that_no_process_can_read_is_one_line_under_torchrun_too():
-    results = [
-        pretrain("--set", "optim.lrr=1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-        for rank in range(2)
-    ]
-    assert [result.returncode for result in results] == [2, 2]
-    assert "did you mean 'lr'?" in results[0].stderr
-    assert results[1].stderr == ""
+@pytest.fixture
+def pretrain_in_two(tmp_path):
+    """Start two processes as torchrun does, with words for both and for the second; return codes and logs."""
+
+    def run(of_both=(), of_the_second=()):
+        line = [CHECKOUT / "cli.py", *TWO, "--set", f"trainer.out_dir={tmp_path / 'run'}", *of_both]
+        logs = [tmp_path / "0.txt", tmp_path / "1.txt"]
+        codes = forks.end(forks.start_ranks([line, [*line, *of_the_second]], logs), 60)
+        return codes, [log.read_text() for log in logs]
+
+    return run
 
 
-def test_what_only_one_process_cannot_take_is_refused_by_all_and_said_once(tmp_path):
+def test_a_setting_that_no_process_can_read_is_one_line_under_torchrun_too(pretrain_in_two):
+    codes, logs = pretrain_in_two(["--set", "optim.lrr=1"])
+    assert codes == [2, 2]
+    assert "did you mean 'lr'?" in logs[0]
+    assert logs[1] == ""
+
+
+def test_what_only_one_process_cannot_take_is_refused_by_all_and_said_once(pretrain_in_two):
     """The other one sees nothing wrong, and would wait for it."""
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    line = [CHECKOUT / "cli.py", *TWO, "--set", f"trainer.out_dir={tmp_path / 'run'}"]
-    logs = [tmp_path / "0.txt", tmp_path / "1.txt"]
-    processes = [
-        forks.start([*line, *more], log, world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank, (log, more) in enumerate(zip(logs, ([], ["--set", "optim.lr=1e-9"]), strict=True))
-    ]
-    for process in processes:
-        process.join(60)
-        process.kill()
-    assert [process.exitcode for process in processes] == [2, 2]
-    errors = [[line for line in log.read_text().splitlines() if line.startswith("error:")] for log in logs]
-    assert len(errors[0]) == 1
-    assert "rank 1: optim: lr_final" in errors[0][0]
-    assert errors[1] == []
+    codes, logs = pretrain_in_two(of_the_second=["--set", "optim.lr=1e-9"])
+    assert codes == [2, 2]
+    assert logs[0].count("error:") == 1
+    assert "error: rank 1: optim: lr_final" in logs[0]
+    assert "error:" not in logs[1]
 
 
 def test_several_machines_need_a_launcher():

@@ -1,6 +1,7 @@
-"""Runs that hang, in processes under our launcher: who is named, and that all end."""
+"""Runs that hang: who is named, and that all end."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import pytest
 
 from rwkv_train.parallel.processes import Processes
 from rwkv_train.parallel.watchdog import Watchdog
+from tests import forks
 
 SCRIPT = """
 import logging, os, signal, sys, time
@@ -54,22 +56,26 @@ PATIENCE_SECONDS = 60
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Run the loop with a problem at step 5; return the exit code and the log."""
+def write(tmp_path):
+    """Write the loop with a problem at step 5; return its path."""
 
     def make(problem="pass", after="pass"):
         path = tmp_path / "script.py"
         path.write_text(SCRIPT.format(problem=problem, after=after))
-        names = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_PORT")}
-        result = subprocess.run(
-            [sys.executable, str(path)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=PATIENCE_SECONDS,
-            env=names | {"TORCH_CPP_LOG_LEVEL": "ERROR"},
-        )
-        return result.returncode, result.stderr
+        return path
+
+    return make
+
+
+@pytest.fixture
+def run(write, tmp_path):
+    """Run the loop in two processes until the first one ends; return their exit codes and what they said."""
+
+    def make(problem="pass", after="pass"):
+        logs = [tmp_path / f"{rank}.txt" for rank in range(2)]
+        ranks = forks.start_ranks([[write(problem, after)]] * 2, logs)
+        codes = forks.end(ranks[:1], PATIENCE_SECONDS) + forks.end(ranks[1:], 10)
+        return codes, "".join(log.read_text() for log in logs)
 
     return make
 
@@ -78,19 +84,37 @@ def errors_of(log):
     return [line for line in log.splitlines() if line.startswith("error:")]
 
 
-@pytest.mark.parametrize("rank", [0, 1], ids=["the host of the store", "another"])
-def test_a_stopped_process_is_named_and_all_end(run, rank):
-    code, log = run(f"if processes.rank == {rank}: os.kill(os.getpid(), signal.SIGSTOP)")
-    assert code == 75
-    assert errors_of(log) == [
+def names_the_stopped(rank):
+    return [
         f"error: no progress for 2 s (trainer.hang_timeout_seconds): rank {rank} does not answer; the same command "
         "goes on from the last checkpoint"
     ]
 
 
+def test_the_host_of_the_store_is_named_when_it_is_stopped_and_all_end(write):
+    path = write("if processes.rank == 0: os.kill(os.getpid(), signal.SIGSTOP)")
+    names = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_PORT")}
+    result = subprocess.run(
+        [sys.executable, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
+        env=names,
+    )
+    assert result.returncode == 75
+    assert errors_of(result.stderr) == names_the_stopped(0)
+
+
+def test_another_process_is_named_when_it_is_stopped(run):
+    codes, log = run("if processes.rank == 1: os.kill(os.getpid(), signal.SIGSTOP)")
+    assert codes == [75, -signal.SIGKILL]  # the second one by us: its launcher would
+    assert errors_of(log) == names_the_stopped(1)
+
+
 def test_a_process_that_sleeps_while_the_others_wait_for_it_is_named_with_its_line(run):
-    code, log = run("if processes.rank == 1: fall_asleep()")
-    assert code == 75
+    codes, log = run("if processes.rank == 1: fall_asleep()")
+    assert codes == [75, 75]
     (error,) = errors_of(log)
     assert "rank 1 is behind the others, at " in error
     assert "in fall_asleep;" in error
@@ -98,17 +122,17 @@ def test_a_process_that_sleeps_while_the_others_wait_for_it_is_named_with_its_li
 
 def test_fewer_beats_tell_who_is_behind(run):
     # Both wait for a lock, so that only the count differs.
-    code, log = run(
+    codes, log = run(
         "import threading; watchdog.beat() if processes.rank == 0 else None; threading.Event().wait(60)"
     )
-    assert code == 75
+    assert codes == [75, 75]
     (error,) = errors_of(log)
     assert "rank 1 is behind the others" in error
 
 
 def test_a_run_that_goes_on_or_is_watched_no_more_is_left_alone(run):
-    code, log = run("time.sleep(1)", after="time.sleep(3)")
-    assert code == 0, log
+    codes, log = run("time.sleep(1)", after="time.sleep(3)")
+    assert codes == [0, 0], log
     assert errors_of(log) == []
 
 

@@ -3,7 +3,6 @@
 import csv
 import importlib.util
 import json
-import socket
 from pathlib import Path
 
 import pytest
@@ -80,22 +79,12 @@ class Runs:
         path.write_text(
             json.dumps([[tree, starts.get(Path(tree["trainer"]["out_dir"]).name, "auto")] for tree in trees])
         )
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        world = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "GROUP_RANK": 0}
-        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x"}
-        processes, logs = [], []
-        for rank in range(world_size):
-            ranked = {**world, "RANK": rank, "LOCAL_RANK": rank} if world_size > 1 else {}
-            environment = {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in ranked.items()}
-            logs.append(self.folder / f"log-{world_size}-{rank}.txt")
-            processes.append(forks.start([JOB, path], logs[-1], environment))
-        for process in processes:
-            process.join(PATIENCE_SECONDS)
-        codes = [process.exitcode for process in processes]
-        for process in processes:
-            process.kill()
+        logs = [self.folder / f"log-{world_size}-{rank}.txt" for rank in range(world_size)]
+        if world_size == 1:
+            processes = [forks.start([JOB, path], logs[0], {"OMP_NUM_THREADS": "1"})]
+        else:
+            processes = forks.start_ranks([[JOB, path]] * world_size, logs)
+        codes = forks.end(processes, PATIENCE_SECONDS)
         # Of all: the one that failed first ends the others.
         assert not any(codes), "\n".join([str(codes), *(log.read_text()[-8000:] for log in logs)])
 

@@ -3,7 +3,6 @@
 import csv
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -33,12 +32,6 @@ def command(tree, tmp_path):
     return make
 
 
-def end(process, log):
-    process.join(PATIENCE_SECONDS)
-    process.kill()
-    return process.exitcode, log.read_text()
-
-
 def newest(out_dir):
     found = list_training_checkpoints(out_dir)
     return found[-1].name if found else None
@@ -63,25 +56,14 @@ def test_a_signal_saves_and_leaves_with_its_code(command, tmp_path, number, code
     process = forks.start(command("run", max_steps=100_000), tmp_path / "log.txt")
     wait_for_progress(process, tmp_path / "run", None)
     os.kill(process.pid, number)
-    found, log = end(process, tmp_path / "log.txt")
+    codes = forks.end([process], PATIENCE_SECONDS)
+    log = (tmp_path / "log.txt").read_text()
 
-    assert found == code, log
+    assert codes == [code], log
     assert "saving after this step" in log
     assert "Traceback" not in log
     step = int(newest(tmp_path / "run").removeprefix("step-"))
     assert f"stopping after step {step} of 100000" in log
-
-
-def start_ranks(line, folder):
-    """Start two processes as torchrun does; their logs go to files by rank."""
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    return [
-        forks.start(line, folder / f"{rank}.txt", shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
 
 
 def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_undisturbed_end(command, tree, tmp_path):
@@ -89,20 +71,20 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_undisturbed_end(comma
     many = {"max_steps": 40, "devices": 2, "val_every_n_steps": 100}
     logs = [tmp_path / f"{rank}.txt" for rank in range(2)]
 
-    ranks = start_ranks(command("killed", **many), tmp_path)
+    ranks = forks.start_ranks([command("killed", **many)] * 2, logs)
     wait_for_progress(ranks[0], tmp_path / "killed", None)
     ranks[1].kill()
-    assert end(ranks[1], logs[1])[0] == -signal.SIGKILL
-    code, log = end(ranks[0], logs[0])
-    assert code == 75, log
+    codes = forks.end(ranks, PATIENCE_SECONDS)
+    log = logs[0].read_text()
+    assert codes == [75, -signal.SIGKILL], log
     assert [line for line in log.splitlines() if line.startswith("error:")] == [
         "error: rank 1 is gone or does not answer; the same command goes on from the last checkpoint"
     ]
     assert newest(tmp_path / "killed") != "step-00000040"
 
     for name in ("killed", "undisturbed"):
-        ended = [end(*both) for both in zip(start_ranks(command(name, **many), tmp_path), logs, strict=True)]
-        assert [code for code, _ in ended] == [0, 0], ended
+        codes = forks.end(forks.start_ranks([command(name, **many)] * 2, logs), PATIENCE_SECONDS)
+        assert codes == [0, 0], [log.read_text() for log in logs]
     files = [tmp_path / name / "checkpoints/step-00000040" for name in ("killed", "undisturbed")]
     for name in ("model.safetensors", "optimizer.safetensors"):
         one, other = ((folder / name).read_bytes() for folder in files)
@@ -111,8 +93,8 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_undisturbed_end(comma
 
 def test_two_processes_learn_what_one_learns(command, tmp_path):
     line = command("alone", micro_batch_size=8)
-    found, log = end(forks.start(line, tmp_path / "log.txt"), tmp_path / "log.txt")
-    assert found == 0, log
+    codes = forks.end([forks.start(line, tmp_path / "log.txt")], PATIENCE_SECONDS)
+    assert codes == [0], (tmp_path / "log.txt").read_text()
     line = [sys.executable, *command("shared", micro_batch_size=4, devices=2)]
     shared = subprocess.run(line, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
     assert shared.returncode == 0, shared.stderr
