@@ -7,7 +7,7 @@ import pytest
 from rwkv_train.benchmarks import strategies
 from rwkv_train.benchmarks.saving import bench_saving
 from rwkv_train.benchmarks.strategies import STANDARD_CPU, Case, Crew, StepTimer, bench_strategies
-from rwkv_train.benchmarks.trial import main, run_trial, settings_of_trial
+from rwkv_train.benchmarks.trial import main, run_trial, settings_of_trial, train
 from rwkv_train.config.model import Rwkv7Config
 from rwkv_train.config.save import to_yaml
 from rwkv_train.errors import TrainingError
@@ -16,9 +16,8 @@ TINY = Rwkv7Config(n_layer=1, n_embd=16, head_size=16, vocab_size=257, ctx_len=8
 
 
 def test_the_steps_of_a_run_are_measured(monkeypatch):
-    # The trials are no part of a run that this process is part of.
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "1")
+    # In this process: a trial in processes of its own is that of the checkpoint.
+    monkeypatch.setattr(strategies, "run_trial", lambda module, config, n_threads: train(config, StepTimer))
     case = Case(TINY, batch_size=2)
     (row,) = bench_strategies(case, strategies=["auto"], crews=[Crew(1, 1)], repeats=2, rounds=1)
 
@@ -48,7 +47,10 @@ def test_each_strategy_and_crew_has_a_row(monkeypatch):
     assert [row["peak_mib"] for row in rows] == [4, 5, 6]
 
 
-def test_a_checkpoint_is_measured_both_ways_and_nothing_is_left(tmp_path):
+def test_a_checkpoint_is_measured_both_ways_and_nothing_is_left(tmp_path, monkeypatch):
+    # The trial is no part of a run that this process is part of.
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
     (row,) = bench_saving(TINY, strategies=["fsdp2"], repeats=2, folder=tmp_path)
 
     assert (row["strategy"], row["processes"]) == ("fsdp2", 2)

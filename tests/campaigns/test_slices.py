@@ -37,16 +37,21 @@ def test_a_killed_run_goes_on_to_the_undisturbed_end(tmp_path, kind, strategy, m
 @pytest.mark.parametrize(
     ("try_it", "devices"),
     [
+        (faults_at_start.world_size_that_does_not_divide, 2),
+        # Each loads everything several times. The same in one process, or in two that have it loaded:
+        # test_full_disk.py and test_guard.py of tests/training, tests/commands/test_main_launch.py.
         pytest.param(
             faults_at_start.full_disk,
             1,
-            marks=pytest.mark.skipif(not can_mount(), reason="no tmpfs can be mounted (unshare, nsenter)"),
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not can_mount(), reason="no tmpfs can be mounted (unshare, nsenter)"),
+            ],
         ),
-        # The same in fewer processes: tests/commands/test_main_launch.py and tests/training/test_guard.py.
         pytest.param(faults_at_start.rank_with_an_invalid_config, 2, marks=pytest.mark.slow),
         pytest.param(faults_while_running.nan_and_skip, 1, marks=pytest.mark.slow),
     ],
-    ids=["full disk", "invalid on rank 1", "nan"],
+    ids=["batch of three", "full disk", "invalid on rank 1", "nan"],
 )
 def test_a_fault_is_answered_as_promised(tmp_path, try_it, devices):
     row = FaultsTrial(tmp_path, is_timed=False).run(Fault(try_it, devices))
