@@ -22,8 +22,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes
 @pytest.mark.parametrize(
     ("kind", "strategy", "moments"),
     [
-        ("one", "auto", (Moment("save", 0.3, 0.002, 0),)),
-        # Six processes that load everything; tests/training/test_processes.py kills one of two that have it loaded.
+        # Three starts of a process that loads everything, or six; tests/training/test_processes.py kills, also in a
+        # save, processes that have it loaded.
+        pytest.param("one", "auto", (Moment("save", 0.3, 0.002, 0),), marks=pytest.mark.slow),
         pytest.param("rank", "ddp", (Moment("step", 0.3, 0.01, 1),), marks=pytest.mark.slow),
     ],
     ids=["the only process", "rank 1 of 2"],

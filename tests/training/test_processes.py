@@ -14,6 +14,7 @@ import yaml
 
 from rwkv_train.checkpoints import list_training_checkpoints, load_training_checkpoint
 from tests import forks
+from tests.campaigns.runs import look
 
 CHECKOUT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120
@@ -66,29 +67,44 @@ def test_a_signal_saves_and_leaves_with_its_code(command, tmp_path, number, code
     assert f"stopping after step {step} of 100000" in log
 
 
-def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_undisturbed_end(command, tree, tmp_path):
-    tree["checkpoint"]["every_n_steps"] = 1
+def wait_for_a_save(process, out_dir):
+    """Wait until the process writes another checkpoint."""
+    while process.is_alive() and not any((out_dir / "checkpoints").glob(".rwkv-train-new-*")):
+        time.sleep(0.0003)
+
+
+@pytest.mark.parametrize(("rank", "in_a_save"), [(1, False), (0, True)], ids=["rank 1", "rank 0 in a save"])
+def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_undisturbed_end(
+    command, tree, tmp_path, rank, in_a_save
+):
+    tree["checkpoint"] |= {
+        "every_n_steps": 1,
+        "max_file_gb": 1e-4,
+    }  # several files, so a save that takes longer
     many = {"max_steps": 40, "devices": 2, "val_every_n_steps": 100}
-    logs = [tmp_path / f"{rank}.txt" for rank in range(2)]
+    logs = [tmp_path / f"{number}.txt" for number in range(2)]
 
     ranks = forks.start_ranks([command("killed", **many)] * 2, logs)
     wait_for_progress(ranks[0], tmp_path / "killed", None)
-    ranks[1].kill()
+    if in_a_save:
+        wait_for_a_save(ranks[0], tmp_path / "killed")
+    ranks[rank].kill()
     codes = forks.end(ranks, PATIENCE_SECONDS)
-    log = logs[0].read_text()
-    assert codes == [75, -signal.SIGKILL], log
+    log = logs[1 - rank].read_text()
+    assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 75), log
     assert [line for line in log.splitlines() if line.startswith("error:")] == [
-        "error: rank 1 is gone or does not answer; the same command goes on from the last checkpoint"
+        f"error: rank {rank} is gone or does not answer; the same command goes on from the last checkpoint"
     ]
-    assert newest(tmp_path / "killed") != "step-00000040"
+    left = look(tmp_path / "killed")
+    assert left.broken == []
+    assert left.newest < 40
 
     for name in ("killed", "undisturbed"):
         codes = forks.end(forks.start_ranks([command(name, **many)] * 2, logs), PATIENCE_SECONDS)
         assert codes == [0, 0], [log.read_text() for log in logs]
-    files = [tmp_path / name / "checkpoints/step-00000040" for name in ("killed", "undisturbed")]
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        one, other = ((folder / name).read_bytes() for folder in files)
-        assert one == other
+    ended, undisturbed = (look(tmp_path / name) for name in ("killed", "undisturbed"))
+    assert ended.broken == ended.temporary == []
+    assert ended.whole[40] == undisturbed.whole[40]  # hashes of weights and moments
 
 
 def test_two_processes_learn_what_one_learns(command, tmp_path):
