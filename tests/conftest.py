@@ -4,13 +4,17 @@ import os
 from pathlib import Path
 
 BEGIN_FIRST = (
-    "campaigns/test_slices.py",
+    "ops/test_cuda_chunked_emulated.py",
     "training/test_parity.py",
-    "benchmarks/test_trials.py",
-    "checkpoints/test_deepspeed_folder.py",
+    "training/test_run.py",
     "training/test_processes.py",
+    "training/test_guard.py",
+    "training/test_compile.py",
+    "checkpoints/test_deepspeed_folder.py",
+    "benchmarks/test_trials.py",
+    "test_wheel.py",
 )
-"""Files that take a minute or more: begun last, one of them would keep the suite waiting at its end."""
+"""Files that take half a minute or more, the longest first: begun last, one would keep the suite waiting at its end."""
 
 # As rwkv_train.commands.main does: tests share their cores with other processes, some of them their own.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -26,4 +30,8 @@ if kernels.name != "of-the-tests":  # else it is a process of the suite
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not item.path.as_posix().endswith(BEGIN_FIRST))
+    def place(item):
+        path = item.path.as_posix()
+        return next((i for i, name in enumerate(BEGIN_FIRST) if path.endswith(f"/{name}")), len(BEGIN_FIRST))
+
+    items.sort(key=place)
