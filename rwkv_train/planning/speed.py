@@ -14,6 +14,7 @@ import torch
 from rwkv_train.config.finetune import FinetuneConfig
 from rwkv_train.config.methods import FreezeMethod, FullMethod, LoraMethod, Method
 from rwkv_train.finetuning.method import apply_method
+from rwkv_train.finetuning.quantized import quantize_linears
 from rwkv_train.finetuning.targets import find_targets
 from rwkv_train.models.lm import LanguageModel
 from rwkv_train.models.registry import build_model, count_parameters
@@ -60,6 +61,8 @@ def measure_speed(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(0.01)  # no zeros, by which a method may divide
+        if not isinstance(method, FullMethod | FreezeMethod) and method.quantize != "none":
+            quantize_linears(model, method.quantize, device)
         apply_method(model, method, encode, config.trainer.seed)
         model.to(device)
         prepare_forward(model, config.trainer.model_copy(update={"compile": False}))

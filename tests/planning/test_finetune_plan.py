@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections import namedtuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -248,7 +248,14 @@ def test_a_warm_up_longer_than_the_run_is_told(plan_of):
     assert rows["steps"] == "2, and all of them warm up: optim.warmup_steps is 100"
 
 
-@pytest.mark.parametrize("method", [{"method": "lora", "variant": "pissa"}, {"method": "prefix"}], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "lora", "variant": "pissa", "targets": ["blocks.1.*"]},
+        {"method": "state", "quantize": "int8"},
+    ],
+    ids=["lora", "quantized"],
+)
 def test_a_speed_is_measured_in_a_real_model(file, method):
     settings = load_finetune_settings(file({"finetune": method}))
     found = measure_speed(settings, "reference", torch.device("cpu"), lambda text: [1])
@@ -336,11 +343,10 @@ def test_a_template_that_fails_at_a_prompt_is_a_problem(problems_of, tmp_path):
     assert "never" in found[0]
 
 
-def test_another_vocabulary_is_a_problem(problems_of, monkeypatch):
+def test_another_vocabulary_is_a_problem(problems_of):
     (found,) = problems_of({"data.tokenizer": "world"})
-    assert "data.tokenizer 'world' has 65530 tokens, more than the 257 of model.init_from" in found.replace(
-        "65,530", "65530"
-    ).replace("65529", "65530").replace("65536", "65530")
+    n_tokens = load_tokenizer("world").vocab_size
+    assert f"data.tokenizer 'world' has {n_tokens} tokens, more than the 257 of model.init_from" in found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -351,7 +357,11 @@ def test_a_missing_gpu_is_a_problem(problems_of):
 def test_settings_name_all_their_problems_and_a_base_that_does_not_fit(file):
     with pytest.raises(ConfigError) as error:
         read_finetune_settings(file({"model.n_layer": 5, "trainer.seed": "x", "optim.lrr": 1}))
-    for part in ("model.n_layer is 5 but 2 in the weights", "trainer.seed is 'x'", "optim.lrr: no such setting"):
+    for part in (
+        "model.n_layer is 5 but 2 in the weights",
+        "trainer.seed is 'x'",
+        "optim.lrr: no such setting",
+    ):
         assert part in str(error.value)
 
 
@@ -362,18 +372,20 @@ def test_settings_without_a_base_name_all_their_problems(file):
         assert part in str(error.value)
 
 
-Usage = namedtuple("Usage", "total used free")
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
 
 
 @pytest.mark.parametrize(
     ("room", "sentence"),
-    [(1.5, "cannot be written: it needs"), (2.5, "will hold 3 checkpoints at once")],
+    [(1.0, "cannot be written: it needs"), (2.5, "will hold 3 checkpoints at once")],
     ids=["no room for one", "no room for all"],
 )
 def test_a_disk_that_checkpoints_will_fill_is_a_problem(problems_of, monkeypatch, room, sentence):
-    spare = 1 << 20  # that is asked for besides
-    free = int(room * 12 * N_BASE) - (0 if room > 2 else spare)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free, 0, free + (spare if room > 2 else 0) * 0))
+    free = int(room * 12 * N_BASE)  # some space is asked for besides
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free, 0, free))
     (found,) = problems_of({"trainer.max_steps": 50, "checkpoint": {"every_n_steps": 10, "keep_last": 2}})
     assert sentence in found
 

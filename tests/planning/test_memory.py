@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from rwkv_train.config.load import check_tree
+from rwkv_train.config.load import check_finetune_tree, check_tree
+from rwkv_train.finetuning.method import apply_method
+from rwkv_train.finetuning.quantized import quantize_linears
 from rwkv_train.models.registry import build_model, initialize
-from rwkv_train.ops.context import PLAIN
+from rwkv_train.ops.context import PLAIN, packed_context
 from rwkv_train.planning.memory import estimate_memory
 from rwkv_train.training.precision import autocast_of, prepare_forward
 
@@ -148,6 +150,65 @@ def test_without_recomputation_logits_are_kept_up_to_a_bound():
         for n in (8, 9)
     )
     assert eight > 2**32 > nine
+
+
+METHODS = {
+    "freeze": {"method": "freeze", "frozen_layers": 1},
+    "lora": {"method": "lora", "rank": 4, "dropout": 0.1},
+    "dora": {"method": "lora", "rank": 4, "variant": "dora"},
+    "miss": {"method": "lora", "rank": 4, "variant": "miss"},
+    "quantized": {"method": "lora", "rank": 4, "quantize": "int8"},
+    "state": {"method": "state"},
+    "prefix": {"method": "prefix", "n_tokens": 3},
+}
+
+
+def apply(model, method):
+    if getattr(method, "quantize", "none") != "none":
+        quantize_linears(model, method.quantize, model.emb.weight.device)
+    apply_method(model, method, lambda text: [1], seed=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-params"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_the_estimate_is_what_a_real_step_of_finetuning_keeps(method, precision):
+    """Packed rows: sequences of 10, 20, 30 and 12 tokens, each with a state."""
+    trainer = {"out_dir": "run", "max_steps": 1, "global_batch_size": B, "micro_batch_size": B}
+    config = check_finetune_tree(
+        {
+            "model": {**RWKV7, "init_from": "base.pth"},
+            "data": {"datasets": [{"path": "builtin"}], "tokenizer": "bytes"},
+            "finetune": method,
+            "trainer": {**trainer, "accelerator": "cpu", "precision": precision},
+        }
+    )
+    shapes, model = (
+        build_model(config.model, wkv_backend="cpp", device=device) for device in ("meta", "cpu")
+    )
+    initialize(model, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)  # no row of zeros, whose length DoRA divides by
+    apply(shapes, config.finetune)
+    apply(model, config.finetune)
+    prepare_forward(model, config.trainer)
+    tokens = torch.randint(V, (1, B * T), generator=torch.Generator().manual_seed(0))
+    context = packed_context(torch.tensor([0, 10, 30, 60, 72]))
+    own = [*model.parameters(), *model.buffers()]
+
+    real = bytes_kept(own, lambda: model(tokens, targets=tokens, context=context, with_penalty=True))
+
+    backward = (
+        backward_of_frozen_head(precision) if method["method"] != "freeze" else backward_of_head(precision)
+    )
+    assert estimate_memory(config, "cpp", shapes, 4).activation_bytes == real + backward
+
+
+def backward_of_frozen_head(precision):
+    """No gradient of the weight."""
+    width = 4 if precision == "fp32" else 2
+    widened = 0 if precision == "fp32" else 4  # logits are widened before their softmax
+    return width * B * T * C + width * B * T * V + (4 + widened) * B * T * V
 
 
 # Bytes for each parameter of a process among 4 (parameters + gradients + moments + masters).
