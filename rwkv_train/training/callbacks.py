@@ -64,10 +64,13 @@ class RunCallback(Callback):
         assert isinstance(pl_module, TrainingModule)
         pl_module.engine.bind(trainer)
         with self.processes.failing_together():
-            if self.keeper.resumed is not None:
-                pl_module.engine.restore(self.keeper.resumed)
-                lanes = lanes_of(pl_module.config.trainer, trainer.global_rank)
-                pl_module.objective.restore(self.keeper.resumed.carried(), lanes)
+            resumed = self.keeper.resumed
+            if resumed is not None:
+                pl_module.engine.restore(resumed)
+                # After a bad step the run goes on with later data, where its lanes are in other conversations.
+                if pl_module.start.skipped == resumed.manifest["data"].get("skipped", 0):
+                    lanes = lanes_of(pl_module.config.trainer, trainer.global_rank)
+                    pl_module.objective.restore(resumed.carried(), lanes)
         if pl_module.config.trainer.compile:
             logger.info("the first steps take long: they compile the blocks (trainer.compile)")
 
