@@ -68,6 +68,13 @@ class InstructDataset(Config):
     streaming: bool = False
     """Read an hf: dataset as it comes over the network, instead of downloading it whole first."""
 
+    @property
+    def name(self) -> str:
+        """What it is called among others: its path, with configuration and split where these are not the usual ones."""
+        if self.config is None and self.split == "train":
+            return self.path
+        return ":".join(part for part in (self.path, self.config, self.split) if part is not None)
+
     @model_validator(mode="after")
     def _fields_are_those_of_the_format(self) -> Self:
         known = DEFAULT_FIELDS[self.format]
@@ -138,12 +145,11 @@ class InstructDataConfig(Config):
         for name, datasets in (("datasets", self.datasets), ("valid", self.valid or [])):
             seen = set()
             for dataset in datasets:
-                key = (dataset.path, dataset.config, dataset.split)
-                if key in seen:
+                if dataset.name in seen:
                     raise ValueError(
-                        f"{name} names {dataset.path!r} twice; name it once, with the sum of the weights"
+                        f"{name} names {dataset.name!r} twice; name it once, with the sum of the weights"
                     )
-                seen.add(key)
+                seen.add(dataset.name)
         return self
 
     @property

@@ -43,7 +43,7 @@ class InstructSamples(Generic[SampleT]):
         self.datasets = datasets
         """All of them."""
         self._hashes = hashes
-        self._names = [dataset.path for dataset in config.data.datasets]
+        self._names = [dataset.name for dataset in config.data.datasets]
         self._weights = [dataset.weight for dataset in config.data.datasets]
         self._n_lanes = config.trainer.global_batch_size
         self._order = ConversationOrder([*map(len, datasets)], self._weights, config.trainer.seed)

@@ -38,11 +38,11 @@ def read_split(
     train = read(config)
     if config.valid is not None:
         held_out = read(config.model_copy(update={"datasets": config.valid}))
-        return Split(train, {one.dataset.path: one.samples for one in held_out})
+        return Split(train, {one.dataset.name: one.samples for one in held_out})
     if config.valid_fraction is None:
         return Split(train, {})
     divided = [_divide(one, config.valid_fraction, seed) for one in train]
-    return Split([kept for kept, _ in divided], {kept.dataset.path: held for kept, held in divided})
+    return Split([kept for kept, _ in divided], {kept.dataset.name: held for kept, held in divided})
 
 
 def head_of(held_out: dict[str, list[SampleT]], n_tokens: int) -> dict[str, list[SampleT]]:
@@ -70,7 +70,7 @@ def _divide(
     n_held_out = max(1, round(fraction * count))
     if n_held_out >= count:
         raise DataError(
-            f"data.valid_fraction ({fraction:g}) leaves nothing to learn from in {read.dataset.path}, which has "
+            f"data.valid_fraction ({fraction:g}) leaves nothing to learn from in {read.dataset.name}, which has "
             f"{count} conversations; hold out less, or name a file in data.valid"
         )
     chosen = set(random.Random(f"held out {seed}").sample(range(count), n_held_out))
