@@ -71,7 +71,7 @@ def cast_in_forward(model: LanguageModel, dtype: torch.dtype) -> None:
     # Texts are also read from states that are asked for outside of the forward.
     model.initial_state = _with_cast(model, model.initial_state, dtype)  # type: ignore[method-assign]
     if model.start is not None:  # nor is it when one is exported
-        model.start.forward = _with_cast(model, model.start.forward, dtype)
+        model.start.forward = _with_cast(model, model.start.forward, dtype)  # type: ignore[method-assign]
 
 
 def _with_cast(module: nn.Module, function: Callable[..., Any], dtype: torch.dtype) -> Any:
