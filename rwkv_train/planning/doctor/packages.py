@@ -25,6 +25,7 @@ EXTRAS = (
     Extra("rensa", "dedup", "prepare-data --dedup minhash"),
     Extra("gguf", "gguf", "convert-checkpoint --to gguf"),
     Extra("lm-eval", "lm-eval", "eval-harness"),
+    Extra("peft", "finetune", "finetune.method lora"),
     Extra("bitsandbytes", "quantize", "finetune.quantize nf4"),
     Extra("tensorboard", "tensorboard", "trainer.tensorboard"),
     Extra("wandb", None, "trainer.wandb_project"),
