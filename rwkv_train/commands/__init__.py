@@ -124,7 +124,7 @@ def main() -> None:
         asked = f" (it tried to {size[1]})" if size else ""
         _leave(
             f"out of memory{asked}; lower trainer.micro_batch_size or model.ctx_len, set trainer.grad_checkpointing or "
-            "trainer.offload, or take more devices with strategy fsdp2 or deepspeed_3 (pretrain --dry-run estimates "
+            "trainer.offload, or take more devices with strategy fsdp2 or deepspeed_3 (--dry-run estimates "
             "what a run needs); evaluation and generation: lower --batch-size and --chunk-len",
             USER_CAN_REPAIR,
         )

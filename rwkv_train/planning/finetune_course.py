@@ -149,7 +149,7 @@ def _epochs(task: ConversationTask | PreferenceTask, n_steps: int) -> tuple[tupl
     n_dealt = min(n_steps, max(1, _MOST_DEALT_ROWS // task.config.trainer.global_batch_size))
     read = task.samples.dealer.step(n_dealt - 1).n_tokens
     sizes = [sum(sample.n_inputs for sample in dataset) for dataset in task.samples.datasets]
-    names = [dataset.path for dataset in task.config.data.datasets]
+    names = [dataset.name for dataset in task.config.data.datasets]
     return tuple(
         (name, tokens / size * n_steps / n_dealt)
         for name, tokens, size in zip(names, read, sizes, strict=True)

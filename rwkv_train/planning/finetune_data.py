@@ -46,7 +46,7 @@ def read_data(config: FinetuneConfig, tokenizer: Tokenizer | None, problems: Pro
     return Split(
         [one for part in whole for one in part.train],
         {name: samples for part in whole for name, samples in part.valid.items()}
-        | {one.dataset.path: one.samples for one in held_out if one is not None},
+        | {one.dataset.name: one.samples for one in held_out if one is not None},
     )
 
 
@@ -66,7 +66,7 @@ def _read(
             one.examples[reason][0] for reason in (UNUSABLE, TOO_LONG_FOR_A_ROW) if one.left_out[reason]
         )
         raise DataError(
-            f"data.{setting}: {n_bad:,} of {one.n_records:,} records of {dataset.path} cannot be used, the first is "
+            f"data.{setting}: {n_bad:,} of {one.n_records:,} records of {dataset.name} cannot be used, the first is "
             f"{first}"
         )
     return one
