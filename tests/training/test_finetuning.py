@@ -16,7 +16,8 @@ from rwkv_train.finetuning.states import learn_prefix, learn_state
 from rwkv_train.models.registry import build_model
 from rwkv_train.tokenizers import load_tokenizer
 from rwkv_train.training import run
-from rwkv_train.training.finetuning import ConversationTask, run_finetuning
+from rwkv_train.training.conversation_task import ConversationTask
+from rwkv_train.training.finetuning import run_finetuning
 from rwkv_train.training.objective import NextTokenLoss
 from rwkv_train.training.param_groups import parameter_groups
 

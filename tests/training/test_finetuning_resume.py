@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from rwkv_train.checkpoints import open_training_checkpoint
 from rwkv_train.data.instruct.templates import G1_SOURCE
 from rwkv_train.errors import CheckpointError, ConfigError
-from rwkv_train.training import finetuning, run
+from rwkv_train.training import preference_task, run
 from rwkv_train.training.callbacks import RunCallback
 from rwkv_train.training.finetuning import run_finetuning
 from rwkv_train.training.guard import Guard
@@ -112,7 +112,7 @@ def test_a_resumed_run_on_pairs_ends_like_an_undisturbed_one(pair_settings, tmp_
     config = pair_settings({"trainer.out_dir": str(tmp_path / "stopped")})
     assert run_finetuning(config).completed_steps == 2
     monkeypatch.undo()
-    monkeypatch.setattr(finetuning, "compute_reference", None)  # what was kept is enough
+    monkeypatch.setattr(preference_task, "compute_reference", None)  # what was kept is enough
     resumed = run_finetuning(config).out_dir
 
     assert_same_checkpoint(checkpoint(resumed, 4), checkpoint(whole, 4))
@@ -124,7 +124,7 @@ def test_a_run_killed_before_its_first_checkpoint_has_its_reference(pair_setting
     first = run_finetuning(config).out_dir
     kept = (first / "reference.safetensors").read_bytes()
     (first / "checkpoints").rename(first / "before")
-    monkeypatch.setattr(finetuning, "compute_reference", None)
+    monkeypatch.setattr(preference_task, "compute_reference", None)
 
     run_finetuning(config)
 
