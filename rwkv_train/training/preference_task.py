@@ -70,6 +70,9 @@ class PreferenceTask(FinetuningTask):
         datasets = [*self.samples.datasets, *self.valid.values()]
         data, base = fingerprint_of(datasets), self._base
         assert base is not None
+        quantize = getattr(self.config.finetune, "quantize", "none")
+        if quantize != "none":  # rounded weights are another model
+            base = f"{base} in {quantize}"
         with processes.failing_together():
             folder = self.config.trainer.run_folder if self._resumed is None else self._resumed.folder
             self._reference = load_reference(folder / REFERENCE_FILE, data=data, base=base)
