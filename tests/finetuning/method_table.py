@@ -82,6 +82,8 @@ class Trial(NamedTuple):
     loss: str | None = None
     """Of preferences; ``None``: learn from conversations."""
     start: str = BASE
+    length: float = 1
+    """Factor of the number of steps."""
 
 
 LORA = {"method": "lora", "rank": 16}
@@ -96,12 +98,14 @@ TRIALS = {
     "lora, miss": Trial({**LORA, "variant": "miss"}, 2e-3),
     "state": Trial({"method": "state"}, 0.3),
     "prefix (32 tokens)": Trial({"method": "prefix", "n_tokens": 32}, 0.05),
+    "state, longer": Trial({"method": "state"}, 0.3, length=3),
+    "prefix, longer": Trial({"method": "prefix", "n_tokens": 32}, 0.05, length=3),
     "lora, int8": Trial({**LORA, "quantize": "int8"}, 5e-3),
     "lora, nf4": Trial({**LORA, "quantize": "nf4"}, 5e-3),
     "state, int8": Trial({"method": "state", "quantize": "int8"}, 0.3),
-    "orpo, lora": Trial(LORA, 5e-3, "orpo"),
-    "dpo, lora, after full": Trial(LORA, 5e-4, "dpo", FINETUNED),
-    "simpo, lora, after full": Trial(LORA, 5e-4, "simpo", FINETUNED),
+    "orpo, lora": Trial(LORA, 5e-3, "orpo", length=0.5),
+    "dpo, lora, after full": Trial(LORA, 5e-4, "dpo", FINETUNED, 0.5),
+    "simpo, lora, after full": Trial(LORA, 5e-4, "simpo", FINETUNED, 0.5),
 }
 
 
@@ -214,7 +218,7 @@ def _settings(name: str, work: Path, start: Path, steps: int) -> dict[str, Any]:
             "l2wrap": 0.0,
         },
         "trainer": {
-            "max_steps": REHEARSAL_STEPS if name == BASE else steps if trial.loss is None else steps // 2,
+            "max_steps": REHEARSAL_STEPS if name == BASE else round(steps * trial.length),
             "global_batch_size": 16 if name == BASE else 8,
             "micro_batch_size": 16 if name == BASE else 8,
         },
@@ -333,9 +337,7 @@ def _in_own_process(name: str, given: argparse.Namespace) -> Row:
 def main() -> None:
     """Do every run; print the table, and write the JSON file."""
     parser = argparse.ArgumentParser(prog="python -m tests.finetuning.method_table")
-    parser.add_argument(
-        "--steps", type=int, default=130, help="steps of a method; of pairs half as many (130)"
-    )
+    parser.add_argument("--steps", type=int, default=130, help="steps of a method (130)")
     parser.add_argument("--methods", nargs="*", default=list(TRIALS), help="only these rows")
     parser.add_argument("--base", type=Path, help="weights to finetune, instead of making them")
     parser.add_argument("--jobs", type=int, default=1, help="methods that run at once (1)")
