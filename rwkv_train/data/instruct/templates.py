@@ -6,11 +6,12 @@ next one. So the text of a message is known exactly, and what is learned of an a
 inference gives for it. A template for which that does not hold is refused.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rwkv_train.data.instruct.conversation import Message
@@ -57,8 +58,9 @@ class ChatTemplate:
 
     Args:
         name: ``"g1"``, or the path of a Jinja file, which sees ``messages`` (each with ``role`` and ``content``),
-            ``add_generation_prompt``, ``raise_exception(text)``, and empty strings as ``bos_token`` and ``eos_token``
-            (tokens that have no text are put at the ends of a conversation, not in the template).
+            ``add_generation_prompt``, ``raise_exception(text)``, a filter ``tojson`` that escapes nothing for HTML, and
+            empty strings as ``bos_token`` and ``eos_token`` (tokens that have no text are put at the ends of a
+            conversation, not in the template). It may ask whether a name is defined, but not write one that is not.
 
     Raises:
         DataError: the file cannot be read, or is no template.
@@ -67,14 +69,16 @@ class ChatTemplate:
     def __init__(self, name: str) -> None:
         self.name = name
         self._writes_each_alone = name == G1
-        source = G1_SOURCE if name == G1 else _read(Path(name).expanduser())
+        source = G1_SOURCE if name == G1 else _read(name)
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
             keep_trailing_newline=False,
+            undefined=_NeverWritten,
             extensions=["jinja2.ext.loopcontrols"],
         )
         environment.globals.update(raise_exception=_raise, bos_token="", eos_token="")
+        environment.filters["tojson"] = _to_json
         try:
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
@@ -84,6 +88,8 @@ class ChatTemplate:
                 else ""
             )
             raise DataError(f"the template {name}, line {error.lineno}: {error.message}{hint}") from error
+        except (SyntaxError, RecursionError) as error:  # of the Python code that it becomes
+            raise DataError(f"the template {name} is nested too deeply: {error}; write it flatter") from error
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:
         """Return the text of a conversation, cut at its messages and before each answer.
@@ -119,12 +125,16 @@ class ChatTemplate:
         """Return what the template writes after an answer; it may be nothing.
 
         Raises:
-            DataError: the template fails.
+            DataError: the template fails, or it does not write an answer as it stands.
         """
         content = "answer"
         question = Message("user", "question")
-        text = self._render([question, Message("assistant", content)])
-        return text.rpartition(content)[2]
+        _, found, end = self._render([question, Message("assistant", content)]).rpartition(content)
+        if not found:
+            raise DataError(
+                f"the template {self.name} does not write the answer {content!r} as it stands; correct it"
+            )
+        return end
 
     def _piece(self, before: str, text: str, number: int, *, is_answer: bool) -> Piece:
         if not text.startswith(before):
@@ -141,24 +151,44 @@ class ChatTemplate:
         seen = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text = self._template.render(messages=seen, add_generation_prompt=add_generation_prompt)
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+        ) as error:
             raise DataError(f"the template {self.name} fails: {error}") from error
         encode_utf8(text)
         return text
+
+
+class _NeverWritten(Undefined):
+    """What has no value: it can be asked for as in Hugging Face's templates, but a misspelt name writes no text."""
+
+    __str__ = Undefined._fail_with_undefined_error
 
 
 def _raise(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _read(path: Path) -> str:
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """Write JSON as Hugging Face's templates expect it; Jinja's own filter escapes <, >, & and quotes."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _read(name: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(
-            f"cannot read the template {path}: {error.strerror}; wanted {G1!r} or the path of a Jinja file"
-        ) from error
+        return Path(name).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"the template {path} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+            f"the template {name} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:  # the home of nobody; a name that no file can have
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(
+            f"cannot read the template {name}: {reason}; wanted {G1!r} or the path of a Jinja file"
         ) from error

@@ -76,8 +76,20 @@ def test_a_template_for_hugging_face_is_cut_where_its_answer_begins(template):
         ("{{ messages.append(1) }}", "fails: .*unsafe"),
         ("{{ ''.__class__.__mro__ }}", "fails: .*unsafe"),
         ("{{ 1 / 0 }}", "fails: division by zero"),
+        ("{{ 5 | dictsort }}", "fails: 'int' object has no attribute 'items'"),
+        ("{% for m in messages %}{{ m.contnet }}{% endfor %}", "fails: .*no attribute 'contnet'"),
     ],
-    ids=["depends on the end", "another heading", "undefined", "raises", "changes", "escapes", "arithmetic"],
+    ids=[
+        "depends on the end",
+        "another heading",
+        "undefined",
+        "raises",
+        "changes",
+        "escapes",
+        "arithmetic",
+        "no mapping",
+        "misspelt",
+    ],
 )
 def test_a_template_that_fails_or_is_no_concatenation_is_refused(template, source, message):
     with pytest.raises(DataError, match=message):
@@ -89,17 +101,49 @@ def test_a_template_that_fails_or_is_no_concatenation_is_refused(template, sourc
     [
         ("\n{% for m in %}", r"chat\.jinja, line 2: "),
         ("{% generation %}x{% endgeneration %}", "line 1: .*remove the generation tags"),
+        ("{% for i in [1] %}" * 25 + "{% endfor %}" * 25, r"chat\.jinja is nested too deeply: too many"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", r"chat\.jinja is nested too deeply: maximum rec"),
     ],
-    ids=["syntax", "generation"],
+    ids=["syntax", "generation", "blocks", "brackets"],
 )
 def test_what_is_no_template_is_refused_with_its_line(template, source, message):
     with pytest.raises(DataError, match=message):
         template(source)
 
 
-def test_a_missing_file_is_named():
-    with pytest.raises(DataError, match=r"cannot read the template no/such: No such file.*wanted 'g1'"):
-        ChatTemplate("no/such")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("no/such", "No such file"),
+        ("~nobody-of-this-name/chat.jinja", "home directory"),
+        ("a\0b", "null byte"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(name, reason):
+    with pytest.raises(DataError, match=rf"cannot read the template {name}: .*{reason}.*wanted 'g1'"):
+        ChatTemplate(name)
+
+
+def test_names_that_are_not_defined_can_be_asked_for(template):
+    source = (
+        "{% if tools %}t{% endif %}{% if not messages[0].tool_calls %}{{ messages[0].content }}{% endif %}"
+    )
+    assert template(source).prompt(MESSAGES) == "s"
+
+
+def test_json_is_written_without_escapes_for_html(template):
+    messages = [Message("user", "é <b> & 'it'")]
+    text = template(
+        "{{ messages[0] | tojson }} {{ messages[0].content | tojson(ensure_ascii=True) }}"
+    ).prompt(messages)
+    assert text == '{"role": "user", "content": "é <b> & \'it\'"} "\\u00e9 <b> & \'it\'"'
+
+
+def test_the_end_of_a_turn_is_what_follows_an_answer(template):
+    assert ChatTemplate("g1").turn_end() == "\n\n"
+    assert template(CHATML).turn_end() == "<|im_end|>\n"
+    with pytest.raises(DataError, match="does not write the answer 'answer' as it stands"):
+        template("{% for m in messages %}{{ m.content | upper }}{% endfor %}").turn_end()
 
 
 def test_with_g1_and_world_the_runs_give_the_tokens_of_the_whole_text():
