@@ -8,7 +8,7 @@ from typing import Generic, NamedTuple, TypeVar
 from rwkv_train.config.instruct import BUILTIN, InstructDataConfig, InstructDataset
 from rwkv_train.data.instruct.builtin import builtin_pairs, builtin_records
 from rwkv_train.data.instruct.pairs import PreferencePair, check_pair, to_two_conversations
-from rwkv_train.data.instruct.records import to_conversation
+from rwkv_train.data.instruct.records import named_parts, parts_in, to_conversation
 from rwkv_train.data.instruct.templates import ChatTemplate
 from rwkv_train.data.instruct.tokens import Run, TokenizedConversation, is_cut_as_whole, runs_of, tokenize
 from rwkv_train.data.sources.base import BadRecord, Record, SourceOptions
@@ -55,8 +55,8 @@ def read_conversations(
         compare_whole: count the conversations that would be cut otherwise as one text, which doubles the time.
 
     Raises:
-        DataError: a dataset cannot be read; a record cannot be used, unless ``bad_records`` says to drop it; or nothing
-            is left of a dataset.
+        DataError: a dataset cannot be read; a record cannot be used, unless ``bad_records`` says to drop it; nothing is
+            left of a dataset; or no record has a field that ``fields`` names.
         ValueError: these are pairs.
     """
     if config.has_pairs:
@@ -139,6 +139,7 @@ def _read_all(
             make,
             compare_whole=compare_whole,
             ctx_len=ctx_len,
+            is_whole=max_records is None,
         )
         for dataset, source in zip(config.datasets, sources, strict=True)
     ]
@@ -172,16 +173,20 @@ def _read(
     *,
     compare_whole: bool,
     ctx_len: int | None,
+    is_whole: bool,
 ) -> ReadDataset[Sample]:
     samples: list[Sample] = []
     read = ReadDataset(dataset, samples, 0, Counter(), {}, None)
     n_records, n_cut_otherwise = 0, 0
+    unseen = named_parts(dataset)
     for n_records, record in enumerate(records, start=1):  # noqa: B007 - it is used after the loop
         reason = UNUSABLE
         if isinstance(record, BadRecord):
             where, why = record
         else:
             where = record.where
+            if unseen:
+                unseen -= parts_in(record, dataset, unseen)
             try:
                 sample, sides = make(record, dataset)
             except DataError as error:
@@ -205,8 +210,19 @@ def _read(
             raise DataError(f"{where}: {why}")
         _leave_out(read, reason, f"{where}: {why}")
     if not samples:
-        examples = "; ".join(texts[0] for texts in read.examples.values()) or "it holds no records"
-        raise DataError(f"data.datasets: nothing is left of {dataset.path} to learn from: {examples}")
+        reasons = [
+            f"{read.left_out[reason]:,} {reason}, such as {texts[0]}"
+            for reason, texts in read.examples.items()
+        ]
+        raise DataError(
+            f"nothing is left of {dataset.path} to learn from: {'; '.join(reasons) or 'it holds no records'}"
+        )
+    if unseen and is_whole:
+        part = min(unseen)
+        raise DataError(
+            f"no record of {dataset.path} has {dataset.fields[part]!r}, which fields names for {part!r}; correct the "
+            "name, or leave it out"
+        )
     return read._replace(n_records=n_records, n_cut_otherwise=n_cut_otherwise if compare_whole else None)
 
 

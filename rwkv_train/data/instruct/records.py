@@ -1,13 +1,19 @@
 """From a record of one of the chat formats to a conversation."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from rwkv_train.config.instruct import DEFAULT_FIELDS, DEFAULT_ROLES, InstructDataset, RecordFormat, Role
 from rwkv_train.data.instruct.conversation import Conversation, Message
 from rwkv_train.data.sources.base import Record
 from rwkv_train.data.sources.values import show_names, text_of
 from rwkv_train.errors import DataError
+
+_SAID_BESIDE = ("tool_calls", "function_call", "reasoning_content")
+"""Fields of a message in which other programs keep a part of what the assistant says."""
+
+_MAY_BE_MISSING = ("input", "system", "learn")
+"""Parts that a record need not have."""
 
 
 def to_conversation(record: Record, dataset: InstructDataset) -> Conversation:
@@ -24,6 +30,21 @@ def to_conversation(record: Record, dataset: InstructDataset) -> Conversation:
     names = {**DEFAULT_FIELDS[dataset.format], **dataset.fields}
     fields = Fields(record.fields, names)
     return _FORMATS[dataset.format](record.where, fields, {**DEFAULT_ROLES, **dataset.roles})
+
+
+def named_parts(dataset: InstructDataset) -> set[str]:
+    """Return the parts that a record may lack and that ``fields`` names: one record at least is to have each."""
+    return dataset.fields.keys() & set(_MAY_BE_MISSING)
+
+
+def parts_in(record: Record, dataset: InstructDataset, parts: set[str]) -> set[str]:
+    """Return those of ``parts``, all of :func:`named_parts`, whose fields a record has."""
+    names = {**DEFAULT_FIELDS[dataset.format], **dataset.fields}
+    found = {part for part in parts - {"learn"} if names[part] in record.fields}
+    turns = record.fields.get(names["messages"]) if "learn" in parts else None
+    if isinstance(turns, list) and any(isinstance(turn, dict) and names["learn"] in turn for turn in turns):
+        found.add("learn")
+    return found
 
 
 class Fields(NamedTuple):
@@ -88,11 +109,28 @@ def _message(turn: object, names: Mapping[str, str], roles: Mapping[str, Role]) 
     role = fields.text("role")
     if role not in roles:
         raise DataError(
-            f"the role {role!r} is not known; there are {', '.join(roles)}: say what it means with roles: "
-            f"{{{role}: user}}"
+            f"the role {role!r} is not known; there are {', '.join(roles)}: say which of {', '.join(get_args(Role))} "
+            f"it is with roles: {{{role!r}: ROLE}}"
         )
+    for beside in _SAID_BESIDE:
+        if turn.get(beside) and beside not in names.values():
+            raise DataError(
+                f"it has {beside!r}, which the model would not see; write it into {names['content']!r}, or leave the "
+                "record out with data.bad_records: drop"
+            )
     mark = _own_mark(turn.get(names["learn"]), names["learn"]) if "learn" in names else None
-    return Message(roles[role], fields.text("content"), mark)
+    return Message(roles[role], _content(fields), mark)
+
+
+def _content(message: Fields) -> str:
+    value, name = message.get("content"), message.names["content"]
+    if isinstance(value, list):
+        raise DataError(f"{name!r} is a list of parts; write it as one text")
+    if value is None:
+        raise DataError(
+            f"{name!r} is null; write a text, or leave the record out with data.bad_records: drop"
+        )
+    return text_of(value, name)
 
 
 def _own_mark(value: object, name: str) -> bool | None:

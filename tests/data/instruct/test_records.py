@@ -129,7 +129,7 @@ BAD = {
     "unknown role": (
         {"messages": [{"role": "narrator", "content": "x"}]},
         {},
-        r"message 1 of 'messages': the role 'narrator' is not known; .*roles: \{narrator: user\}",
+        r"message 1 of 'messages': the role 'narrator' is not known; .*roles: \{'narrator': ROLE\}",
     ),
     "missing field": ({"turns": []}, {}, r"no field 'messages', only 'turns'; .*fields: \{messages: NAME\}"),
     "missing content": (
@@ -140,7 +140,17 @@ BAD = {
     "content that is no text": (
         {"messages": [{"role": "user", "content": None}]},
         {},
-        '"content" must be a string, found null',
+        "'content' is null; write a text, or .*drop",
+    ),
+    "content in parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
+        {},
+        "message 1 of 'messages': 'content' is a list of parts; write it as one text",
+    ),
+    "a call of a tool beside the content": (
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
+        {},
+        "message 1 of 'messages': it has 'tool_calls', which the model would not see; write it into 'content'",
     ),
     "no messages": ({"messages": []}, {}, "'messages' must be a list of messages, found an empty list"),
     "a message that is none": (
@@ -217,6 +227,40 @@ def test_a_dataset_of_which_nothing_is_left_is_refused(write_data):
     config = write_data([{"x": 1}], bad_records="drop")
     with pytest.raises(DataError, match=r"nothing is left of .*line 1: there is no field 'messages'"):
         read_conversations(config, load_tokenizer("bytes"))
+
+
+def test_a_dataset_says_why_nothing_is_left(write_data):
+    config = write_data([CASES["messages"][0]], max_tokens=5)
+    with pytest.raises(
+        DataError, match=r"nothing is left of .*: 1 longer than max_tokens, such as .*line 1: 53 tokens"
+    ):
+        read_conversations(config, load_tokenizer("bytes"))
+
+
+NAMED = {
+    "input": ("alpaca", {"input": "contxt"}),
+    "system": ("sharegpt", {"system": "sys"}),
+    "learn": ("messages", {"learn": "wieght"}),
+}
+
+
+@pytest.mark.parametrize("part", NAMED)
+def test_a_field_that_no_record_has_is_refused_where_the_settings_name_it(write_data, part):
+    record_format, fields = NAMED[part]
+    record = CASES[record_format][0]
+    dataset = {"format": record_format, "fields": fields}
+    tokenizer = load_tokenizer("bytes")
+    with pytest.raises(
+        DataError, match=f"no record of .*chats.jsonl has '{fields[part]}', .* for '{part}'; correct"
+    ):
+        read_conversations(write_data([record], dataset=dataset), tokenizer)
+
+    # One record that has it is enough, and of a part of the records nothing is known.
+    given = {**record, fields[part]: ""}
+    if part == "learn":
+        given = {"messages": [{**message, fields[part]: 1} for message in record["messages"]]}
+    read_conversations(write_data([record, given], dataset=dataset), tokenizer)
+    read_conversations(write_data([record], dataset=dataset), tokenizer, max_records=1)
 
 
 def test_the_builtin_dataset_has_right_answers_and_other_questions_for_validation():
