@@ -28,6 +28,11 @@ Records = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="Show the first samples of the order of this seed.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
+# Data must not steer the terminal: of the control characters only line ends and tabs are written as they are.
+_SHOWN_CONTROLS = {
+    code: ascii(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
+}
+
 
 def preview_data(
     config: Config,
@@ -68,11 +73,12 @@ def _print(preview: "Preview") -> None:
     table = Table()
     for name in ("dataset", "weight", "records", "kept", "tokens", "learned", "longest", "in segments"):
         table.add_column(name, justify="left" if name == "dataset" else "right")
-    for dataset in preview.datasets:
+    weights = [f"{dataset.weight:g}" for dataset in preview.datasets] + ["held out"] * len(preview.held_out)
+    for dataset, weight in zip((*preview.datasets, *preview.held_out), weights, strict=True):
         numbers = (dataset.n_records, dataset.n_kept, dataset.n_tokens, dataset.n_learned, dataset.longest)
         table.add_row(
             Text(dataset.path),
-            f"{dataset.weight:g}",
+            weight,
             *(f"{number:,}" for number in (*numbers, dataset.n_segmented)),
         )
     print_table(table)
@@ -80,7 +86,7 @@ def _print(preview: "Preview") -> None:
     console.print(f"conversations by tokens: {bins}")
     filled = preview.n_tokens / (preview.n_rows * preview.ctx_len)
     console.print(f"packed in rows of {preview.ctx_len:,} tokens: {preview.n_rows:,}, {filled:.1%} filled")
-    for dataset in preview.datasets:
+    for dataset in (*preview.datasets, *preview.held_out):
         for line in _remarks(dataset):
             console.print(line)
 
@@ -91,8 +97,7 @@ def _colored(sample: "PreviewSample", *, marks_learned: bool) -> "Text":
 
     text = Text()
     for span in sample.spans:
-        # Data must not steer the terminal.
-        shown = "[end]" if span.is_end else span.text.replace("\x1b", "\\x1b")
+        shown = "[end]" if span.is_end else span.text.translate(_SHOWN_CONTROLS)
         if span.is_learned and marks_learned:
             shown = f"«{shown}»"
         text.append(shown, style="green" if span.is_learned else "dim")

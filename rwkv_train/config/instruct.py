@@ -172,6 +172,32 @@ class InstructDataConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _texts_have_no_turns(self) -> Self:
+        if self.learn != "assistant" and all(
+            dataset.format == "text" for dataset in [*self.datasets, *(self.valid or [])]
+        ):
+            raise ValueError(
+                "learn changes nothing for the format 'text', which is learned whole; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _held_out_is_not_learned(self) -> Self:
+        learned = {dataset.name for dataset in self.datasets}
+        for dataset in self.valid or []:
+            if dataset.name in learned:
+                raise ValueError(
+                    f"valid names {dataset.path!r}, which datasets names too, so it would not be held out; name "
+                    "another one, or set valid_fraction"
+                )
+            if dataset.weight != 1.0:
+                raise ValueError(
+                    f"the weight ({dataset.weight:g}) of {dataset.path!r} changes nothing in valid, where nothing is "
+                    "mixed; leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _held_out_in_one_way(self) -> Self:
         if self.valid is not None and self.valid_fraction is not None:
             raise ValueError(

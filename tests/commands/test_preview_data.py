@@ -71,6 +71,37 @@ def test_a_record_that_cannot_be_used_ends_with_one_line(call_main, chats):
     assert err.count("\n") == 1
 
 
+def test_what_is_held_out_is_read_too(call_main, chats, tmp_path):
+    path = tmp_path / "valid.jsonl"
+    path.write_text(
+        json.dumps({"prompt": "a", "completion": "bcd"}) + "\n" + json.dumps({"prompt": "a"}) + "\n"
+    )
+    held_out = ("--set", f"data.valid=[{{path: '{path}', format: prompt-completion}}]")
+    drop = (*PREVIEW, *data(chats, "bad_records=drop"), *held_out)
+
+    code, out, _ = call_main(*drop)
+    assert code == 0
+    assert "held out" in out
+    assert f"{path}: left out 1 of 2: cannot be used" in out
+    preview = json.loads(call_main(*drop, "--json")[1])
+    (dataset,) = preview["held_out"]
+    assert (dataset["n_kept"], dataset["n_tokens"], dataset["n_learned"]) == (1, 26, 7)
+    assert len(preview["datasets"]) == 1
+    assert len(preview["samples"]) == 2  # all that there are, each once
+
+    refused = (*PREVIEW, *data(chats), "--records", "1")  # the first record of each is good
+    assert call_main(*refused, *held_out)[0] == 0
+    code, _, err = call_main(*refused, "--set", "data.valid=[{path: no.jsonl}]")
+    assert (code, "no.jsonl: No such file" in err) == (2, True)
+
+
+def test_control_characters_are_written_out(call_main, chats):
+    chats.write_text(json.dumps({"prompt": "a\x1b[2J\x9b1mb", "completion": "c\rd\x07e\x00"}))
+    _, out, _ = call_main(*PREVIEW, *data(chats))
+    assert "User: a\\x1b[2J\\x9b1mb\n" in out
+    assert "« c\\rd\\x07e\\x00\n" in out
+
+
 def test_a_missing_file_ends_with_one_line(call_main, tmp_path):
     code, _, err = call_main(*PREVIEW, *data(tmp_path / "no.jsonl"))
     assert code == 2

@@ -173,7 +173,16 @@ def test_presets_of_finetuning_are_none_of_pretraining():
             "data={datasets: [{path: x, format: preference}], learn: all}",
             "learn changes nothing for the format 'preference'",
         ),
+        (
+            "data={datasets: [{path: x, format: text}], learn: all}",
+            "learn changes nothing for the format 'text'",
+        ),
         ("data.datasets=[{path: x}, {path: x}]", "datasets names 'x' twice"),
+        ("data={datasets: [{path: x}], valid: [{path: x}]}", "valid names 'x', which datasets names too"),
+        (
+            "data={datasets: [{path: x}], valid: [{path: y, weight: 2}]}",
+            r"the weight \(2\) of 'y' changes nothing",
+        ),
         ("data.datasets=[{path: x, weight: 0}]", r"weight is 0 but should be greater than 0"),
     ],
 )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
-from rwkv_train.config.instruct import InstructDataConfig
+from rwkv_train.config.instruct import InstructDataConfig, InstructDataset
 from rwkv_train.data.instruct.pairs import PreferencePair
 from rwkv_train.data.instruct.reading import ReadDataset, read_conversations, read_pairs
 from rwkv_train.data.instruct.rows import pack, pack_pairs
@@ -73,11 +73,14 @@ class Preview(NamedTuple):
     """Positions of all conversations, which stand in those rows."""
     samples: tuple[PreviewSample, ...]
     """The chosen and the rejected side of a pair come one after the other."""
+    held_out: tuple[DatasetSummary, ...] = ()
+    """What ``data.valid`` names; its weights mean nothing."""
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON's types."""
         return {
             "datasets": [dataset._asdict() for dataset in self.datasets],
+            "held_out": [dataset._asdict() for dataset in self.held_out],
             "histogram": [
                 {"at_most_tokens": limit, "conversations": count} for limit, count in self.histogram
             ],
@@ -99,12 +102,12 @@ def make_preview(
     max_records: int | None = None,
     seed: int = 0,
 ) -> Preview:
-    """Read the datasets and show the first samples of a run with this seed.
+    """Read the datasets and show the first samples of a run with this seed, before ``valid_fraction`` holds any out.
 
     Args:
         config: the data.
         ctx_len: tokens of a row.
-        n_samples: samples to show.
+        n_samples: samples to show; no more than there are.
         max_records: take only so many of each dataset.
         seed: of the order.
 
@@ -112,19 +115,26 @@ def make_preview(
         DataError: as :func:`~rwkv_train.data.instruct.reading.read_conversations`.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    read: list[ReadDataset[TokenizedConversation]] | list[ReadDataset[PreferencePair]]
-    if config.has_pairs:
-        read = read_pairs(config, tokenizer, ctx_len, max_records=max_records, compare_whole=True)
-    else:
-        read = read_conversations(config, tokenizer, max_records=max_records, compare_whole=True)
-    order = ConversationOrder([len(one.samples) for one in read], [one.dataset.weight for one in read], seed)
-    places = [order.locate(sample) for sample in range(n_samples)]
+
+    def read(datasets: list[InstructDataset]) -> Sequence[ReadDataset[Any]]:
+        these = config.model_copy(update={"datasets": datasets})
+        if config.has_pairs:
+            return read_pairs(these, tokenizer, ctx_len, max_records=max_records, compare_whole=True)
+        return read_conversations(these, tokenizer, max_records=max_records, compare_whole=True)
+
+    learned = read(config.datasets)
+    held_out = read(config.valid) if config.valid is not None else []
+    sizes = [len(one.samples) for one in learned]
+    order = ConversationOrder(sizes, [one.dataset.weight for one in learned], seed)
+    places = [order.locate(sample) for sample in range(min(n_samples, sum(sizes)))]
     shown = [
         _show(conversation, side, tokenizer)
         for dataset, number in places
-        for side, conversation in _sides(read[dataset].samples[number])
+        for side, conversation in _sides(learned[dataset].samples[number])
     ]
-    return summarize(read, ctx_len)._replace(samples=tuple(shown))
+    return summarize(learned, ctx_len)._replace(
+        samples=tuple(shown), held_out=tuple(_summarize(one, ctx_len) for one in held_out)
+    )
 
 
 def summarize(read: Sequence[ReadDataset[Any]], ctx_len: int) -> Preview:
