@@ -22,15 +22,13 @@ LORA = {"method": "lora", "rank": 4}
 METHODS = {
     "full": {"method": "full"},
     "freeze": {"method": "freeze", "train": ["*.att.*", "head.*"], "frozen_layers": 1},
-    "lora": LORA,
-    "dropout": {**LORA, "dropout": 0.3},
+    "lora": {**LORA, "dropout": 0.3},
     "dora": {**LORA, "variant": "dora", "dropout": 0.1},
     "pissa": {**LORA, "variant": "pissa"},
     "miss": {**LORA, "variant": "miss"},
     "state": {"method": "state"},
     "prefix": {"method": "prefix", "n_tokens": 3},
     "int8 lora": {**LORA, "quantize": "int8"},
-    "nf4 state": {"method": "state", "quantize": "nf4"},
 }
 
 
