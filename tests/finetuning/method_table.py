@@ -39,7 +39,6 @@ from rwkv_train.finetuning.method import apply_method
 from rwkv_train.generation.sampling import SamplingSettings
 from rwkv_train.generation.side_by_side import Prompt, generate_side_by_side
 from rwkv_train.models.lm import LanguageModel
-from rwkv_train.models.registry import build_model
 from rwkv_train.models.start import FixedStart
 from rwkv_train.tokenizers import load_tokenizer
 from rwkv_train.training.finetuning import run_finetuning
@@ -246,7 +245,8 @@ def _load(work: Path, name: str, tree: dict[str, Any]) -> FinetuneConfig:
 
 
 def _n_trained(config: FinetuneConfig) -> int:
-    model = build_model(config.model)
+    assert config.model.init_from is not None
+    model, _ = load_model(config.model.init_from)
     apply_method(model, config.finetune, load_tokenizer("bytes").encode, seed=0)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
@@ -317,6 +317,10 @@ def as_markdown(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _answers_of(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name.startswith("answers")}
+
+
 def _in_own_process(name: str, given: argparse.Namespace) -> Row:
     path = given.work / f"{name}.json"
     if path.exists():
@@ -362,7 +366,8 @@ def main() -> None:
                 for names in (first, then)
                 for row in pool.map(lambda name: _in_own_process(name, given), names)
             ]
-    sys.stdout.write(as_markdown([*before, *rows]) + "\n")
+    untrained = [{"method": name, **_answers_of(row)} for row in before if (name := row["method"]) == BASE]
+    sys.stdout.write(as_markdown([*untrained, *rows]) + "\n")
     if given.out:
         environment = {
             **describe_environment(torch.device("cpu")),
