@@ -114,7 +114,7 @@ def test_a_list_gives_documents_too(tmp_path):
         ('{"a": 1}', "wanted a list of objects, found a dict"),
         (
             '{"a": 1}\n{"a": 2}\n',
-            "line 2: not JSON: Extra data; it looks like JSON lines, whose format is 'jsonl'",
+            "line 2: not JSON: Extra data; .* JSON lines, whose format is 'jsonl' .--format; in data.datasets: file",
         ),
         ("[]", "holds no documents"),
         ('[{"a":\n', "line 2: not JSON"),

@@ -12,6 +12,9 @@ from rwkv_train.errors import DataError
 _SAID_BESIDE = ("tool_calls", "function_call", "reasoning_content")
 """Fields of a message in which other programs keep a part of what the assistant says."""
 
+_OTHER_MARKS = ("weight", "loss", "train", "training")
+"""What other programs call the mark of a message, where it is false or 0."""
+
 _MAY_BE_MISSING = ("input", "system", "learn")
 """Parts that a record need not have."""
 
@@ -118,7 +121,15 @@ def _message(turn: object, names: Mapping[str, str], roles: Mapping[str, Role]) 
                 f"it has {beside!r}, which the model would not see; write it into {names['content']!r}, or leave the "
                 "record out with data.bad_records: drop"
             )
-    mark = _own_mark(turn.get(names["learn"]), names["learn"]) if "learn" in names else None
+    mark = None
+    if "learn" in names:
+        mark = _own_mark(turn.get(names["learn"]), names["learn"])
+        for other in _OTHER_MARKS:
+            if other not in names.values() and isinstance(turn.get(other), int | float) and not turn[other]:
+                raise DataError(
+                    f"it has {other!r}: {turn[other]!r}, which says that it is not to be learned; name the mark with "
+                    f"fields: {{learn: {other}}}, or remove it"
+                )
     return Message(roles[role], _content(fields), mark)
 
 

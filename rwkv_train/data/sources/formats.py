@@ -57,5 +57,5 @@ def format_of(path: Path, name: str | None) -> Format:
             return known
     raise DataError(
         f"{show_path(path)}: cannot tell the format; wanted a name that ends in {', '.join(SUFFIXES)}, or the name of "
-        f"the format: {', '.join(FORMATS)}"
+        f"the format (--format; in data.datasets: file_format): {', '.join(FORMATS)}"
     )

@@ -54,7 +54,9 @@ class JsonArraySource(FileSource):
         try:
             entries = json.loads(decode(data.removeprefix(_BYTE_ORDER_MARK)))
         except json.JSONDecodeError as error:
-            hint = "; it looks like JSON lines, whose format is 'jsonl'" if error.msg == "Extra data" else ""
+            hint = ""
+            if error.msg == "Extra data":
+                hint = "; it looks like JSON lines, whose format is 'jsonl' (--format; in data.datasets: file_format)"
             raise DataError(f"{self.name}, line {error.lineno}: not JSON: {error.msg}{hint}") from error
         except (DataError, ValueError, RecursionError) as error:
             raise DataError(f"{self.name}: not JSON that can be read: {error}") from error

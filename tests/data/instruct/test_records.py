@@ -178,6 +178,11 @@ BAD = {
         {},
         "'learn' must be true or false",
     ),
+    "a mark of another name": (
+        {"messages": [{"role": "assistant", "content": "x", "weight": 0}]},
+        {},
+        r"message 1 of 'messages': it has 'weight': 0, .* not to be learned; .*fields: \{learn: weight\}, or remove",
+    ),
     "a role that the template lacks": (
         {"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "x"}]},
         {},
