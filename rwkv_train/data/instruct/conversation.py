@@ -34,7 +34,7 @@ def learned_messages(
     What a record says of a message itself goes before the rule.
 
     Raises:
-        DataError: none is, or they are empty, so there is nothing to learn from.
+        DataError: none is, or they are empty, so there is nothing to learn from; or one of them is an empty answer.
     """
     messages = conversation.messages
     if learn == "all":
@@ -64,4 +64,10 @@ def learned_messages(
             "there is nothing to learn: what is to be learned is empty; correct the record, or leave it out with "
             "data.bad_records: drop"
         )
+    for number, (message, is_learned) in enumerate(zip(messages, learned, strict=True), start=1):
+        if is_learned and message.role == "assistant" and not message.content.strip():
+            raise DataError(
+                f"message {number} is an empty answer, which would be learned; correct the record, mark the message "
+                "with learn: false, or leave the record out with data.bad_records: drop"
+            )
     return learned

@@ -100,6 +100,17 @@ def test_what_is_learned_goes_by_role_and_turn(write_data, learn, written):
     assert (conversation.tokens.tolist(), conversation.is_learned.tolist()) == by_hand(written)
 
 
+def test_an_empty_answer_may_be_read(write_data):
+    messages = [
+        {"role": "assistant", "content": "", "learn": False},
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": "d"},
+    ]
+    conversation = only(write_data([{"messages": messages}]))
+    written = "Assistant: \n\nUser: \n\nAssistant:< d\n\n$>"
+    assert (conversation.tokens.tolist(), conversation.is_learned.tolist()) == by_hand(written)
+
+
 @pytest.mark.parametrize("learn", ["assistant", "all"])
 def test_a_message_that_the_record_takes_out_is_not_learned(write_data, learn):
     messages = [
@@ -172,6 +183,11 @@ BAD = {
         {"prompt": "x", "completion": " \n"},
         {"format": "prompt-completion"},
         "what is to be learned is empty",
+    ),
+    "an empty answer among others": (
+        {"messages": [{"role": "assistant", "content": " "}, {"role": "assistant", "content": "x"}]},
+        {},
+        "message 1 is an empty answer, which would be learned; .*learn: false",
     ),
     "a mark that is none": (
         {"messages": [{"role": "user", "content": "x", "learn": "yes"}]},
