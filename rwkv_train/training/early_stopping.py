@@ -15,6 +15,7 @@ class EarlyStopping:
         held_out: what the validations measure, as JSON's types; ``None``: there are none.
         memory: what :meth:`to_json` gave when the checkpoint was saved; ``None`` from scratch. Losses on other text
             cannot be compared, so of those nothing is kept.
+        unit: of the loss.
     """
 
     def __init__(
@@ -22,7 +23,9 @@ class EarlyStopping:
         patience: int | None,
         held_out: Mapping[str, object] | None = None,
         memory: Mapping[str, Any] | None = None,
+        unit: str = "nats/token",
     ) -> None:
+        self._unit = unit
         self._patience = patience
         self._held_out = held_out
         if not self.is_on_same_text(memory):
@@ -42,7 +45,7 @@ class EarlyStopping:
         )  # older ones do not say
 
     def note(self, loss: float) -> None:
-        """Take note of the loss of a validation, in nats per token."""
+        """Take note of the loss of a validation."""
         if self._best is None or loss < self._best:
             self._best, self._n_since = loss, 0
         else:
@@ -54,7 +57,7 @@ class EarlyStopping:
         if self._patience is None or self._n_since < self._patience:
             return None
         return (
-            f"{self._n_since} validations in a row were not below the loss of {self._best:.4f} nats/token "
+            f"{self._n_since} validations in a row were not below the loss of {self._best:.4f} {self._unit} "
             f"(trainer.early_stopping_patience is {self._patience})"
         )
 

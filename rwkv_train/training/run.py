@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 from lightning.pytorch import Trainer
 
+from rwkv_train.checkpoints.infer import expected_shapes
 from rwkv_train.checkpoints.io import require_space
 from rwkv_train.checkpoints.lock import hold_run_folder
 from rwkv_train.checkpoints.run_folder import checkpoints_folder
@@ -192,7 +194,7 @@ def _run(
         if saved is not None:
             restore_random_state(saved.manifest["random"])
         validator = task.make_validator(processes, watchdog.beat)
-    early_stopping = _make_early_stopping(config, task.held_out, saved)
+    early_stopping = _make_early_stopping(config, task, saved)
     columns = ["tokens", "seconds", "learning_rate", *StepMetrics.columns(), *task.objective.metrics]
     columns += drawn_metrics(task.source, 0)
     if validator is not None:
@@ -209,7 +211,7 @@ def _run(
     with processes.failing_together():
         loggers = make_loggers(config, columns, start.step) if processes.is_first else []
         trainer = make_trainer(config, length.n_steps - start.step, [callback], loggers)
-    _announce(model, length, start, config, trainer)
+    _announce(model, task, length, start, trainer)
     if start.step == length.n_steps:
         logger.info("nothing to do: all %d steps are done", length.n_steps)
     elif early_stopping.reason is not None:
@@ -271,11 +273,10 @@ def _make_guard(config: RunConfig, saved: TrainingCheckpoint | None, roll_back: 
     return Guard(config.guard, memory)
 
 
-def _make_early_stopping(
-    config: RunConfig, held_out: dict[str, object] | None, saved: TrainingCheckpoint | None
-) -> EarlyStopping:
+def _make_early_stopping(config: RunConfig, task: Task, saved: TrainingCheckpoint | None) -> EarlyStopping:
     memory = None if saved is None else saved.manifest.get("early_stopping")
-    return EarlyStopping(config.trainer.early_stopping_patience, held_out, memory)
+    patience = config.trainer.early_stopping_patience
+    return EarlyStopping(patience, task.held_out, memory, task.objective.unit)
 
 
 def _fit(trainer: Trainer, module: TrainingModule, data: RunData) -> None:
@@ -292,10 +293,11 @@ def _fit(trainer: Trainer, module: TrainingModule, data: RunData) -> None:
         raise
 
 
-def _announce(
-    model: LanguageModel, length: RunLength, start: Position, config: RunConfig, trainer: Trainer
-) -> None:
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+def _announce(model: LanguageModel, task: Task, length: RunLength, start: Position, trainer: Trainer) -> None:
+    config = task.config
+    # Not those of the model: quantized weights are no parameters.
+    shapes = {**expected_shapes(config.model), **(task.learned or {})}
+    n_parameters = sum(math.prod(shape) for shape in shapes.values())
     n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     settings = config.trainer
     logger.info(

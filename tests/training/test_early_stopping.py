@@ -60,3 +60,11 @@ def test_losses_on_other_text_are_not_compared(held_out):
     other.note(2.0)  # the first on this text, so the best
     assert other.reason is None
     assert EarlyStopping(1, {"tokens": 9, "val_tokens": 5}, stopping.to_json()).reason is not None
+
+
+def test_the_reason_has_the_unit_of_the_loss():
+    stopping = EarlyStopping(1, unit="nats/pair")
+    stopping.note(1.0)
+    stopping.note(1.0)
+    assert stopping.reason is not None
+    assert "the loss of 1.0000 nats/pair" in stopping.reason
