@@ -28,6 +28,17 @@ def autocast_of(precision: str, device: torch.device) -> AbstractContextManager[
     return nullcontext()
 
 
+@contextmanager
+def as_under_any_strategy(model: LanguageModel, precision: str, device: torch.device) -> Iterator[None]:
+    """Let a model that no strategy holds yet compute, without gradient, in the dtypes that it will be trained in.
+
+    Of ``bf16-params`` FSDP and DeepSpeed make something only when they take the model.
+    """
+    narrow = _cast_parameters(model, torch.bfloat16) if precision == "bf16-params" else nullcontext()
+    with narrow, autocast_of(precision, device):
+        yield
+
+
 def prepare_forward(model: LanguageModel, settings: TrainerConfig) -> None:
     """Let the blocks be compiled, blocks and logits recomputed, and parameters be cast, as the settings say."""
     model.recompute_blocks = model.head.recompute_logits = settings.grad_checkpointing

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rwkv_train.checkpoints.training_state import TrainingCheckpoint
 from rwkv_train.config.finetune import FinetuneConfig
 from rwkv_train.data.instruct.batches import InstructSamples
 from rwkv_train.data.instruct.pair_batches import PairBatches
 from rwkv_train.data.instruct.pairs import PreferencePair
 from rwkv_train.data.instruct.split import Split, head_of
 from rwkv_train.data.module import Position
-from rwkv_train.errors import CheckpointError
+from rwkv_train.errors import CheckpointError, ConfigError
 from rwkv_train.finetuning.preferences import PairValues
 from rwkv_train.finetuning.reference import (
     REFERENCE_FILE,
@@ -30,7 +31,7 @@ from rwkv_train.tokenizers import Tokenizer
 from rwkv_train.training.finetuning_task import FinetuningTask
 from rwkv_train.training.objective import Objective
 from rwkv_train.training.pair_validation import PairValidator
-from rwkv_train.training.precision import autocast_of
+from rwkv_train.training.precision import as_under_any_strategy
 from rwkv_train.training.preference_objective import PreferenceObjective
 from rwkv_train.training.strategy import device_of
 
@@ -64,16 +65,15 @@ class PreferenceTask(FinetuningTask):
 
         Raises:
             CheckpointError: they are of other pairs or another model, or cannot be read or written.
+            ConfigError: a run that goes on has other pairs held out.
         """
         if not self._needs_reference:
             return
         datasets = [*self.samples.datasets, *self.valid.values()]
-        data, base = fingerprint_of(datasets), self._base
-        assert base is not None
-        quantize = getattr(self.config.finetune, "quantize", "none")
-        if quantize != "none":  # rounded weights are another model
-            base = f"{base} in {quantize}"
+        data, base = fingerprint_of(datasets), self._reference_model()
         with processes.failing_together():
+            if self._resumed is not None:
+                self._require_same_held_out(self._resumed)
             folder = self.config.trainer.run_folder if self._resumed is None else self._resumed.folder
             self._reference = load_reference(folder / REFERENCE_FILE, data=data, base=base)
             if self._reference is None and self._resumed is not None:
@@ -122,6 +122,21 @@ class PreferenceTask(FinetuningTask):
         if self._reference is not None:
             save_reference(folder / REFERENCE_FILE, self._reference)
 
+    def _reference_model(self) -> str:
+        """Return what the model before the run is known by; weights that are rounded differently are another one."""
+        assert self._base is not None
+        quantize = getattr(self.config.finetune, "quantize", "none")
+        return self._base if quantize == "none" else f"{self._base} in {quantize}"
+
+    def _require_same_held_out(self, saved: TrainingCheckpoint) -> None:
+        """Refuse other held-out pairs than those whose log-probabilities are kept; here the model has learned."""
+        memory = saved.manifest.get("early_stopping") or {}
+        if memory.get("held_out", self.held_out) != self.held_out:
+            raise ConfigError(
+                f"data.valid or trainer.val_tokens hold out other pairs than {saved.folder} has log-probabilities of; "
+                "set them back to go on with that run, or choose another trainer.out_dir for a new one"
+            )
+
     def _compute(
         self,
         model: LanguageModel,
@@ -136,9 +151,9 @@ class PreferenceTask(FinetuningTask):
 
         def losses_of(tokens: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Tensor:
             beat()
-            # From the empty state: a start that learns is not of the model before the run.
-            empty = model.zero_state(len(cu_seqlens) - 1, device)
-            with autocast_of(self.config.trainer.precision, device):
+            with as_under_any_strategy(model, self.config.trainer.precision, device):
+                # From the empty state: a start that learns is not of the model before the run.
+                empty = model.zero_state(len(cu_seqlens) - 1, device)
                 output = model(tokens, state=empty, targets=targets, context=packed_context(cu_seqlens))
             losses: Tensor = output.losses
             return losses
@@ -149,7 +164,7 @@ class PreferenceTask(FinetuningTask):
             compute_reference(losses_of, pairs, numbers, ctx_len, device=device)
             for pairs, numbers in zip(datasets, shares, strict=True)
         ]
-        model.train()
+        model.train().to("cpu")  # where a strategy expects it
         return found
 
 

@@ -16,7 +16,7 @@ from rwkv_train.config.trainer import TrainerConfig
 from rwkv_train.errors import ConfigError
 from rwkv_train.training.engine import Engine
 from rwkv_train.training.fsdp import FsdpEngine, make_fsdp_strategy
-from rwkv_train.training.zero import ZeroEngine, make_zero_strategy
+from rwkv_train.training.zero import ExactInputPrecision, ZeroEngine, make_zero_strategy
 
 ENGINES: Mapping[str, type[Engine]] = {
     "auto": Engine,
@@ -74,9 +74,12 @@ def make_trainer(
         strategy=_strategy(config, device),
         # However the processes were started, they have torchrun's variables by now. Named, because Lightning would
         # find SLURM's too, and then requeue the job by itself.
-        plugins=[TorchElasticEnvironment() if settings.world_size > 1 else LightningEnvironment()],
+        plugins=[
+            TorchElasticEnvironment() if settings.world_size > 1 else LightningEnvironment(),
+            *([ExactInputPrecision()] if is_bf16_in_deepspeed else []),
+        ],
         # Precision is ours, the same under every strategy; only DeepSpeed has to hold its parameters in bfloat16.
-        precision="bf16-true" if is_bf16_in_deepspeed else "32-true",
+        precision=None if is_bf16_in_deepspeed else "32-true",
         max_steps=n_steps,
         max_epochs=-1,
         accumulate_grad_batches=settings.accumulation,

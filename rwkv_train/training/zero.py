@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor
 from torch.optim import Optimizer
@@ -87,6 +88,21 @@ class ScaledOnceStrategy(DeepSpeedStrategy):
 
     def _set_node_environment_variables(self) -> None:
         """Leave the environment alone: the processes have met already, and it would outlast this run."""
+
+
+class ExactInputPrecision(DeepSpeedPrecision):
+    """Parameters in bfloat16 under DeepSpeed, and micro-batches as they are.
+
+    Lightning rounds what is floating in a batch too: here that would be the log-probabilities of a reference, sums over
+    whole answers, of which bfloat16 keeps three digits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("bf16-true")
+
+    def convert_input(self, data: Any) -> Any:
+        """Return the batch."""
+        return data
 
 
 class CpuDeepSpeedStrategy(ScaledOnceStrategy):
