@@ -76,6 +76,10 @@ MAY_CHANGE_ON_REQUEST = {
 }
 """Settings that it may have otherwise where the user names them, because they change what is learnt."""
 
+_KNOWN_BY_CONTENT = {"model": {"init_from"}}
+"""Settings that it may have otherwise where what they name is compared by what is in it: the base of what is learned
+beside it, which may have moved."""
+
 _ONCE_FIXED: dict[str, dict[str, str]] = {"data": {"documents": "stream"}}
 """What older versions did that had no setting for it, by section."""
 
@@ -184,6 +188,7 @@ def _check_same_settings(
     manifest: dict[str, Any], config: RunConfig, folder: Path, allow_change: Collection[str]
 ) -> None:
     now = to_tree(config)
+    known_by_content = _KNOWN_BY_CONTENT if "learned" in manifest else {}
     for section, saved in manifest["config"].items():
         if section in MAY_CHANGE_WHOLE:
             continue
@@ -197,7 +202,8 @@ def _check_same_settings(
         once = {name: value for name, value in _ONCE_FIXED.get(section, {}).items() if name in now[section]}
         for name, value in {**once, **saved}.items():
             found = now[section].get(name)
-            if found == value or name in MAY_CHANGE.get(section, set()):
+            may_change = MAY_CHANGE.get(section, set()) | known_by_content.get(section, set())
+            if found == value or name in may_change:
                 continue
             full_name = f"{section}.{name}"
             on_request = name in MAY_CHANGE_ON_REQUEST.get(section, set())
