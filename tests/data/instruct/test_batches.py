@@ -28,7 +28,7 @@ def settings(world_size=1, micro_batch_size=8, names=("one",)):
         accumulation=LANES // (world_size * micro_batch_size),
         seed=3,
     )
-    datasets = [SimpleNamespace(path=name, name=name, weight=1.0) for name in names]
+    datasets = [SimpleNamespace(name=name, weight=1.0) for name in names]
     data = SimpleNamespace(datasets=datasets)
     return SimpleNamespace(trainer=trainer, data=data, model=SimpleNamespace(ctx_len=CTX_LEN))
 
