@@ -16,8 +16,7 @@ from rwkv_train.finetuning.states import learn_prefix, learn_state
 from rwkv_train.models.registry import build_model
 from rwkv_train.tokenizers import load_tokenizer
 from rwkv_train.training import run
-from rwkv_train.training.conversation_task import ConversationTask
-from rwkv_train.training.finetuning import run_finetuning
+from rwkv_train.training.finetuning import open_finetuning_task, run_finetuning
 from rwkv_train.training.objective import NextTokenLoss
 from rwkv_train.training.param_groups import parameter_groups
 
@@ -83,7 +82,7 @@ def steps_of(task):
 
 
 def test_what_is_learned_is_what_the_assistant_says_and_its_end(write_chats):
-    (conversation,) = ConversationTask(write_chats(short_chats(1))).samples.datasets[0]
+    (conversation,) = open_finetuning_task(write_chats(short_chats(1))).samples.datasets[0]
     learned = load_tokenizer("bytes").decode_bytes(conversation.tokens[conversation.is_learned].tolist())
     assert learned == b" 0\n\n Y.\n\n"
 
@@ -96,7 +95,7 @@ def test_loss_and_gradient_of_a_step_are_those_of_its_conversations_alone(
     config = write_chats(short_chats(), changes)
     row = metrics(run_finetuning(config).out_dir)[0]
 
-    samples = ConversationTask(config).samples
+    samples = open_finetuning_task(config).samples
     parts = [part for dealt in samples.dealer.step(0).rows for part in dealt.row.parts]
     assert len(parts) > 4  # several in a row
     inside = [samples[part.conversation] for part in parts]
@@ -119,7 +118,7 @@ def test_a_long_conversation_has_the_loss_of_the_whole(write_chats, model):
         for n in range(2)
     ]
     changes = {"trainer.max_steps": 6, "trainer.global_batch_size": 2, "trainer.micro_batch_size": 2}
-    task = ConversationTask(write_chats(records, changes))
+    task = open_finetuning_task(write_chats(records, changes))
     objective = NextTokenLoss()
     batches = steps_of(task)
     assert batches[0].carry is not None
@@ -139,7 +138,7 @@ def test_a_step_in_which_nothing_is_learned_changes_nothing_but_by_weight_decay(
     changes = {"trainer.max_steps": 2, "trainer.global_batch_size": 1, "trainer.micro_batch_size": 1}
     changes |= {"optim.weight_decay": weight_decay, "finetune": {"method": method}}
     config = write_chats(records, changes)
-    assert all((batch.targets == -100).all() for batch in steps_of(ConversationTask(config)))
+    assert all((batch.targets == -100).all() for batch in steps_of(open_finetuning_task(config)))
     summary = run_finetuning(config)
 
     assert [float(row["loss"]) for row in metrics(summary.out_dir)] == [0.0, 0.0]
