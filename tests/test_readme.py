@@ -74,11 +74,19 @@ def test_the_commands_of_the_readme_work_one_after_the_other(tmp_path, monkeypat
     (tmp_path / "my-texts").mkdir()
     (tmp_path / "my-texts" / "some.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
 
+    turns = [{"role": role, "content": f"{role} says"} for role in ("user", "assistant")]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 50)
+    (tmp_path / "chats.yaml").write_text(
+        re.search(r"```yaml\n(model: {init_from.*?)```", README, re.DOTALL)[1]
+    )
+
     monkeypatch.chdir(tmp_path)
     for line in commands_of(README):
         arguments = shlex.split(line, comments=True)[1:]
         if arguments[0] == "pretrain":
             arguments += [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
+        if arguments[0] == "finetune":
+            arguments += ["--set", "trainer.max_steps=1", "--set", "model.ctx_len=16"]
         process = forks.start([CHECKOUT / "cli.py", *arguments], tmp_path / "log.txt")
         process.join()
         assert process.exitcode == 0, f"{line}\n{(tmp_path / 'log.txt').read_text()}"
@@ -86,4 +94,4 @@ def test_the_commands_of_the_readme_work_one_after_the_other(tmp_path, monkeypat
     total = json.loads((tmp_path / "perplexity.json").read_text())["checkpoints"][0]["total"]
     assert 0 < total["documents"] < 40  # one in a hundred is held out
     assert total["bytes"] == total["documents"] * len(texts[0])
-    assert (tmp_path / "model.pth").is_file()
+    assert (tmp_path / "merged.pth").is_file()

@@ -32,8 +32,9 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         factor = _factor_of(name, factors) * _factor_by_pattern(name, lr_factors or {})
-        # DoRA's lengths of rows are called a weight, and are a vector.
-        decays = has_weight_decay(name) and ".lora_magnitude_vector." not in name
+        # Matrices of adapters decay as those of the model do; DoRA's lengths of rows, called a weight, are a vector.
+        is_matrix = has_weight_decay(name) or ".miss_block." in name
+        decays = is_matrix and ".lora_magnitude_vector." not in name
         group = groups.setdefault(
             (factor, decays),
             {

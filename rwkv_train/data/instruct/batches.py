@@ -112,6 +112,8 @@ class LaneOrder(Sequence[tuple[int, range]]):
         return self._length
 
     def __getitem__(self, index: int) -> tuple[int, range]:  # type: ignore[override]  # no slices
+        if not 0 <= index < self._length:
+            raise IndexError(index)
         trainer = self._trainer
         step, micro_batch = divmod(index, trainer.accumulation)
         first = (micro_batch * trainer.world_size + self._rank) * trainer.micro_batch_size
