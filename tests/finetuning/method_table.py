@@ -70,6 +70,8 @@ PRETRAINING = {
     "trainer": {"max_steps": 150, "global_batch_size": 16, "micro_batch_size": 16, "val_tokens": 5000},
 }
 REHEARSAL_STEPS = 130
+PAIR_TOKENS = 512
+"""Of a row of pairs: both conversations of a pair stand in one."""
 
 
 class Trial(NamedTuple):
@@ -102,9 +104,9 @@ TRIALS = {
     "lora, int8": Trial({**LORA, "quantize": "int8"}, 5e-3),
     "lora, nf4": Trial({**LORA, "quantize": "nf4"}, 5e-3),
     "state, int8": Trial({"method": "state", "quantize": "int8"}, 0.3),
-    "orpo, lora": Trial(LORA, 5e-3, "orpo", length=0.5),
-    "dpo, lora, after full": Trial(LORA, 5e-4, "dpo", FINETUNED, 0.5),
-    "simpo, lora, after full": Trial(LORA, 5e-4, "simpo", FINETUNED, 0.5),
+    "orpo, lora": Trial(LORA, 5e-3, "orpo", length=0.3),
+    "dpo, lora, after full": Trial(LORA, 5e-4, "dpo", FINETUNED, 0.3),
+    "simpo, lora, after full": Trial(LORA, 5e-4, "simpo", FINETUNED, 0.3),
 }
 
 
@@ -205,8 +207,12 @@ def _settings(name: str, work: Path, start: Path, steps: int) -> dict[str, Any]:
     else:
         kind = {"path": "builtin"} if trial.loss is None else {"path": "builtin", "format": "preference"}
         data = {"datasets": [kind], "valid": [{**kind, "split": "valid"}]}
+    n_rows = 16 if name == BASE else 8 if trial.loss is None else 2
     tree: dict[str, Any] = {
-        "model": {"init_from": str(start), "ctx_len": SIZES["ctx_len"]},
+        "model": {
+            "init_from": str(start),
+            "ctx_len": SIZES["ctx_len"] if trial.loss is None else PAIR_TOKENS,
+        },
         "data": {**data, "tokenizer": "bytes"},
         "finetune": trial.finetune,
         "optim": {
@@ -218,8 +224,8 @@ def _settings(name: str, work: Path, start: Path, steps: int) -> dict[str, Any]:
         },
         "trainer": {
             "max_steps": REHEARSAL_STEPS if name == BASE else round(steps * trial.length),
-            "global_batch_size": 16 if name == BASE else 8,
-            "micro_batch_size": 16 if name == BASE else 8,
+            "global_batch_size": n_rows,
+            "micro_batch_size": n_rows,
         },
     }
     return tree if trial.loss is None else {**tree, "preference": {"loss": trial.loss}}
