@@ -61,13 +61,17 @@ class Engine:
     Args:
         model: the model, still whole and on the CPU, with the weights to start from.
         config: the settings of the run.
+        stored: names of the parameters that a checkpoint holds; ``None``: all.
     """
 
     optimizer: Optimizer
 
-    def __init__(self, model: LanguageModel, config: RunConfig) -> None:
+    def __init__(
+        self, model: LanguageModel, config: RunConfig, stored: Collection[str] | None = None
+    ) -> None:
         self.model = model
         self.config = config
+        self._stored = stored
 
     def shard(self, trainer: Trainer) -> None:
         """Spread the parameters over the processes, where the strategy leaves that to us."""
@@ -111,21 +115,18 @@ class Engine:
     def release(self) -> None:
         """Let go of what would keep the model in memory after the run, in a process that goes on."""
 
-    def read(self, names: Collection[str] | None = None) -> Iterator[ParameterState]:
-        """Go through parameters, each in full; every process has to go through all of them.
-
-        Args:
-            names: which; ``None``: all.
-        """
-        for name, parameter in self._named(names):
+    def read(self) -> Iterator[ParameterState]:
+        """Go through the parameters of a checkpoint, each in full; every process has to go through all of them."""
+        for name, parameter in self._named_stored():
             weight = self.full(parameter.detach())
             if parameter.requires_grad:
                 yield ParameterState(name, weight, *(self._moment(parameter, moment) for moment in MOMENTS))
             else:
                 yield ParameterState(name, weight, None, None)
 
-    def _named(self, names: Collection[str] | None) -> Iterator[tuple[str, nn.Parameter]]:
-        return (pair for pair in self.model.named_parameters() if names is None or pair[0] in names)
+    def _named_stored(self) -> Iterator[tuple[str, nn.Parameter]]:
+        stored = self._stored
+        return (pair for pair in self.model.named_parameters() if stored is None or pair[0] in stored)
 
     def restore(self, saved: TrainingCheckpoint) -> None:
         """Give the optimizer the moments and the number of steps of a checkpoint; the model has its weights."""

@@ -107,8 +107,7 @@ class CheckpointKeeper:
             for part in self._processes.gather(module.objective.carried())
             for name, tensor in part.items()
         }
-        learned = self._task.learned
-        parameters = self._with_beats(module.engine.read(None if learned is None else learned.keys()))
+        parameters = self._with_beats(module.engine.read())
         with self._processes.failing_together():
             try:
                 if self._processes.is_first:

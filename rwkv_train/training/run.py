@@ -188,7 +188,7 @@ def _run(
     logger.info("recurrence: %s", backend.reason)
     prepare_forward(model, config.trainer)
     task.prepare(model, processes, watchdog.beat)
-    engine = ENGINES[config.trainer.strategy](model, config)
+    engine = ENGINES[config.trainer.strategy](model, config, task.learned)
     module = TrainingModule(model, engine, config, length, start, guard, task.objective)
     with processes.failing_together():
         if saved is not None:

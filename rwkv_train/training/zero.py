@@ -129,12 +129,14 @@ class CpuDeepSpeedStrategy(ScaledOnceStrategy):
 class ZeroEngine(Engine):
     """DeepSpeed clips, steps and holds the float32 masters; its getters and setters reach them."""
 
-    def __init__(self, model: LanguageModel, config: RunConfig) -> None:
-        super().__init__(model, config)
+    def __init__(
+        self, model: LanguageModel, config: RunConfig, stored: Collection[str] | None = None
+    ) -> None:
+        super().__init__(model, config, stored)
         self._exact: dict[str, Tensor] = {}
         if config.trainer.precision == "bf16-params":
             # DeepSpeed makes its masters from parameters that are rounded by then.
-            self._exact = {name: p.detach().clone() for name, p in model.named_parameters()}
+            self._exact = {name: p.detach().clone() for name, p in self._named_stored()}
 
     def shard(self, trainer: Trainer) -> None:
         """Note the device; DeepSpeed spreads the parameters by itself, later."""
@@ -185,12 +187,12 @@ class ZeroEngine(Engine):
         """Take DeepSpeed's hooks off the parameters: Python does not see that they refer to each other."""
         self._deepspeed.destroy()
 
-    def read(self, names: Collection[str] | None = None) -> Iterator[ParameterState]:
-        """Gather every parameter's master and moments, or those of some."""
+    def read(self) -> Iterator[ParameterState]:
+        """Gather the masters and moments of the parameters of a checkpoint."""
         import deepspeed  # noqa: PLC0415
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: PLC0415
 
-        for name, parameter in self._named(names):
+        for name, parameter in self._named_stored():
             if name in self._exact:
                 yield ParameterState(name, self._exact[name], None, None)
                 continue

@@ -10,6 +10,7 @@ import torch
 
 from rwkv_train.checkpoints import list_training_checkpoints, load_training_checkpoint
 from rwkv_train.errors import ConfigError
+from rwkv_train.models.registry import build_model, initialize
 from rwkv_train.training.engine import make_optimizer
 from rwkv_train.training.param_groups import parameter_groups
 from rwkv_train.training.run import run_pretraining
@@ -257,3 +258,19 @@ def test_what_deepspeed_refuses_is_one_sentence_with_the_file_and_the_name(zero,
         ConfigError, match=rf"deepspeed\.json: DeepSpeed refuses [^\n]*{named}[^\n]*; correct it"
     ):
         make_zero_strategy(zero(theirs), CPU)
+
+
+@NEEDS_DEEPSPEED
+def test_no_exact_copy_is_kept_of_what_no_checkpoint_stores(settings):
+    config = settings({"trainer.strategy": "deepspeed_1", "trainer.precision": "bf16-params"})
+    model = build_model(config.model)
+    initialize(model, seed=1)
+    model.requires_grad_(False)
+    emb = model.emb.weight.clone()
+    engine = ZeroEngine(model, config, {"emb.weight"})
+    model.bfloat16()  # as DeepSpeed does
+
+    (stored,) = engine.read()
+    assert stored.name == "emb.weight"
+    assert torch.equal(stored.weight, emb)
+    assert list(engine._exact) == ["emb.weight"]
