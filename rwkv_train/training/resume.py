@@ -76,7 +76,7 @@ MAY_CHANGE_ON_REQUEST = {
 }
 """Settings that it may have otherwise where the user names them, because they change what is learnt."""
 
-_KNOWN_BY_CONTENT = {"model": {"init_from"}}
+MAY_CHANGE_WITH_THE_BASE = {"model": {"init_from"}}
 """Settings that it may have otherwise where what they name is compared by what is in it: the base of what is learned
 beside it, which may have moved."""
 
@@ -188,7 +188,7 @@ def _check_same_settings(
     manifest: dict[str, Any], config: RunConfig, folder: Path, allow_change: Collection[str]
 ) -> None:
     now = to_tree(config)
-    known_by_content = _KNOWN_BY_CONTENT if "learned" in manifest else {}
+    known_by_content = MAY_CHANGE_WITH_THE_BASE if "learned" in manifest else {}
     for section, saved in manifest["config"].items():
         if section in MAY_CHANGE_WHOLE:
             continue

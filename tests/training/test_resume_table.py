@@ -8,16 +8,17 @@ import pytest
 from rwkv_train.config.checkpoint import CheckpointConfig
 from rwkv_train.config.data import DataConfig
 from rwkv_train.config.guard import GuardConfig
+from rwkv_train.config.instruct import InstructDataConfig
 from rwkv_train.config.model import Rwkv4Config, Rwkv7Config
 from rwkv_train.config.optim import OptimConfig
 from rwkv_train.config.train import TrainConfig
 from rwkv_train.config.trainer import TrainerConfig
-from rwkv_train.training.resume import MAY_CHANGE, MAY_CHANGE_ON_REQUEST
+from rwkv_train.training.resume import MAY_CHANGE, MAY_CHANGE_ON_REQUEST, MAY_CHANGE_WITH_THE_BASE
 
 DOCUMENT = Path(__file__).parents[2] / "docs/checkpoints.md"
 FIELDS = {
     "model": {*Rwkv4Config.model_fields, *Rwkv7Config.model_fields},
-    "data": set(DataConfig.model_fields),
+    "data": {*DataConfig.model_fields, *InstructDataConfig.model_fields},
     "optim": set(OptimConfig.model_fields),
     "trainer": set(TrainerConfig.model_fields),
     "checkpoint": set(CheckpointConfig.model_fields),
@@ -43,8 +44,12 @@ def names_in_code(table):
 
 @pytest.mark.parametrize(
     ("answer", "table"),
-    [("yes", MAY_CHANGE), ("with `--allow-change NAME`", MAY_CHANGE_ON_REQUEST)],
-    ids=["freely", "on request"],
+    [
+        ("yes", MAY_CHANGE),
+        ("with `--allow-change NAME`", MAY_CHANGE_ON_REQUEST),
+        ("where the base stays the same", MAY_CHANGE_WITH_THE_BASE),
+    ],
+    ids=["freely", "on request", "with the base"],
 )
 def test_the_table_names_what_may_change(answer, table):
     assert names_in_table(answer) == names_in_code(table)
@@ -56,5 +61,5 @@ def test_no_setting_is_both_free_and_on_request():
 
 def test_what_may_change_are_settings():
     assert set(FIELDS) == set(TrainConfig.model_fields)
-    for table in (MAY_CHANGE, MAY_CHANGE_ON_REQUEST):
+    for table in (MAY_CHANGE, MAY_CHANGE_ON_REQUEST, MAY_CHANGE_WITH_THE_BASE):
         assert names_in_code(table) <= names_in_code(FIELDS)
