@@ -15,8 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rwkv_train.checkpoints.formats import CHECKPOINTS_FOLDER
 from rwkv_train.checkpoints.io import new_file
+from rwkv_train.checkpoints.manifest import STATE_FILE
 from rwkv_train.checkpoints.pth import LEGACY_MAGIC, ZIP_MAGIC, read_pth, save_pth
+from rwkv_train.checkpoints.run_folder import newest_valid_checkpoint
 from rwkv_train.checkpoints.tensor_files import TensorFiles
 from rwkv_train.config.model import ModelConfig
 from rwkv_train.errors import CheckpointError
@@ -30,7 +33,8 @@ def read_state_file(path: str | Path, config: ModelConfig, *, base: str | None =
     """Read the state of one text from a file of :func:`~rwkv_train.models.state.save_state`, or an official one.
 
     Args:
-        path: our safetensors file, or a ``.pth`` or safetensors file of official names; the content tells which.
+        path: our safetensors file, or a ``.pth`` or safetensors file of official names; the content tells which. Or the
+            folder of a training checkpoint that has one, or of a run, whose newest checkpoint counts.
         config: settings of the model that it is for.
         base: fingerprint of that model's weights; a file that names others is refused.
 
@@ -41,7 +45,7 @@ def read_state_file(path: str | Path, config: ModelConfig, *, base: str | None =
         CheckpointError: the file is missing or damaged, holds something else or numbers that are not finite, or is
             of another model.
     """
-    path = Path(path)
+    path = _find_file(Path(path).expanduser())
     tensors = read_pth(path) if _is_pickle(path) else TensorFiles(path.parent, [path.name])
     empty = build_model(config, device="meta").zero_state(1)
     if any(name.endswith(OFFICIAL_SUFFIX) for name in tensors) or _is_pickle(path):
@@ -108,6 +112,22 @@ def save_official_state(path: str | Path, state: ModelState) -> None:
     }
     with new_file(Path(path), sum(tensor.nbytes for tensor in tensors.values())) as unfinished:
         save_pth(unfinished, tensors)
+
+
+def _find_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    folder = path
+    if (path / CHECKPOINTS_FOLDER).is_dir():
+        newest = newest_valid_checkpoint(path, with_optimizer=False)
+        if newest is None:
+            raise CheckpointError(f"{path} holds no training checkpoint yet")
+        folder = newest
+    if not (folder / STATE_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} holds no {STATE_FILE}; wanted the file of a state, or a run that learns one"
+        )
+    return folder / STATE_FILE
 
 
 def _is_pickle(path: Path) -> bool:

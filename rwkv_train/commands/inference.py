@@ -49,10 +49,10 @@ Device = Annotated[
 ]
 Dtype = Annotated[DtypeName, typer.Option(help="What the model computes in.")]
 STATE_HELP = (
-    "Read every text from this state: a learned one (state.safetensors or an official .pth), or that of a saved "
-    "conversation."
+    "Read every text from this state: a learned one (state.safetensors, an official .pth, or the run that learned it), "
+    "or that of a saved conversation."
 )
-State = Annotated[Path | None, typer.Option(metavar="FILE", help=STATE_HELP)]
+State = Annotated[Path | None, typer.Option(metavar="PATH", help=STATE_HELP)]
 
 
 def load_for_inference(

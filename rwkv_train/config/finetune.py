@@ -1,6 +1,6 @@
 """The settings of one finetuning run: the tree that a YAML file holds."""
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,14 @@ class FinetuneConfig(RunConfig):
     """Learn which of two answers is better; null: learn the answers."""
     prompts: list[str] = Field(default_factory=list)
     """What a user says; each validation writes what the model answers, in at most trainer.sample_tokens tokens."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pairs_have_no_penalty_unless_it_is_asked_for(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or tree.get("preference") is None:
+            return tree
+        optim = tree.get("optim") or {}
+        return {**tree, "optim": {"l2wrap": 0.0, **optim}} if isinstance(optim, dict) else tree
 
     @property
     def has_validation(self) -> bool:

@@ -99,7 +99,10 @@ def _sizes_of_weights(init_from: str, trainer: object) -> Tree:
 
     out_dir = trainer.get("out_dir") if isinstance(trainer, dict) else None
     for folder in list_training_checkpoints(out_dir) if isinstance(out_dir, str) else []:
-        manifest = read_manifest(folder)
+        try:
+            manifest = read_manifest(folder)
+        except CheckpointError:  # a run goes on from another one, too
+            continue
         if manifest["config"]["model"].get("init_from") == init_from:
             sizes: Tree = manifest["arch_config"]
             return sizes

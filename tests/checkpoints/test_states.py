@@ -170,7 +170,7 @@ def test_missing_and_damaged_files_are_refused(tmp_path):
     config = CONFIGS["rwkv7"]
     with pytest.raises(CheckpointError, match="nowhere cannot be read: No such file"):
         read_state_file(tmp_path / "nowhere", config)
-    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
+    with pytest.raises(CheckpointError, match=r"holds no state\.safetensors; wanted the file of a state"):
         read_state_file(tmp_path, config)
     for name in ("ours", "official"):
         path = tmp_path / name
@@ -179,6 +179,13 @@ def test_missing_and_damaged_files_are_refused(tmp_path):
         path.write_bytes(path.read_bytes()[:-100])
         with pytest.raises(CheckpointError, match=f"{name} (is truncated or damaged|cannot be read)"):
             read_state_file(path, config)
+
+
+def test_the_folder_of_a_checkpoint_is_read_by_its_file(tmp_path):
+    state = random_state(CONFIGS["rwkv7"])
+    save_state(tmp_path / "state.safetensors", state)
+    found = read_state_file(tmp_path, CONFIGS["rwkv7"])
+    assert all(torch.equal(a, b) for a, b in zip(sum(found, ()), sum(state, ()), strict=True))
 
 
 def test_a_program_in_a_pickle_is_not_run(tmp_path):

@@ -89,7 +89,7 @@ def test_every_shipped_preset_is_valid_once_the_weights_give_the_sizes(name):
         ),
         ({"preference": {"loss": "dpo"}, "optim.l2wrap": 0.0}, "'chats.jsonl' of format 'messages'"),
         ({"data": PAIRS}, "of format 'preference', and the section preference is not set"),
-        ({"data": PAIRS, "preference": {}}, r"optim\.l2wrap \(0\.0001\) is a penalty"),
+        ({"data": PAIRS, "preference": {}, "optim.l2wrap": 1e-4}, r"optim\.l2wrap \(0\.0001\) is a penalty"),
         (
             {"data": PAIRS, "preference": {"loss": "orpo", "gamma": 1.0}},
             r"gamma \(1\) does nothing with the loss 'orpo'",

@@ -37,7 +37,6 @@ METHODS = {
     "full": ({"method": "full"}, 5e-3),
     "freeze": ({"method": "freeze", "frozen_layers": 1, "train": ["*.att.*", "head.*"]}, 5e-3),
     "lora": (LORA, 2e-2),
-    "rslora": ({**LORA, "alpha": 8, "rslora": True}, 2e-2),
     "dora": ({**LORA, "variant": "dora"}, 2e-2),
     "pissa": ({**LORA, "variant": "pissa"}, 5e-3),
     "miss": ({**LORA, "variant": "miss"}, 2e-2),
@@ -97,7 +96,8 @@ def bases(data):
                 "model": model,
                 "data": {"train": str(data / "texts"), "tokenizer": "bytes"},
                 "optim": {"lr": 1e-2, "lr_final": 1e-3},
-                "trainer": trainer_of(data / arch, 100) | {"global_batch_size": 8, "micro_batch_size": 8},
+                "trainer": trainer_of(data / arch, 100 if arch == "rwkv7" else 60)
+                | {"global_batch_size": 8, "micro_batch_size": 8},
             }
             made[arch] = run_pretraining(check_tree(settings)).checkpoint
         return made[arch]
