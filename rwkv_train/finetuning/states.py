@@ -85,7 +85,7 @@ def export_start(model: LanguageModel, learned: Mapping[str, Tensor] | None = No
             state = functional_call(model.start, own, (model,))
     finally:
         model.train(was_training)
-    return tuple(LayerState(*(x.cpu() for x in layer)) for layer in state)
+    return tuple(LayerState(*(x.detach().to("cpu", copy=True) for x in layer)) for layer in state)
 
 
 class LearnedState(Start):

@@ -46,7 +46,7 @@ METHODS = {
     "lora, nf4": ({**LORA, "quantize": "nf4"}, 2e-2),
 }
 RUNS = [("rwkv7", name) for name in METHODS]
-RUNS += [(arch, name) for arch in ("rwkv4", "rwkv5", "rwkv6") for name in ("lora", "state")]
+RUNS += [(arch, name) for arch in ("rwkv4", "rwkv6") for name in ("lora", "state")] + [("rwkv5", "state")]
 RANKS = {"rwkv6": {"shift": 8, "decay": 8}, "rwkv7": {"w": 8, "a": 8, "v": 8, "g": 8}}
 
 
@@ -96,7 +96,7 @@ def bases(data):
                 "model": model,
                 "data": {"train": str(data / "texts"), "tokenizer": "bytes"},
                 "optim": {"lr": 1e-2, "lr_final": 1e-3},
-                "trainer": trainer_of(data / arch, 100 if arch == "rwkv7" else 60)
+                "trainer": trainer_of(data / arch, 100 if arch == "rwkv7" else 50)
                 | {"global_batch_size": 8, "micro_batch_size": 8},
             }
             made[arch] = run_pretraining(check_tree(settings)).checkpoint

@@ -112,16 +112,23 @@ def test_the_gradient_reaches_the_state(config, perturbed_model, tokens):
     assert all(layer.wkv.grad.any() for layer in state)
 
 
-def test_distributed_training_waits_for_no_unused_parameter(config, perturbed_model, tokens, tmp_path):
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of this process alone. Runs under DeepSpeed in other tests leave one, which DeepSpeed holds on to."""
+    if distributed.is_initialized():
+        yield
+        return
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        model = DistributedDataParallel(perturbed_model(config))
-        for _ in range(3):  # a parameter without a gradient stops the second forward or the third
-            model(tokens, targets=tokens).losses.mean().backward()
-    finally:
-        # Before the group: as its last holder, DDP would end the group's thread while it keeps that from ending.
-        model = None
-        distributed.destroy_process_group()
+    yield
+    distributed.destroy_process_group()
+
+
+def test_distributed_training_waits_for_no_unused_parameter(config, perturbed_model, tokens, process_group):
+    model = DistributedDataParallel(perturbed_model(config))
+    for _ in range(3):  # a parameter without a gradient stops the second forward or the third
+        model(tokens, targets=tokens).losses.mean().backward()
+    # Before the group: as its last holder, DDP would end the group's thread while it keeps that from ending.
+    del model
 
 
 def test_autocast_computes_in_bfloat16_and_keeps_the_recurrence_in_float32(config, perturbed_model, tokens):
