@@ -14,6 +14,7 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -303,12 +305,24 @@ def _run_ninja(name: str, folder: Path, cancel: threading.Event | None) -> tuple
                 return process.returncode, output
     finally:
         if process.poll() is None:
+            compilers = _children_of(process.pid)
             process.terminate()  # ninja ends its compilers, which a kill would leave behind
             try:
                 process.communicate(timeout=5)
             except subprocess.TimeoutExpired:
                 process.kill()
+                for compiler in compilers:
+                    with suppress(ProcessLookupError, PermissionError):
+                        os.killpg(compiler, signal.SIGKILL)  # ninja gives each a group of its own
                 process.communicate()
+
+
+def _children_of(pid: int) -> list[int]:
+    """Return the processes that one has started; none where the system does not tell."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def _compiler_problem(recipe: Recipe, library: Path, output: str) -> str:
